@@ -1,0 +1,283 @@
+"""The command line: `attnreuse sample`, `plan`, `doctor`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from attnreuse.errors import AttnReuseError
+
+app = typer.Typer(
+    help="Reuse attention maps between diffusion steps.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+PROMPTS = (
+    "a red circle left of a blue square on gray",
+    "a yellow triangle above a green circle on white",
+    "a cyan square below a purple triangle on black",
+    "a blue circle on pink",
+)
+
+Model = Annotated[str, typer.Option(help="Pipeline folder or hub name. Default: the shipped tiny-shapes.")]
+Steps = Annotated[int, typer.Option(min=1, help="num_inference_steps of the full run.")]
+Reuse = Annotated[int, typer.Option(min=0, help="Executed steps that reuse (HURRY: the latest).")]
+MaxAge = Annotated[int | None, typer.Option(min=1, help="Most steps a reused map may be old. Default: no limit.")]
+PolicyFile = Annotated[str | None, typer.Option("--policy", help="Policy file or hub name, instead of HURRY.")]
+Format = Annotated[
+    str | None, typer.Option("--format", help="fp32, fp16, bf16, u8, u4. Default: u8 where a kernel serves it.")
+]
+Scheduler = Annotated[str | None, typer.Option(help="DDIM, DPM, Euler, PNDM, UniPC, Heun. Default: the model's.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def main() -> None:
+    """Entry point of the `attnreuse` command."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    app()
+
+
+@app.command(
+    epilog="Examples:\n\n    attnreuse sample\n\n    attnreuse sample --reuse 5 --max-age 1\n\n"
+    '    attnreuse sample --model user/pipeline --prompt "a red fox" --steps 30 --reuse 12 --format u8'
+)
+def sample(
+    model: Model = "",
+    steps: Steps = 20,
+    reuse: Reuse = 10,
+    max_age: MaxAge = None,
+    policy: PolicyFile = None,
+    map_format: Format = None,
+    scheduler: Scheduler = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
+    prompt: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: four captions.")] = None,
+    out_path: Annotated[Path, typer.Option("--out", help="The picture; the JSON goes beside it.")] = Path(
+        "attnreuse-sample.png"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Sample with full steps, with reuse, and with fewer steps of equal measured latency."""
+    with _clear_errors():
+        from rich.progress import Progress, SpinnerColumn, TextColumn
+
+        from attnreuse import comparison
+
+        if out_path.suffix.lower() != ".png":
+            raise ValueError(f"--out must end in .png, got {out_path}")
+        if not out_path.absolute().parent.is_dir():
+            raise ValueError(f"--out: no such folder: {out_path.absolute().parent}")
+        pipe = _load_pipeline(model, scheduler)
+        chosen = _policy(policy, _executed_steps(pipe.scheduler, steps), reuse, max_age)
+        with Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), console=err, transient=True, disable=not err.is_terminal
+        ) as progress:
+            task = progress.add_task("warming up")
+            result = comparison.compare(
+                pipe,
+                prompt or list(PROMPTS),
+                steps=steps,
+                policy=chosen,
+                map_format=map_format or _default_format(pipe.unet.device, pipe.unet.dtype),
+                seed=seed,
+                advance=lambda label, count: progress.update(task, description=f"timed {label} ({count} steps)"),
+            )
+        comparison.sheet(result).save(out_path)
+        json_path = out_path.with_suffix(".json")
+        data = result.to_dict()
+        json_path.write_text(json.dumps(data, indent=2) + "\n")
+    if as_json:
+        print(json.dumps(data, indent=2))
+        return
+    out.print(_comparison_table(result))
+    out.print(_verdict(result))
+    out.print(f"[dim]{out_path}, {json_path}; {data['environment']['device']}[/dim]", highlight=False)
+
+
+@app.command(
+    epilog="Examples:\n\n    attnreuse plan\n\n    attnreuse plan --height 256 --width 256 --format u4\n\n"
+    "    attnreuse plan --model user/pipeline --steps 30 --reuse 12 --memory-budget 2GiB"
+)
+def plan(
+    model: Model = "",
+    steps: Steps = 20,
+    reuse: Reuse = 10,
+    max_age: MaxAge = None,
+    policy: PolicyFile = None,
+    map_format: Format = None,
+    scheduler: Scheduler = None,
+    layers: Annotated[str, typer.Option(help="self, cross, all, or a pattern of layer names.")] = "self",
+    height: Annotated[int | None, typer.Option(min=8, help="Pixels. Default: the model's own.")] = None,
+    width: Annotated[int | None, typer.Option(min=8, help="Pixels. Default: the model's own.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at once; guidance doubles it.")] = 4,
+    guidance: Annotated[bool, typer.Option(help="Classifier-free guidance.")] = True,
+    memory_budget: Annotated[str | None, typer.Option(help="Such as 4GiB; the rest only computes.")] = None,
+    measure: Annotated[bool, typer.Option(help="Time each distinct layer here, to predict the gain.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Memory and predicted attention time of a policy, before running it (only configs are loaded)."""
+    with _clear_errors():
+        from attnreuse import forecast
+        from attnreuse.environment import default_device
+
+        blueprint = forecast.Blueprint.load(_model(model), _scheduler_name(scheduler))
+        device = default_device()
+        dtype = _default_dtype(device)
+        chosen = _policy(policy, blueprint.executed_steps(steps), reuse, max_age)
+        result = forecast.forecast(
+            blueprint,
+            chosen,
+            map_format=map_format or _default_format(device, dtype),
+            layers=layers,
+            size=(height or blueprint.side, width or blueprint.side),
+            batch=batch * (2 if guidance else 1),
+            memory_budget=memory_budget,
+            measure_on=(device, dtype) if measure else None,
+        )
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+        return
+    out.print(result)
+
+
+@app.command(epilog="Examples:\n\n    attnreuse doctor\n\n    attnreuse doctor --json")
+def doctor(as_json: AsJson = False) -> None:
+    """What is installed, and which backend serves which map format here, and why."""
+    import torch
+
+    from attnreuse import native, ops
+    from attnreuse.environment import default_device, environment
+    from attnreuse.formats import FORMATS
+
+    extension, info = native.load()
+    found: dict[str, Any] = dict(environment(default_device()))
+    found["cuda"] = torch.version.cuda if torch.cuda.is_available() else "no CUDA device"
+    found["extension"] = info if extension else f"absent, torch serves everything ({info})"
+    devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
+    for device in devices:
+        for name in FORMATS:
+            dtype = _default_dtype(device)
+            backend = ops.backend_for(name, device, dtype, 64)
+            reasons = ops.unserved_reasons(name, device, dtype, 64)
+            found[f"{name} maps on {device.type}"] = backend + "".join(f"; {b}: {why}" for b, why in reasons.items())
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    table = Table(show_header=False)
+    for key, value in found.items():
+        table.add_row(key, str(value))
+    out.print(table)
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Bad input ends in one clear line and exit code 2."""
+    try:
+        yield
+    except (AttnReuseError, ValueError, OSError) as error:
+        err.print(f"[red]error:[/red] {str(error).splitlines()[0]}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def _model(model: str) -> str:
+    from attnreuse import tiny_shapes_path
+
+    return model or str(tiny_shapes_path())
+
+
+def _default_dtype(device: Any) -> Any:
+    import torch
+
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def _default_format(device: Any, dtype: Any) -> str:
+    """u8 where a kernel serves it; through plain torch fp32 maps are the fastest."""
+    from attnreuse import ops
+
+    return "fp32" if ops.backend_for("u8", device, dtype, 64) == "torch" else "u8"
+
+
+def _load_pipeline(model: str, scheduler: str | None) -> Any:
+    from diffusers import DiffusionPipeline
+
+    from attnreuse import forecast
+    from attnreuse.environment import default_device
+
+    device = default_device()
+    pipe = DiffusionPipeline.from_pretrained(_model(model), torch_dtype=_default_dtype(device)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    name = _scheduler_name(scheduler)
+    if name:
+        pipe.scheduler = forecast.scheduler_class(name).from_config(pipe.scheduler.config)
+    return pipe
+
+
+def _scheduler_name(scheduler: str | None) -> str | None:
+    from attnreuse.forecast import SCHEDULERS
+
+    if scheduler is None:
+        return None
+    by_lower = {name.lower(): found for name, found in SCHEDULERS.items()}
+    if scheduler.lower() not in by_lower:
+        raise ValueError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")
+    return by_lower[scheduler.lower()]
+
+
+def _executed_steps(scheduler: Any, steps: int) -> int:
+    scheduler.set_timesteps(steps)
+    return len(scheduler.timesteps)
+
+
+def _policy(file: str | None, executed: int, reuse: int, max_age: int | None) -> Any:
+    from attnreuse.policy import hurry, load_policy
+
+    if file is None:
+        return hurry(executed, reuse, max_age)
+    found = load_policy(file)
+    if found.steps != executed:
+        raise ValueError(f"--policy {file} is for {found.steps} executed steps, this run executes {executed}")
+    return found
+
+
+def _comparison_table(result: Any) -> Table:
+    table = Table(title=f"{len(result.prompts)} pictures, {result.policy}, {result.report.map_format} maps")
+    for column in ("", "steps", "latency", "against full", "PSNR", "map memory"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in result.rows:
+        reference = row is result.baseline
+        quality = "reference" if reference else "equal" if row.mean_psnr_db is None else f"{row.mean_psnr_db:.2f} dB"
+        table.add_row(
+            row.label,
+            str(row.steps),
+            f"{row.latency_s:.2f} s",
+            f"{row.latency_s / result.baseline.latency_s:.2f}x",
+            quality,
+            f"{result.report.allocated_bytes / 2**20:.1f} MiB" if row is result.reuse else "",
+        )
+    return table
+
+
+def _verdict(result: Any) -> str:
+    """One honest line about what was measured."""
+    ratio = result.baseline.latency_s / result.reuse.latency_s
+    speed = f"Reuse ran {ratio:.2f} times as fast as full steps" if ratio >= 1 else (
+        f"Reuse did not pay here: it took {1 / ratio:.2f} times as long as full steps"
+    )  # fmt: skip
+    ours, theirs = result.reuse.mean_psnr_db, result.fewer.mean_psnr_db
+    if ours is None or theirs is None:
+        return speed + "."
+    better = "above" if ours > theirs else "below"
+    return f"{speed}; its PSNR is {abs(ours - theirs):.2f} dB {better} that of {result.fewer.steps} plain steps."

@@ -1,0 +1,182 @@
+"""The main job: full steps, reuse, and fewer plain steps of equal measured latency, side by side."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from attnreuse.environment import environment
+from attnreuse.metrics import psnr
+from attnreuse.policy import Policy
+from attnreuse.session import Report, enable, model_name
+
+MIN_SIDE = 256  # pixels; smaller pictures are enlarged in the sheet
+
+
+@dataclass
+class Row:
+    """One way to sample: its pictures ``[P, S, S, 3]`` in [0, 1], latencies and PSNR to the baseline's."""
+
+    label: str
+    steps: int
+    pictures: np.ndarray
+    latencies_s: list[float]
+    psnr_db: list[float] = field(default_factory=list)
+
+    @property
+    def latency_s(self) -> float:
+        """Median seconds for all prompts at once."""
+        return statistics.median(self.latencies_s)
+
+    @property
+    def mean_psnr_db(self) -> float | None:
+        """Mean over the prompts; None where every picture equals the baseline's."""
+        return _finite(statistics.mean(self.psnr_db))
+
+
+@dataclass
+class Comparison:
+    """What :func:`compare` measured."""
+
+    prompts: list[str]
+    policy: Policy
+    baseline: Row
+    reuse: Row
+    fewer: Row
+    report: Report
+    environment: dict[str, Any]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [self.baseline, self.reuse, self.fewer]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        quality = {
+            row.label: {"psnr_db": row.mean_psnr_db, "psnr_db_by_prompt": [_finite(p) for p in row.psnr_db]}
+            for row in (self.reuse, self.fewer)
+        }
+        return {
+            "prompts": self.prompts,
+            "baseline": {"steps": self.baseline.steps, **_latency(self.baseline)},
+            "reuse": {
+                "policy": self.policy.model_dump(mode="json", exclude_none=True),
+                "map_format": self.report.map_format,
+                "map_bytes": self.report.allocated_bytes,
+                "predicted_map_bytes": self.report.predicted_bytes,
+                **_latency(self.reuse),
+                **quality[self.reuse.label],
+            },
+            "fewer_steps": {"steps": self.fewer.steps, **_latency(self.fewer), **quality[self.fewer.label]},
+            "environment": self.environment,
+        }
+
+
+def compare(
+    pipe: Any,
+    prompts: list[str],
+    *,
+    steps: int,
+    policy: Policy,
+    map_format: str,
+    seed: int,
+    rounds: int = 3,
+    advance: Callable[[str, int], None] = lambda label, steps: None,
+) -> Comparison:
+    """Sample `prompts` in one batch with full steps, with `policy`, and with fewer steps.
+
+    The fewer steps are as many as take the reuse run's measured time. All three are timed in turns,
+    `rounds` times after a warm-up; the order turns too.
+
+    Args:
+        steps: ``num_inference_steps`` of the baseline.
+        policy: for the executed steps of that run.
+        advance: called with (what runs, denoiser steps) after each run, for a progress bar.
+    """
+
+    def run(label: str, count: int, with_policy: bool) -> tuple[np.ndarray, float]:
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+        start = time.perf_counter()
+        if with_policy:
+            with enable(pipe, policy, map_format=map_format) as session:
+                pictures = pipe(prompts, num_inference_steps=count, generator=generators, output_type="np").images
+                reports.append(session.report())
+        else:
+            pictures = pipe(prompts, num_inference_steps=count, generator=generators, output_type="np").images
+        taken = time.perf_counter() - start
+        advance(label, count)
+        return pictures, taken
+
+    reports: list[Report] = []
+    run("warm-up", steps, True)
+    full, full_s = run("full steps", steps, False)
+    reused, reuse_s = run("reuse", steps, True)
+    count = max(1, min(steps - 1, round(steps * reuse_s / full_s)))
+    few, few_s = run("fewer steps", count, False)
+    rows = [
+        Row("full steps", steps, full, [full_s]),
+        Row("reuse", steps, reused, [reuse_s]),
+        Row("fewer steps", count, few, [few_s]),
+    ]
+    for turn in range(1, rounds):
+        for row in rows[turn % 3 :] + rows[: turn % 3]:
+            row.latencies_s.append(run(row.label, row.steps, row.label == "reuse")[1])
+    for row in rows:
+        row.psnr_db = [psnr(picture, target) for picture, target in zip(row.pictures, full, strict=True)]
+    about = {"model": model_name(pipe), "scheduler": type(pipe.scheduler).__name__, "seed": seed}
+    measured_on = {**about, **environment(pipe.unet.device), "dtype": str(pipe.unet.dtype)}
+    return Comparison(prompts, policy, *rows, reports[-1], measured_on)
+
+
+def sheet(comparison: Comparison) -> Image.Image:
+    """One picture: a row per way to sample, a column per prompt, captions and PSNR below each."""
+    height, width = comparison.baseline.pictures.shape[1:3]
+    scale = max(1, math.ceil(MIN_SIDE / min(height, width)))
+    height, width = height * scale, width * scale
+    font, margin, text = ImageFont.load_default(14), 12, 46
+    left = 150
+    size = (
+        left + len(comparison.prompts) * (width + margin),
+        margin + len(comparison.rows) * (height + text),
+    )
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, row in enumerate(comparison.rows):
+        top = margin + i * (height + text)
+        about = f"{row.label}\n{row.steps} steps\n{row.latency_s:.2f} s"
+        if row is comparison.reuse:
+            about += f"\n{comparison.policy.reuse_steps} of them reuse\n{comparison.report.map_format} maps"
+        draw.multiline_text((margin, top), about, "black", font, spacing=6)
+        for j, (picture, prompt) in enumerate(zip(row.pictures, comparison.prompts, strict=True)):
+            at = left + j * (width + margin)
+            image = Image.fromarray((picture * 255).round().astype(np.uint8)).resize((width, height), Image.NEAREST)
+            canvas.paste(image, (at, top))
+            below = "reference" if row is comparison.baseline else f"{row.psnr_db[j]:.1f} dB"
+            draw.text((at, top + height + 3), _fitted(prompt, width, font), "black", font)
+            draw.text((at, top + height + 21), below, "#666666", font)
+    return canvas
+
+
+def _fitted(text: str, width: int, font: Any) -> str:
+    """`text` cut to `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _latency(row: Row) -> dict[str, Any]:
+    return {"latency_s": row.latency_s, "latencies_s": row.latencies_s}

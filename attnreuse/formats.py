@@ -1,0 +1,199 @@
+"""Map formats: how an attention map lies in memory, its bytes, packing, block scales and error.
+
+Every format but fp32 is block-scaled. For each query row and each block of ``BLOCK`` keys the map
+keeps codes relative to the row's maximum in that block, so one pass over the keys suffices and the
+scales double as quantisation scales. With base-2 scores ``s = (q . k * scale + mask) * log2(e)``::
+
+    block_max[b, h, m, c] = max of s over the block        lse[b, h, m] = log2(sum_n exp2(s))
+    linear (fp16, bf16):   code = exp2(s - block_max),      P = code * exp2(block_max - lse)
+    square root (u8, u4):  code = round(L * exp2((s - block_max) / 2)),
+                           P = (code / L)^2 * exp2(block_max - lse),   L = 255 or 15
+
+Storing the root spends the codes where probabilities are small: a fourth to a sixth of the output
+error of linear u8 or e4m3 on peaky rows. fp32 keeps P itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 128  # keys that share one block maximum
+ALIGNMENT = 256  # bytes; where a map and each of its parts start
+NO_KEY = -1e30  # block_max of a block whose keys are all masked: its scale is exp2(NO_KEY - lse) = 0
+
+
+@dataclass(frozen=True)
+class MapFormat:
+    """One way to store a map ``[B, H, M, N]``.
+
+    Attributes:
+        name: "fp32", "fp16", "bf16", "u8" or "u4".
+        code_dtype: dtype of the stored codes.
+        bits: bits per code.
+        levels: ``L`` of the square-root formats; 0 for the others.
+        error: documented quantisation error: the largest relative Frobenius error of ``P V`` against
+            the unquantised map for Gaussian q, k and V, over logits from flat (q as drawn) to peaky
+            (q times 4); flat rows are the hard case. ``tests/test_formats.py`` holds it.
+    """
+
+    name: str
+    code_dtype: torch.dtype
+    bits: int
+    levels: int
+    error: float
+
+    @property
+    def scaled(self) -> bool:
+        """True where the map carries block maxima and log-sum-exp."""
+        return self.name != "fp32"
+
+    def row_codes(self, n: int) -> int:
+        """Stored elements of ``code_dtype`` per query row of `n` keys (two u4 codes share a byte)."""
+        return math.ceil(n * self.bits / (8 * self.code_dtype.itemsize))
+
+    def blocks(self, n: int) -> int:
+        """Block maxima per query row of `n` keys."""
+        return math.ceil(n / BLOCK) if self.scaled else 0
+
+    def parts(self, shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
+        """Bytes of the codes, block maxima and log-sum-exp of a map of `shape`, unpadded."""
+        b, h, m, n = shape
+        rows = b * h * m
+        codes = rows * self.row_codes(n) * self.code_dtype.itemsize
+        return codes, 4 * rows * self.blocks(n), 4 * rows * self.scaled
+
+    def nbytes(self, shape: tuple[int, int, int, int]) -> int:
+        """Bytes a map of `shape` occupies, each part padded to ``ALIGNMENT``."""
+        return sum(align(part) for part in self.parts(shape))
+
+    def element_error(self, t: Tensor) -> Tensor:
+        """Largest error of ``P / exp2(block_max - lse)`` by rounding a code whose exact value is `t`.
+
+        Args:
+            t: ``sqrt(P / block scale)`` for the square-root formats, ``P / block scale`` for the
+                linear ones, ``P`` for fp32; in [0, 1], any shape.
+        """
+        if self.levels:
+            return t / self.levels + 0.25 / self.levels**2
+        return t * torch.finfo(self.code_dtype).eps + torch.finfo(self.code_dtype).tiny
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        MapFormat("fp32", torch.float32, 32, 0, 1e-6),
+        MapFormat("fp16", torch.float16, 16, 0, 5e-4),
+        MapFormat("bf16", torch.bfloat16, 16, 0, 4e-3),
+        MapFormat("u8", torch.uint8, 8, 255, 4e-3),
+        MapFormat("u4", torch.uint8, 4, 15, 7e-2),
+    )
+}
+
+
+def map_format(name: str | MapFormat) -> MapFormat:
+    """The format of that name; ValueError that lists the names otherwise."""
+    if isinstance(name, MapFormat):
+        return name
+    if name not in FORMATS:
+        raise ValueError(f"map_format must be one of {', '.join(FORMATS)}, got {name!r}")
+    return FORMATS[name]
+
+
+def align(nbytes: int) -> int:
+    """`nbytes` rounded up to ``ALIGNMENT``."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMap:
+    """A stored map: views into one flat buffer of bytes.
+
+    Attributes:
+        format: how it is stored.
+        shape: ``(B, H, M, N)`` of the map it stands for.
+        storage: uint8 ``[nbytes]``, contiguous; a slot of a :class:`attnreuse.ring.MapRing` or its own.
+        codes: ``[B, H, M, row_codes(N)]``, ``format.code_dtype``.
+        block_max: ``[B, H, M, ceil(N / BLOCK)]`` fp32, base 2; last axis empty for fp32 maps.
+        lse: ``[B, H, M]`` fp32, base 2, ``+inf`` for a row with every key masked; last axis empty
+            for fp32 maps.
+    """
+
+    format: MapFormat
+    shape: tuple[int, int, int, int]
+    storage: Tensor
+    codes: Tensor
+    block_max: Tensor
+    lse: Tensor
+
+    @classmethod
+    def view(cls, map_format: MapFormat, shape: tuple[int, int, int, int], storage: Tensor) -> AttentionMap:
+        """The map of `shape` that lies in `storage`, uint8 ``[nbytes]``."""
+        b, h, m, n = shape
+        codes, block_max, lse = map_format.parts(shape)
+        first, second = align(codes), align(codes) + align(block_max)
+        return cls(
+            map_format,
+            shape,
+            storage,
+            storage[:codes].view(map_format.code_dtype).view(b, h, m, map_format.row_codes(n)),
+            storage[first : first + block_max].view(torch.float32).view(b, h, m, map_format.blocks(n)),
+            storage[second : second + lse].view(torch.float32).view(b, h, m if map_format.scaled else 0),
+        )
+
+    @classmethod
+    def empty(cls, map_format: MapFormat, shape: tuple[int, int, int, int], device: torch.device) -> AttentionMap:
+        """An unfilled map in memory of its own."""
+        return cls.view(map_format, shape, torch.empty(map_format.nbytes(shape), dtype=torch.uint8, device=device))
+
+    def heads(self, batch: slice, heads: slice) -> AttentionMap:
+        """The part of the map that belongs to these batch rows and heads; it shares the memory."""
+        at = (batch, heads)
+        codes = self.codes[at]
+        shape = (*codes.shape[:3], self.shape[3])
+        return AttentionMap(self.format, shape, self.storage, codes, self.block_max[at], self.lse[at])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it occupies, padding included."""
+        return self.format.nbytes(self.shape)
+
+    def dense(self) -> Tensor:
+        """The map as the format holds it: fp32 ``[B, H, M, N]``."""
+        n, codes = self.shape[3], self.codes
+        if not self.format.scaled:
+            return codes
+        if self.format.bits == 4:
+            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[..., :n]
+        values = codes.to(torch.float32)
+        if self.format.levels:
+            values = values.div_(self.format.levels).square_()
+        return values.mul_(_per_key((self.block_max - self.lse[..., None]).exp2_(), n))
+
+
+def encode(map_format: MapFormat, scores: Tensor, block_max: Tensor) -> Tensor:
+    """Codes of base-2 `scores`; :meth:`AttentionMap.dense` undoes it up to rounding.
+
+    Args:
+        scores: fp32 ``[..., N]``, ``-inf`` where masked.
+        block_max: fp32 ``[..., ceil(N / BLOCK)]``, finite.
+
+    Returns:
+        ``[..., row_codes(N)]``, ``code_dtype``.
+    """
+    relative = scores - _per_key(block_max, scores.shape[-1])  # [..., N], at most 0
+    if not map_format.levels:
+        return relative.exp2_().to(map_format.code_dtype)
+    codes = relative.mul_(0.5).exp2_().mul_(map_format.levels).round_().to(torch.uint8)
+    if map_format.bits == 8:
+        return codes
+    codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)  # even keys in the low half
+
+
+def _per_key(blocks: Tensor, n: int) -> Tensor:
+    """``[..., ceil(n / BLOCK)]`` repeated over each block's keys: ``[..., n]``."""
+    return blocks.repeat_interleave(BLOCK, dim=-1)[..., :n] if n > BLOCK else blocks

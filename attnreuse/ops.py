@@ -1,0 +1,240 @@
+"""The kernels' door: `capture` and `reuse` validate once, choose a backend and call a torch.library op.
+
+A backend is a module with ``capture(query, key, value, mask, scale, into, out)``,
+``reuse(attn_map, value, out)`` and ``unserved(map_format, device, dtype, head_dim) -> reason | None``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnreuse import native, reference
+from attnreuse.formats import AttentionMap, MapFormat
+from attnreuse.formats import map_format as format_named
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+SLICE_BYTES = 16 << 20  # of fp32 map that the torch backend holds at a time
+
+
+class _TorchBackend:
+    """The reference, a few heads at a time so that no full fp32 map is ever materialised."""
+
+    @staticmethod
+    def unserved(map_format: MapFormat, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        return None
+
+    @staticmethod
+    def capture(query, key, value, mask, scale, into, out) -> None:
+        for part in _slices(into.shape):
+            own_mask = None if mask is None else mask.expand(into.shape)[part]
+            reference.capture(query[part], key[part], value[part], own_mask, scale, into.heads(*part), out[part])
+
+    @staticmethod
+    def reuse(attn_map, value, out) -> None:
+        for part in _slices(attn_map.shape):
+            reference.reuse(attn_map.heads(*part), value[part], out[part])
+
+
+def _slices(shape: tuple[int, int, int, int]) -> list[tuple[slice, slice]]:
+    """(batch rows, heads) pairs that cover `shape`, each with an fp32 map of at most ``SLICE_BYTES``."""
+    b, h, m, n = shape
+    whole = max(1, SLICE_BYTES // (4 * m * n))  # maps of one head
+    rows, heads = max(1, whole // h), min(h, whole)
+    return [(slice(i, i + rows), slice(j, j + heads)) for i in range(0, b, rows) for j in range(0, h, heads)]
+
+
+_BACKENDS = {"native": native, "torch": _TorchBackend}  # best first
+
+
+def backend_for(map_format: str | MapFormat, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Name of the backend that :func:`capture` and :func:`reuse` use for such a call."""
+    unserved = unserved_reasons(map_format, device, dtype, head_dim)
+    return next(name for name in _BACKENDS if name not in unserved)
+
+
+def unserved_reasons(
+    map_format: str | MapFormat, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> dict[str, str]:
+    """Backends that cannot serve such a call, and why."""
+    chosen = format_named(map_format)
+    reasons = {n: b.unserved(chosen, device, dtype, head_dim) for n, b in _BACKENDS.items()}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def capture(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    map_format: str | MapFormat = "u8",
+    into: AttentionMap | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, AttentionMap]:
+    """Exact attention that also keeps its map: ``O = P V``, ``P = softmax(scale * Q K^T + mask)``.
+
+    Args:
+        query: ``[B, H, M, D]`` fp32, fp16 or bf16; any strides; ``D <= 256``.
+        key: ``[B, H, N, D]``, like query.
+        value: ``[B, H, N, Dv]``, like query; ``Dv <= 256``.
+        mask: bool (True: attend) or floating (added to the scores), broadcastable to
+            ``[B, H, M, N]``. A row with every key masked gives zeros.
+        scale: factor of the dot products; ``D ** -0.5`` by default.
+        map_format: "fp32", "fp16", "bf16", "u8" or "u4"; ignored where `into` is given.
+        into: the map to overwrite, of shape ``(B, H, M, N)``; allocated by default.
+        backend: "native" or "torch"; by default the first that serves the call.
+
+    Returns:
+        The output ``[B, H, M, Dv]`` in ``query.dtype`` (not affected by the map's rounding), and the map.
+
+    Raises:
+        ValueError: shapes, devices or `into` do not fit, or `backend` cannot serve the call.
+        TypeError: unsupported dtype.
+
+    Source: arXiv 2401.01008; block scaling as in :mod:`attnreuse.formats`.
+    """
+    shape = _check_capture(query, key, value, mask)
+    if into is None:
+        into = AttentionMap.empty(format_named(map_format), shape, query.device)
+    _check_map(into, shape, query.device)
+    backend = _chosen(backend, into.format, value)
+    out = _output(value, shape)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    _capture(query, key, value, mask, scale, into.format.name, backend, into.storage, out)
+    return out, into
+
+
+def reuse(
+    attn_map: AttentionMap,
+    value: Tensor,
+    *,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Apply a captured map to fresh values: ``O = P V``.
+
+    Args:
+        attn_map: map of ``(B, H, M, N)`` in any format.
+        value: ``[B, H, N, Dv]`` fp32, fp16 or bf16; any strides; ``Dv <= 256``.
+        out: ``[B, H, M, Dv]``, ``value.dtype``, to write to; allocated by default.
+        backend: "native" or "torch"; by default the first that serves the call.
+
+    Returns:
+        ``[B, H, M, Dv]``, ``value.dtype``, accumulated in fp32.
+
+    Raises:
+        ValueError: shapes or devices do not fit, or `backend` cannot serve the call.
+        TypeError: unsupported dtype.
+
+    Source: arXiv 2401.01008; block scaling as in :mod:`attnreuse.formats`.
+    """
+    b, h, m, n = attn_map.shape
+    _check_tensor("value", value, (b, h, n, None))
+    _check_map(attn_map, attn_map.shape, value.device)
+    expected = (b, h, m, value.shape[-1])
+    if out is None:
+        out = _output(value, attn_map.shape)
+    elif out.shape != expected or out.dtype != value.dtype or out.device != value.device:
+        raise ValueError(
+            f"out must be {list(expected)} {value.dtype} on {value.device}, "
+            f"got {list(out.shape)} {out.dtype} on {out.device}"
+        )
+    backend = _chosen(backend, attn_map.format, value)
+    _reuse(attn_map.storage, m, value, attn_map.format.name, backend, out)
+    return out
+
+
+@torch.library.custom_op("attnreuse::capture", mutates_args=("storage", "out"))
+def _capture(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    map_format: str,
+    backend: str,
+    storage: Tensor,
+    out: Tensor,
+) -> None:
+    shape = (*query.shape[:3], key.shape[2])
+    into = AttentionMap.view(format_named(map_format), shape, storage)
+    _BACKENDS[backend].capture(query, key, value, mask, scale, into, out)
+
+
+@torch.library.custom_op("attnreuse::reuse", mutates_args=("out",))
+def _reuse(storage: Tensor, queries: int, value: Tensor, map_format: str, backend: str, out: Tensor) -> None:
+    b, h, n, _ = value.shape
+    _BACKENDS[backend].reuse(AttentionMap.view(format_named(map_format), (b, h, queries, n), storage), value, out)
+
+
+@_capture.register_fake
+def _(query, key, value, mask, scale, map_format, backend, storage, out) -> None:
+    return None
+
+
+@_reuse.register_fake
+def _(storage, queries, value, map_format, backend, out) -> None:
+    return None
+
+
+def _output(value: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """An empty ``[B, H, M, Dv]`` that lies as B M H D, so that merging the heads is a view."""
+    b, h, m, _ = shape
+    return value.new_empty(b, m, h, value.shape[-1]).transpose(1, 2)
+
+
+def _chosen(backend: str | None, map_format: MapFormat, value: Tensor) -> str:
+    if backend is None:
+        return backend_for(map_format, value.device, value.dtype, value.shape[-1])
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
+    reason = _BACKENDS[backend].unserved(map_format, value.device, value.dtype, value.shape[-1])
+    if reason:
+        raise ValueError(f"backend {backend!r} cannot serve this call: {reason}; leave backend=None to fall back")
+    return backend
+
+
+def _check_capture(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[int, int, int, int]:
+    _check_tensor("query", query, (None, None, None, None))
+    b, h, m, d = query.shape
+    _check_tensor("key", key, (b, h, None, d), like=query)
+    n = key.shape[2]
+    _check_tensor("value", value, (b, h, n, None), like=query)
+    if mask is not None:
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(f"mask must be bool or floating, got {mask.dtype}")
+        if mask.device != query.device:
+            raise ValueError(f"mask must be on {query.device} like query, got {mask.device}")
+        sizes = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+        if len(sizes) != 4 or any(s not in (1, full) for s, full in zip(sizes, (b, h, m, n), strict=True)):
+            raise ValueError(f"mask must broadcast to [B, H, M, N] = {[b, h, m, n]}, got {list(mask.shape)}")
+    return b, h, m, n
+
+
+def _check_tensor(name: str, tensor: Tensor, sizes: tuple[int | None, ...], like: Tensor | None = None) -> None:
+    wanted = ", ".join(axis if size is None else str(size) for axis, size in zip("BHND", sizes, strict=True))
+    if tensor.ndim != 4 or any(s not in (None, t) for s, t in zip(sizes, tensor.shape, strict=True)):
+        raise ValueError(f"{name} must be [{wanted}], got {list(tensor.shape)}")
+    if 0 in tensor.shape or tensor.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(f"{name} must be non-empty with head dim <= {MAX_HEAD_DIM}, got {list(tensor.shape)}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be fp32, fp16 or bf16, got {tensor.dtype}")
+    if like is not None and (tensor.dtype != like.dtype or tensor.device != like.device):
+        raise ValueError(
+            f"{name} must be {like.dtype} on {like.device} like query, got {tensor.dtype} on {tensor.device}"
+        )
+
+
+def _check_map(attn_map: AttentionMap, shape: tuple[int, int, int, int], device: torch.device) -> None:
+    storage = attn_map.storage
+    if tuple(attn_map.shape) != tuple(shape):
+        raise ValueError(f"the map must stand for [B, H, M, N] = {list(shape)}, got {list(attn_map.shape)}")
+    if storage.device != device:
+        raise ValueError(f"the map must be on {device}, got {storage.device}")
+    if storage.dtype != torch.uint8 or storage.shape != (attn_map.nbytes,) or not storage.is_contiguous():
+        raise ValueError(
+            f"the map's storage must be contiguous uint8 [{attn_map.nbytes}], got {storage.dtype} {list(storage.shape)}"
+        )

@@ -1,0 +1,148 @@
+"""Before the run: map shapes at a resolution, the ring they need, and what each step should cost.
+
+Shapes come from the model itself: a copy of its architecture on the meta device (no weights, no
+memory) is called once with tensors of the run's shapes.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnreuse import ops
+from attnreuse.formats import AttentionMap, MapFormat
+from attnreuse.policy import Action, Policy
+from attnreuse.processors import ShapeRecorder, attention_layers
+from attnreuse.ring import MapRequest
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(budget: int | str | None) -> int | None:
+    """``"4GiB"``, ``"500 MB"`` or a number of bytes; None stays None."""
+    if budget is None or isinstance(budget, int):
+        return budget
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMG]?I?B?)\s*", budget, flags=re.IGNORECASE)
+    if not match or match[2].upper() not in UNITS or match[1].count(".") > 1:
+        raise ValueError(f"memory_budget must be bytes or like '4GiB' or '500MB', got {budget!r}")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def meta_twin(denoiser: Any) -> Any:
+    """The architecture of `denoiser` on the meta device."""
+    with torch.device("meta"):
+        twin = type(denoiser).from_config({**denoiser.config, "encoder_hid_dim_type": None})
+    return twin.eval()
+
+
+def map_shapes(twin: Any, inputs: dict[str, Any]) -> dict[str, tuple[tuple[int, int, int, int], int]]:
+    """Map shape ``(B, H, M, N)`` and head dim of every attention layer, in order of execution.
+
+    Args:
+        twin: from :func:`meta_twin`.
+        inputs: arguments of the denoiser's forward, by name; only shapes and Python values are used.
+    """
+    shapes: dict[str, tuple[tuple[int, int, int, int], int]] = {}
+    for name, attn in attention_layers(twin).items():
+        attn.set_processor(ShapeRecorder(name, shapes))
+    with torch.no_grad():
+        twin(**{k: _on_meta(v) for k, v in inputs.items() if k != "cross_attention_kwargs"})
+    return shapes
+
+
+def map_requests(
+    policy: Policy, layers: list[str], shapes: dict[str, tuple[tuple[int, int, int, int], int]]
+) -> list[MapRequest]:
+    """What the ring must hold for `policy`: one request per layer that ever reuses."""
+    requests = []
+    for name in layers:
+        actions = policy.actions(name)
+        used = [step for step, action in enumerate(actions) if action is not Action.COMPUTE]
+        if used:
+            reuses = actions.count(Action.REUSE)
+            requests.append(MapRequest(name, shapes[name][0], used[0], used[-1], reuses))
+    return requests
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Median seconds of one attention layer at one step, by action, projections of Q and K included."""
+
+    compute: float
+    capture: float
+    reuse: float
+
+    def total(self, actions: list[Action]) -> float:
+        """Seconds of a run with these actions."""
+        return sum(getattr(self, action.value) for action in actions)
+
+
+def measure_cost(
+    shape: tuple[int, int, int, int],
+    head_dim: int,
+    map_format: MapFormat,
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int = 5,
+) -> LayerCost:
+    """Time compute (fused SDPA), capture and reuse side by side on this machine."""
+    b, h, m, n = shape
+    width = h * head_dim
+    g = torch.Generator().manual_seed(0)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=g).to(device, dtype)
+
+    hidden, context, weight = random(b, m, width), random(b, n, width), random(width, width) * width**-0.5
+    value = random(b, n, h, head_dim).transpose(1, 2)
+    slot = AttentionMap.empty(map_format, shape, device)
+
+    def heads(x: Tensor) -> Tensor:
+        return F.linear(x, weight).unflatten(-1, (h, head_dim)).transpose(1, 2)
+
+    medians = _interleaved(
+        [
+            lambda: F.scaled_dot_product_attention(heads(hidden), heads(context), value),
+            lambda: ops.capture(heads(hidden), heads(context), value, into=slot),
+            lambda: ops.reuse(slot, value),
+        ],
+        device,
+        repeats,
+    )
+    return LayerCost(*medians)
+
+
+def _interleaved(calls: list[Callable[[], Any]], device: torch.device, repeats: int) -> list[float]:
+    """Median seconds of each call, taken in turns after a warm-up (capture fills what reuse reads)."""
+    times: list[list[float]] = [[] for _ in calls]
+    with torch.no_grad():
+        for turn in range(repeats + 1):
+            for call, taken in zip(calls, times, strict=True):
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                start = time.perf_counter()
+                call()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                if turn:
+                    taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in times]
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        return torch.empty(value.shape, dtype=dtype, device="meta")
+    if isinstance(value, dict):
+        return {k: _on_meta(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_meta(v) for v in value)
+    return value

@@ -1,0 +1,125 @@
+"""MapRing: one preallocated buffer for every layer's map, laid out before the run.
+
+A layer holds its map from its first capture to its last reuse. Maps whose lifetimes do not overlap
+share bytes, so the buffer is the peak of what lives at once, known to the byte before it is allocated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from attnreuse.errors import MemoryBudgetError
+from attnreuse.formats import AttentionMap, MapFormat
+
+
+@dataclass(frozen=True)
+class MapRequest:
+    """One layer's map: `shape` ``(B, H, M, N)``, alive in steps `first` to `last`, both included."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    first: int
+    last: int
+    reuses: int
+
+    def overlaps(self, other: MapRequest) -> bool:
+        return self.first <= other.last and other.first <= self.last
+
+
+@dataclass(frozen=True)
+class RingPlan:
+    """Where each map lies.
+
+    Attributes:
+        map_format: of every map.
+        requests: what is planned, by layer name.
+        offsets: first byte of each layer's slot, by layer name.
+        nbytes: size of the buffer; what :class:`MapRing` allocates, exactly.
+        dropped: layers that the memory budget left out, with the bytes each would have taken.
+    """
+
+    map_format: MapFormat
+    requests: dict[str, MapRequest]
+    offsets: dict[str, int]
+    nbytes: int
+    dropped: dict[str, int]
+
+
+def plan_ring(requests: list[MapRequest], map_format: MapFormat, memory_budget: int | None = None) -> RingPlan:
+    """Lay maps out in one buffer; largest first, each at the lowest offset free over its lifetime.
+
+    Under a `memory_budget` (bytes) the layers that save least time per byte are dropped until the
+    rest fits: a reuse saves about ``M N D`` products on ``M N`` bytes, so fewest reuses go first and,
+    among equals, the largest map.
+
+    Raises:
+        MemoryBudgetError: not even one layer fits.
+
+    Source: greedy by size, arXiv 2001.03288.
+    """
+    kept = sorted(requests, key=lambda r: (-r.reuses, map_format.nbytes(r.shape), r.name))
+    dropped: dict[str, int] = {}
+    offsets, nbytes = _place(kept, map_format)
+    while memory_budget is not None and nbytes > memory_budget:
+        out = kept.pop()
+        dropped[out.name] = map_format.nbytes(out.shape)
+        if not kept:
+            raise MemoryBudgetError(
+                f"memory_budget of {memory_budget} bytes holds no map at all: the smallest takes "
+                f"{min(dropped.values())} bytes; raise the budget or choose a smaller map_format than {map_format.name}"
+            )
+        offsets, nbytes = _place(kept, map_format)
+    return RingPlan(map_format, {r.name: r for r in kept}, offsets, nbytes, dropped)
+
+
+def _place(requests: list[MapRequest], map_format: MapFormat) -> tuple[dict[str, int], int]:
+    """Offsets by name, and the bytes up to the end of the last slot."""
+    placed: list[tuple[MapRequest, int, int]] = []  # request, start, end
+    for request in sorted(requests, key=lambda r: (-map_format.nbytes(r.shape), r.name)):
+        size, start = map_format.nbytes(request.shape), 0
+        for other, other_start, other_end in sorted(placed, key=lambda entry: entry[1]):
+            if request.overlaps(other) and start < other_end and other_start < start + size:
+                start = other_end
+        placed.append((request, start, start + size))
+    return {r.name: start for r, start, _ in placed}, max((end for *_, end in placed), default=0)
+
+
+class MapRing:
+    """The buffer of a :class:`RingPlan`, and which step's map each slot holds.
+
+    Args:
+        plan: the layout.
+        device: where to allocate ``plan.nbytes``.
+    """
+
+    def __init__(self, plan: RingPlan, device: torch.device):
+        self.plan = plan
+        # Written to, so that the pages exist before the first step (torch.zeros would map them lazily).
+        self.buffer = torch.empty(plan.nbytes, dtype=torch.uint8, device=device).zero_()
+        self.slots = {name: self._slot(name) for name in plan.offsets}
+        self.captured_at: dict[str, int] = {}  # layer to the step whose map its slot holds
+
+    def _slot(self, name: str) -> AttentionMap:
+        shape, start = self.plan.requests[name].shape, self.plan.offsets[name]
+        size = self.plan.map_format.nbytes(shape)
+        return AttentionMap.view(self.plan.map_format, shape, self.buffer[start : start + size])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self.buffer.numel() * self.buffer.element_size()
+
+    def captured(self, name: str, step: int) -> None:
+        """Note that the slot of layer `name` now holds the map of `step`, and what it overwrote is gone."""
+        start, end = self._bytes(name)
+        for other in list(self.captured_at):
+            other_start, other_end = self._bytes(other)
+            if other_start < end and start < other_end:
+                del self.captured_at[other]
+        self.captured_at[name] = step
+
+    def _bytes(self, name: str) -> tuple[int, int]:
+        start = self.plan.offsets[name]
+        return start, start + self.slots[name].nbytes
