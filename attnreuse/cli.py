@@ -161,10 +161,9 @@ def doctor(as_json: AsJson = False) -> None:
     from attnreuse.environment import default_device, environment
     from attnreuse.formats import FORMATS
 
-    extension, info = native.load()
     found: dict[str, Any] = dict(environment(default_device()))
     found["cuda"] = torch.version.cuda if torch.cuda.is_available() else "no CUDA device"
-    found["extension"] = info if extension else f"absent, torch serves everything ({info})"
+    found["extension"] = native.INFO
     devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
     for device in devices:
         for name in FORMATS:

@@ -19,14 +19,8 @@ def pipe():
 
 
 @pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch):
-    """`torch.empty` and `new_empty` give NaN (floats) or 0xFF, so that unwritten memory shows."""
-
-    def poison(tensor):
-        if tensor.device.type == "cpu" and not isinstance(tensor, torch._subclasses.FakeTensor):
-            tensor.fill_(float("nan") if tensor.is_floating_point() else 255 if tensor.dtype == torch.uint8 else 0)
-        return tensor
-
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+def _poisoned_memory():
+    """Uninitialised memory holds NaN (floats) or 255 (bytes), so that what nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -44,7 +44,7 @@ def random_pipeline(**unet_changes) -> StableDiffusionPipeline:
         text_encoder=text.eval(),
         tokenizer=None,
         unet=unet,
-        scheduler=DDIMScheduler(clip_sample=False),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

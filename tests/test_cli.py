@@ -1,0 +1,112 @@
+"""The commands as a user types them: files written, JSON, clear errors with exit code 2."""
+
+import json
+import re
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from attnreuse import hurry
+from attnreuse.cli import app
+
+runner = CliRunner()
+
+
+def run(*args):
+    return runner.invoke(app, [str(a) for a in args])
+
+
+def test_sample_writes_picture_and_json(tmp_path):
+    out = tmp_path / "s.png"
+    prompts = ("a red circle on gray", "a blue square on white")
+    result = run("sample", "--steps", 4, "--reuse", 2, "--prompt", prompts[0], "--prompt", prompts[1], "--out", out)
+    assert result.exit_code == 0, result.output
+    picture = Image.open(out)
+    assert picture.width > 2 * 256
+    assert picture.height > 3 * 256
+    data = json.loads((tmp_path / "s.json").read_text())
+    assert data["prompts"] == list(prompts)
+    assert data["baseline"]["latency_s"] > 0
+    assert sum(data["reuse"]["policy"]["reuse"]) == 2
+    assert len(data["reuse"]["psnr_db_by_prompt"]) == 2
+    assert 15 < data["reuse"]["psnr_db"] < 100
+    assert 1 <= data["fewer_steps"]["steps"] <= 3
+    assert data["reuse"]["map_bytes"] == data["reuse"]["predicted_map_bytes"] > 0
+    assert {"device", "torch", "diffusers", "threads"} <= set(data["environment"])
+    assert "full steps" in result.output
+
+
+def test_plan_predicts_what_a_run_allocates(tmp_path):
+    args = ("--steps", 4, "--reuse", 2, "--format", "u8")
+    planned = json.loads(run("plan", *args, "--batch", 1, "--no-measure", "--json").output)
+    sampled = run("sample", *args, "--prompt", "a red circle on gray", "--out", tmp_path / "s.png", "--json")
+    assert planned["predicted_bytes"] == json.loads(sampled.output)["reuse"]["map_bytes"]
+
+
+def test_plan_measures_and_advises():
+    result = run("plan", "--steps", 6, "--reuse", 3, "--batch", 1, "--height", 64, "--width", 64)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"attention, .* s computed, .* s with this policy; (it should pay|do not)", result.output)
+
+
+@pytest.mark.parametrize(("name", "executed"), [("heun", 7), ("PNDM", 5), ("ddim", 4)])
+def test_plan_counts_executed_steps(name, executed):
+    result = run("plan", "--steps", 4, "--reuse", 2, "--scheduler", name, "--no-measure", "--json")
+    assert json.loads(result.output)["policy"]["steps"] == executed
+
+
+def test_plan_drops_layers_for_a_budget():
+    planned = json.loads(run("plan", "--no-measure", "--memory-budget", "4MiB", "--batch", 1, "--json").output)
+    assert planned["predicted_bytes"] <= 4 << 20
+    assert planned["dropped"]
+
+
+def test_doctor_tells_what_is_there():
+    found = json.loads(run("doctor", "--json").output)
+    assert found["torch"]
+    assert found["u8 maps on cpu"].startswith(("torch", "native"))
+    assert run("doctor").exit_code == 0
+
+
+def test_a_policy_file_is_used(tmp_path):
+    path = tmp_path / "p.json"
+    hurry(4, 1).save(path)
+    planned = json.loads(run("plan", "--steps", 4, "--policy", path, "--no-measure", "--json").output)
+    assert planned["policy"]["name"] == "hurry(4,1)"
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("plan", "--reuse", 20), "reuse must be between 0 and 19 for 20 steps, got 20"),
+        (("plan", "--format", "u2"), "map_format must be one of fp32, fp16, bf16, u8, u4, got 'u2'"),
+        (("plan", "--scheduler", "magic"), "--scheduler must be one of DDIM, DPM, Euler, PNDM, UniPC, Heun"),
+        (("plan", "--layers", "nothing*"), "matches none of the 20 layers"),
+        (("plan", "--memory-budget", "100"), "holds no map at all"),
+        (("plan", "--policy", "/does/not/exist.json"), "No such file"),
+        (("sample", "--out", "picture.jpg"), "--out must end in .png, got picture.jpg"),
+        (("sample", "--out", "/does/not/exist/s.png"), "no such folder: /does/not/exist"),
+        (("sample", "--model", "/does/not/exist"), "/does/not/exist"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(args, said):
+    result = run(*args)
+    assert result.exit_code == 2
+    assert said in result.output
+    assert len(result.output.strip().splitlines()) == 1
+    assert "Traceback" not in result.output
+
+
+def test_a_policy_of_the_wrong_length_is_refused(tmp_path):
+    hurry(5, 1).save(tmp_path / "p.json")
+    result = run("plan", "--steps", 4, "--policy", tmp_path / "p.json")
+    assert result.exit_code == 2
+    assert "is for 5 executed steps, this run executes 4" in result.output
+
+
+@pytest.mark.parametrize("command", ["sample", "plan", "doctor"])
+def test_help_has_examples(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"attnreuse {command}" in result.output

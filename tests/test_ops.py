@@ -1,0 +1,247 @@
+"""capture and reuse against an fp64 oracle: every format, odd shapes, strides, masks, peaky and flat rows."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from attnreuse import AttentionMap, ops
+from attnreuse.formats import BLOCK, FORMATS
+
+SHAPES = [  # B, H, M, N, D
+    (1, 1, 1, 1, 16),
+    (2, 2, 63, 77, 40),
+    (1, 3, 111, 129, 80),
+    (1, 2, 64, 256, 160),
+    (1, 1, 33, 1024, 64),
+]
+PEAKS = {"flat": 1.0, "peaky": 4.0}
+NATIVE_ERROR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of rounding the output
+
+
+def tensors(shape, peak=1.0, dtype=torch.float32, seed=0):
+    b, h, m, n, d = shape
+    g = torch.Generator().manual_seed(seed)
+    sizes = ((b, h, m, d), (b, h, n, d), (b, h, n, d))
+    q, k, v = (torch.randn(*size, generator=g) for size in sizes)
+    return (q * peak).to(dtype), k.to(dtype), v.to(dtype)
+
+
+def oracle(q, k, v, mask=None, scale=None):
+    """Map and output in fp64."""
+    scores = q.double() @ k.double().mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
+    p = scores.softmax(-1).nan_to_num(0.0)
+    return p, p @ v.double()
+
+
+def error(actual, expected):
+    """Relative Frobenius error."""
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def plain_error(q, k, v, expected):
+    """Error of plain torch in the same dtype."""
+    return error(((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)) @ v, expected)
+
+
+@pytest.mark.parametrize("peak", PEAKS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_errors_stay_within_the_budget(name, shape, peak):
+    q, k, v = tensors(shape, PEAKS[peak])
+    p, expected = oracle(q, k, v)
+    budget = 2 * plain_error(q, k, v, expected) + 1e-7
+    out, attn_map = ops.capture(q, k, v, map_format=name)
+    assert error(out, expected) <= budget  # exact, whatever the map's format
+    assert error(ops.reuse(attn_map, v), expected) <= budget + FORMATS[name].error
+    assert attn_map.dense().shape == p.shape
+
+
+@pytest.mark.parametrize("peak", PEAKS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_element_is_within_the_documented_rounding(name, peak):
+    q, k, v = tensors((1, 2, 63, 300, 40), PEAKS[peak])
+    p, _ = oracle(q, k, v)
+    _, attn_map = ops.capture(q, k, v, map_format=name)
+    scale = torch.ones_like(p)
+    if attn_map.format.scaled:
+        per_block = (attn_map.block_max.double() - attn_map.lse.double()[..., None]).exp2()
+        scale = per_block.repeat_interleave(BLOCK, -1)[..., :300]
+    t = (p / scale).sqrt() if attn_map.format.levels else p / scale
+    allowed = scale * attn_map.format.element_error(t) + 1e-5 * p  # the last for fp32 arithmetic
+    assert ((attn_map.dense() - p).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("name", ["fp16", "u8", "u4"])
+def test_documented_error_is_reached_not_padded(name):
+    """The figure in `formats.py` is tight to a factor of two, so that it informs."""
+    q, k, v = tensors((1, 4, 64, 1024, 64))
+    _, expected = oracle(q, k, v)
+    out = ops.reuse(ops.capture(q, k, v, map_format=name)[1], v)
+    assert FORMATS[name].error / 4 <= error(out, expected) <= FORMATS[name].error
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", FORMATS)
+def test_half_precision_inputs(name, dtype):
+    q, k, v = tensors((2, 2, 63, 77, 40), dtype=dtype)
+    _, expected = oracle(q, k, v)
+    out, attn_map = ops.capture(q, k, v, map_format=name)
+    again = ops.reuse(attn_map, v)
+    assert out.dtype == again.dtype == dtype
+    budget = 2 * NATIVE_ERROR[dtype]
+    assert error(out, expected) <= budget
+    assert error(again, expected) <= budget + FORMATS[name].error
+
+
+def test_same_step_reuse_of_an_fp32_map_is_exact_to_rounding():
+    q, k, v = tensors((2, 4, 111, 111, 40))
+    out, attn_map = ops.capture(q, k, v, map_format="fp32")
+    torch.testing.assert_close(ops.reuse(attn_map, v), out, rtol=0, atol=1e-6)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), rtol=0, atol=2e-6)
+
+
+def test_reuse_applies_the_map_to_fresh_values_of_another_head_dim():
+    q, k, v = tensors((1, 2, 63, 77, 40))
+    p, _ = oracle(q, k, v)
+    fresh = torch.randn(1, 2, 77, 24)
+    _, attn_map = ops.capture(q, k, v, map_format="fp32")
+    assert error(ops.reuse(attn_map, fresh), p @ fresh.double()) < 1e-6
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_strided_inputs_and_output(name):
+    q, k, v = tensors((2, 3, 65, 77, 40))
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
+    strided.append(torch.stack((v, v), dim=-1)[..., 0])
+    out, attn_map = ops.capture(q, k, v, map_format=name)
+    out_strided, map_strided = ops.capture(*strided, map_format=name)
+    torch.testing.assert_close(out_strided, out, rtol=0, atol=1e-6)
+    into = torch.empty(2, 65, 3, 40).transpose(1, 2)
+    assert ops.reuse(map_strided, strided[2], out=into) is into
+    torch.testing.assert_close(into, ops.reuse(attn_map, v), rtol=0, atol=2e-2 if name == "u4" else 2e-3)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("kind", ["bool", "additive", "per key", "fp16"])
+def test_masks(kind, name):
+    q, k, v = tensors((2, 2, 63, 200, 40))
+    allowed = torch.rand(2, 1, 63, 200, generator=torch.Generator().manual_seed(1)) > 0.5
+    allowed[0, 0, 5] = False  # a row with every key masked
+    allowed[1, 0, :, :140] = False  # the whole first block
+    mask = {
+        "bool": allowed,
+        "additive": torch.where(allowed, 0.5, -math.inf),
+        "per key": torch.where(allowed[:, :, :1], 0.0, torch.finfo(torch.float32).min),
+        "fp16": torch.where(allowed, 0.0, -1e4).half(),
+    }[kind]
+    p, expected = oracle(q, k, v, mask)
+    out, attn_map = ops.capture(q, k, v, mask=mask, map_format=name)
+    assert error(out, expected) < 1e-6
+    assert error(ops.reuse(attn_map, v), expected) <= FORMATS[name].error + 1e-6
+    assert (attn_map.dense()[p == 0] == 0).all()
+    if kind in ("bool", "additive"):
+        assert (out[0, :, 5] == 0).all()
+
+
+def test_mask_and_scale_agree_with_sdpa():
+    q, k, v = tensors((2, 2, 63, 77, 40))
+    mask = torch.randn(63, 77)
+    out, _ = ops.capture(q, k, v, mask=mask, scale=0.3)
+    torch.testing.assert_close(
+        out, F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3), rtol=0, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_large_maps_go_in_slices_and_agree_with_one_piece(name, monkeypatch):
+    q, k, v = tensors((3, 4, 50, 60, 16))
+    whole = ops.capture(q, k, v, map_format=name)
+    monkeypatch.setattr(ops, "SLICE_BYTES", 2 * 4 * 50 * 60)  # two heads
+    sliced = ops.capture(q, k, v, map_format=name)
+    torch.testing.assert_close(sliced[0], whole[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(ops.reuse(sliced[1], v), ops.reuse(whole[1], v), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_identical_bits_run_to_run(name):
+    q, k, v = tensors((2, 2, 63, 77, 40))
+    first, second = (ops.capture(q, k, v, map_format=name) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1].codes, second[1].codes)
+    assert torch.equal(ops.reuse(first[1], v), ops.reuse(second[1], v))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_byte_of_the_map_is_accounted_for(name, shape):
+    b, h, m, n, _ = shape
+    attn_map = AttentionMap.empty(FORMATS[name], (b, h, m, n), torch.device("cpu"))
+    used = sum(part.numel() * part.element_size() for part in (attn_map.codes, attn_map.block_max, attn_map.lse))
+    assert attn_map.nbytes == attn_map.storage.numel()
+    assert used == sum(FORMATS[name].parts((b, h, m, n))) <= attn_map.nbytes < used + 3 * 256
+    assert FORMATS[name].nbytes((1, 1, 4096, 4096)) / (4096 * 4096) < FORMATS[name].bits / 8 + 0.04
+
+
+@pytest.mark.parametrize("name", ["fp32", "u8", "u4"])
+def test_ops_pass_opcheck(name):
+    q, k, v = tensors((1, 2, 5, 7, 16))
+    storage = ops.capture(q, k, v, map_format=name)[1].storage
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    torch.library.opcheck(
+        torch.ops.attnreuse.capture, (q, k, v, mask, 0.25, name, "torch", storage, torch.zeros_like(q))
+    )
+    torch.library.opcheck(torch.ops.attnreuse.reuse, (storage, 5, v, name, "torch", torch.zeros_like(q)))
+
+
+def test_ops_compile_without_graph_breaks():
+    q, k, v = tensors((1, 2, 33, 77, 40))
+    into = AttentionMap.empty(FORMATS["u8"], (1, 2, 33, 77), torch.device("cpu"))
+
+    def both(q, k, v, fresh):
+        out, attn_map = ops.capture(q, k, v, into=into)
+        return out, ops.reuse(attn_map, fresh)
+
+    expected = both(q, k, v, 2 * v)
+    actual = torch.compile(both, fullgraph=True, backend="aot_eager")(q, k, v, 2 * v)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize(
+    ("change", "raised", "said"),
+    [
+        ({"query": torch.zeros(2, 3, 4)}, ValueError, r"query must be \[B, H, N, D\], got \[2, 3, 4\]"),
+        ({"key": torch.zeros(1, 2, 7, 8)}, ValueError, r"key must be \[1, 2, N, 16\], got \[1, 2, 7, 8\]"),
+        ({"value": torch.zeros(1, 2, 9, 16)}, ValueError, r"value must be \[1, 2, 7, D\], got \[1, 2, 9, 16\]"),
+        ({"value": torch.zeros(1, 2, 7, 16).half()}, ValueError, "value must be torch.float32 on cpu like query"),
+        ({"query": torch.zeros(1, 2, 5, 16).double()}, TypeError, "query must be fp32, fp16 or bf16, got torch.float64"),
+        ({"query": torch.zeros(1, 2, 5, 300)}, ValueError, "head dim <= 256"),
+        ({"query": torch.zeros(1, 2, 0, 16)}, ValueError, "non-empty"),
+        ({"mask": torch.ones(5, 9)}, ValueError, r"mask must broadcast to .* \[1, 2, 5, 7\], got \[5, 9\]"),
+        ({"mask": torch.ones(5, 7, dtype=torch.int64)}, TypeError, "mask must be bool or floating"),
+        ({"map_format": "u2"}, ValueError, "map_format must be one of fp32, fp16, bf16, u8, u4, got 'u2'"),
+        ({"backend": "tpu"}, ValueError, "backend must be one of native, torch, got 'tpu'"),
+        ({"backend": "native"}, ValueError, "backend 'native' cannot serve this call"),
+    ],
+)
+def test_bad_input_is_refused_with_expected_and_actual(change, raised, said):
+    given = {"query": torch.zeros(1, 2, 5, 16), "key": torch.zeros(1, 2, 7, 16), "value": torch.zeros(1, 2, 7, 16)}
+    given.update(change)
+    with pytest.raises(raised, match=said):
+        ops.capture(given.pop("query"), given.pop("key"), given.pop("value"), **given)
+
+
+def test_a_map_or_output_of_the_wrong_shape_is_refused():
+    q, k, v = tensors((1, 2, 5, 7, 16))
+    other = AttentionMap.empty(FORMATS["u8"], (1, 2, 5, 8), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"the map must stand for .* \[1, 2, 5, 7\], got \[1, 2, 5, 8\]"):
+        ops.capture(q, k, v, into=other)
+    _, attn_map = ops.capture(q, k, v)
+    with pytest.raises(ValueError, match=r"value must be \[1, 2, 7, D\], got \[1, 2, 8, 16\]"):
+        ops.reuse(attn_map, torch.zeros(1, 2, 8, 16))
+    with pytest.raises(ValueError, match=r"out must be \[1, 2, 5, 16\]"):
+        ops.reuse(attn_map, v, out=torch.zeros(1, 2, 7, 16))

@@ -1,0 +1,661 @@
+"""enable / disable on a Stable-Diffusion-shaped pipeline: exactness, schedulers, shapes, errors, restoration."""
+
+import copy
+import threading
+import warnings
+
+import diffusers
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from tiny_random import prompt, random_pipeline, random_unet, sample
+
+import attnreuse
+from attnreuse import Policy, hurry, periodic
+from attnreuse.session import ATTRIBUTE
+
+SCHEDULERS = [
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+    "HeunDiscreteScheduler",
+]
+
+
+def with_scheduler(pipe, name, steps, **changes):
+    """Set the scheduler; the number of steps it executes."""
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **changes)
+    pipe.scheduler.set_timesteps(steps)
+    return len(pipe.scheduler.timesteps)
+
+
+def processors(unet):
+    return {name: id(processor) for name, processor in unet.attn_processors.items()}
+
+
+# -- exactness
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_never_reusing_equals_the_stock_pipeline(pipe, scheduler):
+    executed = with_scheduler(pipe, scheduler, 5)
+    expected = sample(pipe, 5)
+    with attnreuse.enable(pipe, hurry(executed, 0), layers="all") as session:
+        actual = sample(pipe, 5)
+    assert (actual - expected).abs().max() == 0  # measured; the promise is 1e-4
+    assert session.report().steps == executed
+    assert session.report().allocated_bytes == 0
+
+
+@pytest.mark.parametrize("stock", [AttnProcessor, AttnProcessor2_0])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_reuse_runs_with_every_scheduler(pipe, scheduler, stock):
+    executed = with_scheduler(pipe, scheduler, 5)
+    pipe.unet.set_attn_processor(stock())
+    expected = sample(pipe, 5)
+    with attnreuse.enable(pipe, hurry(executed, executed // 2), layers="all", strict=True) as session:
+        actual = sample(pipe, 5)
+    report = session.report()
+    assert report.steps == executed
+    for layer in report.layers:
+        assert (layer.computed, layer.captured, layer.reused) == (executed - executed // 2 - 1, 1, executed // 2)
+    assert 0 < (actual - expected).norm() / expected.norm() < 0.05
+
+
+@pytest.mark.parametrize("stock", [AttnProcessor, AttnProcessor2_0])
+@pytest.mark.parametrize("changes", [{}, {"upcast_attention": True}, {"only_cross_attention": False}])
+def test_capture_and_same_step_reuse_equal_the_stock_processor(stock, changes):
+    """One denoiser input, twice: step 1 reuses the map of step 0 on the same values."""
+    unet = random_unet(**changes)
+    unet.set_attn_processor(stock())
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 32)
+    with torch.no_grad():
+        expected = unet(x, 10, context).sample
+        with attnreuse.enable(unet, hurry(2, 1), map_format="fp32", layers="all") as session:
+            for step in range(2):
+                session.step(step, 2)
+                actual = unet(x, 10, context).sample
+                torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_masks_take_part_in_capture():
+    unet = random_unet()
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 32)
+    given = {"encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1] * 7])}
+    with torch.no_grad():
+        expected = unet(x, 10, context, **given).sample
+        assert (expected - unet(x, 10, context).sample).abs().max() > 1e-4
+        with attnreuse.enable(unet, hurry(2, 1), map_format="fp32", layers="all") as session:
+            for step in range(2):
+                session.step(step, 2)
+                torch.testing.assert_close(unet(x, 10, context, **given).sample, expected, rtol=0, atol=1e-5)
+
+
+def test_reuse_does_not_project_queries_and_keys(pipe):
+    calls = {"to_q": 0, "to_k": 0, "to_v": 0}
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    for projection in calls:
+        module = pipe.unet.get_submodule(f"{name}.{projection}")
+        module.register_forward_hook(lambda *a, p=projection: calls.__setitem__(p, calls[p] + 1))
+    with attnreuse.enable(pipe, hurry(6, 4)):
+        sample(pipe, 6)
+    assert calls == {"to_q": 2, "to_k": 2, "to_v": 6}
+
+
+def test_reused_maps_are_the_captured_ones_and_values_are_fresh(pipe):
+    """A LoRA-like change of to_v in mid-run shows; one of to_q does not."""
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    attn = pipe.unet.get_submodule(name)
+
+    def run(projection):
+        def change(pipe, step, t, kwargs):
+            if step == 3 and projection:
+                getattr(attn, projection).weight.data.mul_(3)
+            return kwargs
+
+        saved = copy.deepcopy(attn.state_dict())
+        with attnreuse.enable(pipe, hurry(6, 2), layers=[name]):
+            out = sample(pipe, 6, callback_on_step_end=change)
+        attn.load_state_dict(saved)
+        return out
+
+    plain = run(None)
+    assert torch.equal(run("to_q"), plain)
+    assert not torch.equal(run("to_v"), plain)
+
+
+# -- shapes of runs
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"batch": 3},
+        {"num_images_per_prompt": 2},
+        {"guidance_scale": 1.0},
+        {"height": 24, "width": 40},
+        {"latents": torch.ones(1, 4, 9, 7)},  # odd at every level
+        {"eta": 0.5},
+    ],
+    ids=str,
+)
+def test_batches_guidance_and_resolutions(pipe, call):
+    expected = sample(pipe, 4, **call)
+    with attnreuse.enable(pipe, hurry(4, 0)):
+        assert torch.equal(sample(pipe, 4, **call), expected)
+    with attnreuse.enable(pipe, hurry(4, 2)) as session:
+        actual = sample(pipe, 4, **call)
+    assert actual.shape == expected.shape
+    assert (actual - expected).norm() / expected.norm() < 0.05
+    report = session.report()
+    assert report.predicted_bytes == report.allocated_bytes > 0
+    assert all(layer.reused == 2 for layer in report.layers)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("strength", [0.45, 0.6, 0.9])
+def test_image_to_image_counts_executed_steps(pipe, scheduler, strength):
+    with_scheduler(pipe, scheduler, 10)
+    pipe = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    calls = []
+    pipe.unet.register_forward_pre_hook(lambda *a: calls.append(1))
+    given = {"image": image, "strength": strength, "output_type": "latent", "num_inference_steps": 10, **prompt()}
+    expected = pipe(generator=torch.Generator().manual_seed(0), **given).images
+    executed = len(calls)
+    with attnreuse.enable(pipe, hurry(executed, executed // 2)) as session:
+        actual = pipe(generator=torch.Generator().manual_seed(0), **given).images
+    assert session.report().steps == executed
+    assert session.report().layers[0].reused == executed // 2
+    assert (actual - expected).norm() / expected.norm() < 0.05
+
+
+def test_a_sibling_pipeline_may_use_the_enabled_denoiser(pipe):
+    sibling = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    image = torch.rand(1, 3, 16, 16)
+    with attnreuse.enable(pipe, hurry(6, 2)) as session:
+        sample(pipe, 6)
+        sibling(image=image, strength=0.6, num_inference_steps=10, output_type="latent", **prompt())
+    assert session.report().layers[0].reused == 2
+
+
+def test_a_custom_loop_with_a_scheduler(pipe):
+    unet, scheduler = pipe.unet, pipe.scheduler
+    with torch.no_grad(), attnreuse.enable(unet, periodic(4, 2), scheduler=scheduler) as session:
+        scheduler.set_timesteps(4)
+        x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
+        for t in scheduler.timesteps.tolist():  # plain numbers, not views
+            for _ in range(2):  # conditional and unconditional calls apart
+                noise = unet(x, t, context).sample
+            x = scheduler.step(noise, t, x).prev_sample
+    report = session.report()
+    assert (report.layers[0].captured, report.layers[0].reused) == (4, 4)
+    assert report.allocated_bytes == report.predicted_bytes == 2 * sum(layer.map_bytes // 2 for layer in report.layers)
+
+
+def test_two_calls_of_a_step_keep_their_maps_apart():
+    """Unbatched guidance: the second call must not read the first one's maps."""
+    unet = random_unet()
+    x, contexts = torch.randn(1, 4, 8, 8), torch.randn(2, 1, 7, 32)
+    with torch.no_grad(), attnreuse.enable(unet, hurry(2, 1), map_format="fp32", layers="all") as session:
+        for step in range(2):
+            session.step(step, 2)
+            outs = [unet(x, 10, context).sample for context in contexts]
+    with torch.no_grad():
+        for out, context in zip(outs, contexts, strict=True):
+            torch.testing.assert_close(out, unet(x, 10, context).sample, rtol=0, atol=1e-5)
+
+
+# -- memory
+
+
+def test_one_buffer_is_allocated_before_the_first_step_and_none_later(pipe, monkeypatch):
+    from attnreuse import session as module
+
+    made, addresses = [], set()
+    ring = module.MapRing
+    monkeypatch.setattr(module, "MapRing", lambda *a: made.append(ring(*a)) or made[-1])
+    with attnreuse.enable(pipe, periodic(6, 2), layers="all") as session:
+
+        def watch(pipe, step, t, kwargs):
+            addresses.update(id(p.slot.storage) for p in session._processors.values() if p.slot is not None)
+            return kwargs
+
+        sample(pipe, 6, callback_on_step_end=watch)
+        assert len(made) == 1
+        assert len(addresses) == len(made[0].slots)
+        assert made[0].nbytes == made[0].plan.nbytes == session.report().predicted_bytes
+        assert all(p.slot is None for p in session._processors.values())  # released at the end
+        assert not session._branches
+
+
+def test_layers_that_do_not_fit_the_budget_only_compute_and_are_told(pipe):
+    with attnreuse.enable(pipe, hurry(4, 2)) as session:
+        sample(pipe, 4)
+    whole = session.report().allocated_bytes
+    with (
+        pytest.warns(UserWarning, match="does not fit the memory budget"),
+        attnreuse.enable(pipe, hurry(4, 2), memory_budget=whole // 2) as session,
+    ):
+        sample(pipe, 4)
+    report = session.report()
+    assert 0 < report.allocated_bytes == report.predicted_bytes <= whole // 2
+    assert report.skipped
+    for layer in report.layers:
+        assert (layer.reused == 0) == (layer.name in report.skipped)
+
+
+def test_maps_shrink_with_the_format(pipe):
+    size = {}
+    for name in ("fp32", "fp16", "u8", "u4"):
+        with attnreuse.enable(pipe, hurry(4, 2), map_format=name) as session:
+            sample(pipe, 4, height=64, width=64)
+        size[name] = session.report().allocated_bytes
+    assert size["fp32"] > 1.9 * size["fp16"] > 3.4 * size["u8"] > 5 * size["u4"]
+
+
+def test_layer_wise_policies_share_the_buffer(pipe):
+    policy = Policy(steps=6, reuse={"down_blocks.0.*": [0, 1, 1, 0, 0, 0], "up_blocks.1.*": [0, 0, 0, 0, 1, 1]})
+    with attnreuse.enable(pipe, policy) as session:
+        sample(pipe, 6)
+    report = session.report()
+    by_name = {layer.name.split(".attentions")[0]: layer for layer in report.layers}
+    assert by_name["down_blocks.0"].reused == by_name["up_blocks.1"].reused == 2
+    assert by_name["mid_block"].reused == 0
+    total = sum(layer.map_bytes for layer in report.layers)
+    assert report.allocated_bytes < total
+
+
+# -- selection
+
+
+def test_layers_self_cross_all_and_patterns(pipe):
+    count = {
+        key: len(attnreuse.enable(pipe, hurry(4, 2), layers=key).report().layers)
+        for key in ("self", "cross", "all", "mid_block.*")
+    }
+    attnreuse.disable(pipe)
+    assert count == {"self": 7, "cross": 7, "all": 14, "mid_block.*": 2}
+    with pytest.raises(ValueError, match=r"'middle\.\*' matches none of the 14 layers"):
+        attnreuse.enable(pipe, hurry(4, 2), layers=["middle.*"])
+
+
+def test_unsupported_processors_are_left_alone_and_told(pipe):
+    theirs = SlicedAttnProcessor(slice_size=1)
+    pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(theirs)
+    with (
+        pytest.warns(UserWarning, match="leaves 1 of 7 layers alone.*SlicedAttnProcessor"),
+        attnreuse.enable(pipe, hurry(4, 2)) as session,
+    ):
+        sample(pipe, 4)
+        assert pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor is theirs
+    assert list(session.report().skipped) == ["mid_block.attentions.0.transformer_blocks.0.attn1"]
+    assert "SlicedAttnProcessor" in str(session.report())
+    with pytest.raises(attnreuse.UnsupportedLayerError, match="SlicedAttnProcessor"):
+        attnreuse.enable(pipe, hurry(4, 2), strict=True)
+
+
+def test_nothing_to_serve_is_an_error(pipe):
+    pipe.unet.set_attn_processor(SlicedAttnProcessor(slice_size=1))
+    with pytest.raises(attnreuse.UnsupportedLayerError, match="7 of 7 layers cannot be served"):
+        attnreuse.enable(pipe, hurry(4, 2))
+    with pytest.raises(attnreuse.UnsupportedLayerError, match="expected a pipeline with a UNet2DConditionModel"):
+        attnreuse.enable(torch.nn.Linear(2, 2), hurry(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"map_format": "u2"}, "map_format must be one of"),
+        ({"memory_budget": "lots"}, "memory_budget must be bytes or like '4GiB'"),
+    ],
+)
+def test_bad_arguments(pipe, given, said):
+    with pytest.raises(ValueError, match=said):
+        attnreuse.enable(pipe, hurry(4, 2), **given)
+    assert not hasattr(pipe.unet, ATTRIBUTE)
+
+
+# -- restoration
+
+
+def test_disable_restores_bit_exactly(pipe):
+    before, expected = processors(pipe.unet), sample(pipe, 4)
+    keys = set(pipe.unet.__dict__)
+    attnreuse.enable(pipe, hurry(4, 2))
+    assert not torch.equal(sample(pipe, 4), expected)
+    attnreuse.disable(pipe)
+    assert processors(pipe.unet) == before
+    assert torch.equal(sample(pipe, 4), expected)
+    assert set(pipe.unet.__dict__) == keys
+    assert not pipe.unet._forward_pre_hooks
+    assert not pipe.unet._forward_hooks
+    attnreuse.disable(pipe)  # nothing to undo: nothing happens
+
+
+def test_disable_after_an_exception_in_mid_run(pipe):
+    before, expected = processors(pipe.unet), sample(pipe, 4)
+
+    def stop(pipe, step, t, kwargs):
+        if step == 2:
+            raise KeyboardInterrupt
+        return kwargs
+
+    with pytest.raises(KeyboardInterrupt), attnreuse.enable(pipe, hurry(4, 2)):
+        sample(pipe, 4, callback_on_step_end=stop)
+    assert processors(pipe.unet) == before
+    assert torch.equal(sample(pipe, 4), expected)
+
+
+def test_an_exception_inside_the_denoiser_ends_the_run(pipe):
+    expected = sample(pipe, 4)
+    session = attnreuse.enable(pipe, hurry(4, 2))
+    reused = sample(pipe, 4)
+    armed = [True]
+
+    def fail(*args):
+        if armed and session.report().steps == 3:
+            armed.clear()
+            raise RuntimeError("out of memory, say")
+
+    hook = pipe.unet.mid_block.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory, say"):
+        sample(pipe, 4)
+    assert not session._branches
+    assert torch.equal(sample(pipe, 4), reused)
+    hook.remove()
+    session.disable()
+    assert torch.equal(sample(pipe, 4), expected)
+
+
+def test_lora_loaded_while_enabled(pipe, tmp_path):
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    donor = random_unet()
+    donor.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(donor))
+
+    before, plain = processors(pipe.unet), sample(pipe, 4)
+    session = attnreuse.enable(pipe, hurry(4, 2))
+    pipe.load_lora_weights(tmp_path)
+    with_lora = sample(pipe, 4)
+    assert session.report().layers[0].reused == 2
+    session.disable()
+    assert processors(pipe.unet) == before
+    exact = sample(pipe, 4)
+    assert not torch.equal(exact, plain)
+    assert (with_lora - exact).norm() / exact.norm() < 0.05  # the adapter is in force on reuse, too
+    pipe.unload_lora_weights()
+    assert torch.equal(sample(pipe, 4), plain)
+
+
+def test_processors_that_others_set_stay_theirs(pipe):
+    session = attnreuse.enable(pipe, hurry(4, 2))
+    pipe.unet.set_attn_processor(AttnProcessor())
+    theirs = processors(pipe.unet)
+    with pytest.warns(UserWarning, match="replaced by AttnProcessor after enable"):
+        sample(pipe, 4)
+    assert session.report().allocated_bytes == 0
+    assert len(session.report().skipped) == 7
+    session.disable()
+    assert processors(pipe.unet) == theirs
+
+
+def test_a_copied_denoiser_has_no_session(pipe):
+    expected = sample(pipe, 4)
+    session = attnreuse.enable(pipe, hurry(4, 2))
+    twin = random_pipeline()
+    twin.unet = copy.deepcopy(pipe.unet)
+    assert torch.equal(sample(twin, 4), expected)
+    assert session.report().steps == 0
+    attnreuse.disable(twin)
+    assert not torch.equal(sample(pipe, 4), expected)
+
+
+def test_enabling_again_replaces_the_session(pipe):
+    before = processors(pipe.unet)
+    first = attnreuse.enable(pipe, hurry(4, 2))
+    second = attnreuse.enable(pipe, hurry(4, 1))
+    first.disable()  # no longer in force: nothing happens
+    sample(pipe, 4)
+    assert second.report().layers[0].reused == 1
+    second.disable()
+    assert processors(pipe.unet) == before
+
+
+def test_state_dict_is_untouched(pipe):
+    keys = set(pipe.unet.state_dict())
+    with attnreuse.enable(pipe, hurry(4, 2)):
+        assert set(pipe.unet.state_dict()) == keys
+
+
+# -- errors that name what was expected and what came
+
+
+def test_a_policy_of_the_wrong_length(pipe):
+    with (
+        attnreuse.enable(pipe, hurry(5, 2)),
+        pytest.raises(attnreuse.PolicyMismatchError, match="is for 5 executed steps, this run executes 4"),
+    ):
+        sample(pipe, 4)
+
+
+def test_a_policy_made_for_something_else(pipe):
+    policy = hurry(4, 2).model_copy(update={"scheduler": "PNDMScheduler"})
+    said = "scheduler: policy 'PNDMScheduler', run 'DDIMScheduler'"
+    with attnreuse.enable(pipe, policy), pytest.warns(UserWarning, match=said):
+        sample(pipe, 4)
+    with (
+        attnreuse.enable(pipe, policy, strict=True),
+        pytest.raises(attnreuse.PolicyMismatchError, match=said),
+    ):
+        sample(pipe, 4)
+
+
+def test_a_policy_that_names_layers_not_served(pipe):
+    policy = Policy(steps=4, reuse={"transformer.*": [0, 0, 1, 1], "*": [0, 0, 0, 1]})
+    with pytest.warns(UserWarning, match=r"names layers that are not served here: transformer\.\*"):
+        attnreuse.enable(pipe, policy)
+    with pytest.raises(attnreuse.PolicyMismatchError, match="not served"):
+        attnreuse.enable(pipe, policy, strict=True)
+
+
+def test_a_missing_capture():
+    unet = random_unet()
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
+    with torch.no_grad(), attnreuse.enable(unet, Policy(steps=4, reuse=[0, 0, 1, 1])) as session:
+        session.step(0, 4)
+        unet(x, 1, context)
+        session.step(2, 4)  # step 1, which would have captured, was left out
+        with pytest.raises(attnreuse.StaleMapError, match="reuses the map of step 1 at step 2, but none was captured"):
+            unet(x, 1, context)
+
+
+@pytest.mark.parametrize("late", [None, torch.tensor([[1, 1, 1, 1, 1, 1, 0]])], ids=["gone", "other"])
+def test_a_changed_mask(late):
+    unet = random_unet()
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0]])
+    with torch.no_grad(), attnreuse.enable(unet, hurry(2, 1), layers="all") as session:
+        session.step(0, 2)
+        unet(x, 1, context, encoder_attention_mask=mask)
+        session.step(1, 2)
+        said = r"encoder_attention_mask at step 1 .* maps of step 0 .*expected \[1, 7\] torch.int64, got"
+        with pytest.raises(attnreuse.StaleMapError, match=said):
+            unet(x, 1, context, encoder_attention_mask=late)
+
+
+def test_a_mask_changed_in_place():
+    unet = random_unet()
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0]])
+    with torch.no_grad(), attnreuse.enable(unet, hurry(2, 1), layers="all") as session:
+        session.step(0, 2)
+        unet(x, 1, context, encoder_attention_mask=mask)
+        mask[0, 2] = 0
+        session.step(1, 2)
+        with pytest.raises(attnreuse.StaleMapError, match="encoder_attention_mask at step 1"):
+            unet(x, 1, context, encoder_attention_mask=mask)
+
+
+def test_a_batch_that_changes_in_mid_run(pipe):
+    def drop_guidance(pipe, step, t, kwargs):
+        if step == 1:
+            pipe._guidance_scale = 0.0
+            kwargs["prompt_embeds"] = kwargs["prompt_embeds"].chunk(2)[-1]
+        return kwargs
+
+    with (
+        attnreuse.enable(pipe, hurry(4, 2)),
+        pytest.raises(attnreuse.StaleMapError, match=r"expected .*\[2, 4, 8, 8\].*got .*\[1, 4, 8, 8\]"),
+    ):
+        sample(pipe, 4, callback_on_step_end=drop_guidance, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+
+def test_a_denoiser_without_a_scheduler_says_what_to_do():
+    unet = random_unet()
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
+    with (
+        attnreuse.enable(unet, hurry(2, 1)),
+        pytest.raises(attnreuse.AttnReuseError, match=r"pass scheduler= .* or call session\.step"),
+    ):
+        unet(x, 1, context)
+
+
+def test_a_timestep_from_nowhere_says_what_to_do(pipe):
+    pipe.scheduler.set_timesteps(4)
+    with (
+        attnreuse.enable(pipe, hurry(4, 2)),
+        pytest.raises(attnreuse.AttnReuseError, match="timestep 3 is not among the scheduler's 4 timesteps"),
+    ):
+        pipe.unet(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 7, 32))
+
+
+def test_a_second_thread_inside_the_denoiser(pipe):
+    inside, leave, raised = threading.Event(), threading.Event(), []
+
+    def wait(*args):
+        if threading.current_thread().name == "first":
+            inside.set()
+            leave.wait(30)
+
+    def run():
+        try:
+            sample(pipe, 2)
+        except Exception as error:
+            raised.append(error)
+
+    expected = None
+    with attnreuse.enable(pipe, hurry(2, 1)):
+        expected = sample(pipe, 2)
+        hook = pipe.unet.mid_block.register_forward_pre_hook(wait)
+        first = threading.Thread(target=run, name="first")
+        first.start()
+        assert inside.wait(30)
+        run()
+        leave.set()
+        first.join()
+        hook.remove()
+        assert isinstance(raised[0], attnreuse.AttnReuseError)
+        assert "is inside of: give each thread its own pipeline" in str(raised[0])
+        assert torch.equal(sample(pipe, 2), expected)
+
+
+def test_a_second_thread_between_the_steps(pipe):
+    raised = []
+
+    def intrude(pipe, step, t, kwargs):
+        if step == 1:
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+        return kwargs
+
+    def call():
+        try:
+            pipe.unet(torch.randn(2, 4, 8, 8), pipe.scheduler.timesteps[2], torch.randn(2, 7, 32))
+        except attnreuse.AttnReuseError as error:
+            raised.append(str(error))
+
+    with attnreuse.enable(pipe, hurry(4, 2)):
+        expected = sample(pipe, 4)
+        assert torch.equal(sample(pipe, 4, callback_on_step_end=intrude), expected)  # the owner goes on unharmed
+    assert len(raised) == 1
+    assert "of a run that thread" in raised[0]
+
+
+def test_another_thread_may_begin_a_run_of_its_own_afterwards(pipe):
+    results = []
+    with attnreuse.enable(pipe, hurry(4, 2)):
+        expected = sample(pipe, 4)
+        thread = threading.Thread(target=lambda: results.append(sample(pipe, 4)))
+        thread.start()
+        thread.join()
+    assert torch.equal(results[0], expected)
+
+
+# -- other ways to call
+
+
+def test_torch_compile_keeps_one_graph_per_action_pattern(pipe):
+    expected = {}
+    with attnreuse.enable(pipe, hurry(4, 2)):
+        expected["reuse"] = sample(pipe, 4)
+    torch._dynamo.reset()
+    unet = pipe.unet
+    pipe.unet = torch.compile(unet, backend="eager", fullgraph=True)
+    with attnreuse.enable(pipe, hurry(4, 2)) as session, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        actual = sample(pipe, 4)
+    assert session.report().layers[0].reused == 2
+    torch.testing.assert_close(actual, expected["reuse"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cpu_offloaded_pipeline(pipe):
+    """accelerate replaces `forward`; hooks and shapes must survive it."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    with attnreuse.enable(pipe, hurry(4, 2)):
+        expected = sample(pipe, 4)
+    for order in ("hook first", "enable first"):
+        if order == "hook first":
+            add_hook_to_module(pipe.unet, ModelHook())
+        with attnreuse.enable(pipe, hurry(4, 2)) as session:
+            if order == "enable first":
+                add_hook_to_module(pipe.unet, ModelHook())
+            assert torch.equal(sample(pipe, 4), expected)
+            assert session.report().layers[0].reused == 2
+        remove_hook_from_module(pipe.unet)
+
+
+def test_interrupted_runs_leave_nothing_behind(pipe):
+    def interrupt(pipe, step, t, kwargs):
+        pipe._interrupt = step >= 2
+        return kwargs
+
+    with attnreuse.enable(pipe, hurry(6, 4)) as session:
+        expected = sample(pipe, 6)
+        sample(pipe, 6, callback_on_step_end=interrupt)
+        assert session.report().steps == 3
+        assert not session._branches
+        assert torch.equal(sample(pipe, 6), expected)
+
+
+def test_report_prints_and_serialises(pipe):
+    with attnreuse.enable(pipe, hurry(4, 2)) as session:
+        sample(pipe, 4)
+    data = session.report().to_dict()
+    assert data["layers"][0] == {
+        "name": "down_blocks.0.attentions.0.transformer_blocks.0.attn1",
+        "kind": "self",
+        "computed": 1,
+        "captured": 1,
+        "reused": 2,
+        "map_bytes": session.report().layers[0].map_bytes,
+    }
+    assert "mid_block.attentions.0.transformer_blocks.0.attn1" in str(session.report())

@@ -1,0 +1,95 @@
+"""The shipped pipeline: small, complete, Stable-Diffusion-shaped, and it obeys held-out captions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from caption_oracle import judge
+from diffusers import StableDiffusionPipeline
+from tiny_shapes import held_out_prompts, parse
+
+import attnreuse
+
+FOLDER = attnreuse.tiny_shapes_path()
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    pipe = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_it_is_small_and_half_precision():
+    assert sum(p.stat().st_size for p in FOLDER.rglob("*") if p.is_file()) <= 12e6
+    pipe = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype="auto")
+    assert {p.dtype for p in pipe.unet.parameters()} == {torch.float16}
+    assert list(FOLDER.rglob("*.safetensors"))
+    assert not list(FOLDER.rglob("*.bin"))
+
+
+def test_self_attention_matters_as_in_stable_diffusion(shipped):
+    shapes = {}
+    with attnreuse.enable(shipped, attnreuse.hurry(2, 1), layers="all") as session:
+        shipped("a red circle on gray", num_inference_steps=2, output_type="latent")
+        (found,) = session._shapes.values()
+        shapes = {name: shape for name, (shape, _) in found.items()}
+    tokens = {name: m for name, (_, _, m, _) in shapes.items()}
+    assert sorted(set(tokens.values())) == [64, 256, 1024]
+    for level in (64, 256, 1024):
+        kinds = {name[-1] for name, count in tokens.items() if count == level}
+        assert kinds == {"1", "2"}  # attn1 (self) and attn2 (cross)
+    assert all(heads >= 4 for _, heads, _, _ in shapes.values())
+
+
+def test_how_it_was_trained_is_recorded():
+    training = json.loads((FOLDER / "training.json").read_text())
+    assert {"clip", "vae", "unet-8", "unet-16", "unet-32"} <= set(training["stages"])
+
+
+def test_its_clip_tells_captions_apart():
+    """The contrastive pair that conditions the UNet ranks the true caption first."""
+    from tiny_shapes import draw, sample_scenes
+    from transformers import CLIPModel, CLIPTokenizer
+
+    clip = CLIPModel.from_pretrained(FOLDER / "clip", dtype=torch.float32).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")
+    scenes = list({str(s.caption): s for s in sample_scenes(80, seed=9)}.values())[:64]
+    tokens = tokenizer([str(s.caption) for s in scenes], padding="max_length", truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        out = clip(input_ids=tokens.input_ids, pixel_values=draw(scenes, 64))
+    right = out.logits_per_image.argmax(1) == torch.arange(len(scenes))
+    assert right.float().mean() >= 0.9
+
+
+def test_it_obeys_held_out_captions(shipped):
+    """64 prompts that no training stage saw, 20 DDIM steps with guidance."""
+    prompts = held_out_prompts(64)
+    verdicts = []
+    for start in range(0, 64, 16):
+        batch = prompts[start : start + 16]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(16)]
+        images = shipped(batch, num_inference_steps=20, generator=generators).images
+        verdicts += [judge(np.array(image), parse(prompt)) for image, prompt in zip(images, batch, strict=True)]
+    share = {key: np.mean([getattr(v, key) for v in verdicts]) for key in ("background", "color", "shape", "relation")}
+    print(share)
+    assert share["background"] >= 0.9
+    assert share["color"] >= 0.9
+    assert share["shape"] >= 0.7
+
+
+@pytest.mark.parametrize("reuse", [5, 10])
+def test_reuse_stays_close_to_full_steps(shipped, reuse):
+    given = {"num_inference_steps": 20, "output_type": "np"}
+    prompts = held_out_prompts(2)
+
+    def run():
+        return shipped(prompts, generator=[torch.Generator().manual_seed(i) for i in range(2)], **given).images
+
+    full = run()
+    with attnreuse.enable(shipped, attnreuse.hurry(20, reuse)):
+        reused = run()
+    from attnreuse.metrics import psnr
+
+    assert 25 < psnr(reused, full) < 100
