@@ -57,6 +57,10 @@ class StepClock:
             self.last = None
         self._explicit = (step, steps)
 
+    def finish(self) -> None:
+        """The run is complete: a step that was set is no longer in force."""
+        self._explicit = None
+
     def reset(self) -> None:
         """Forget the run in progress: the next call begins one."""
         self.last = self._explicit = None

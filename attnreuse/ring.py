@@ -50,27 +50,28 @@ class RingPlan:
 def plan_ring(requests: list[MapRequest], map_format: MapFormat, memory_budget: int | None = None) -> RingPlan:
     """Lay maps out in one buffer; largest first, each at the lowest offset free over its lifetime.
 
-    Under a `memory_budget` (bytes) the layers that save least time per byte are dropped until the
-    rest fits: a reuse saves about ``M N D`` products on ``M N`` bytes, so fewest reuses go first and,
-    among equals, the largest map.
+    Under a `memory_budget` (bytes) the layers that save most time per byte are kept as long as they
+    fit: a reuse saves about ``M N D`` products on ``M N`` bytes, so those with most reuses come
+    first and, among equals, the smallest maps.
 
     Raises:
         MemoryBudgetError: not even one layer fits.
 
     Source: greedy by size, arXiv 2001.03288.
     """
-    kept = sorted(requests, key=lambda r: (-r.reuses, map_format.nbytes(r.shape), r.name))
+    kept: list[MapRequest] = []
     dropped: dict[str, int] = {}
+    for request in sorted(requests, key=lambda r: (-r.reuses, map_format.nbytes(r.shape), r.name)):
+        if memory_budget is None or _place([*kept, request], map_format)[1] <= memory_budget:
+            kept.append(request)
+        else:
+            dropped[request.name] = map_format.nbytes(request.shape)
+    if dropped and not kept:
+        raise MemoryBudgetError(
+            f"memory_budget of {memory_budget} bytes holds no map at all: the smallest takes "
+            f"{min(dropped.values())} bytes; raise the budget or choose a smaller map_format than {map_format.name}"
+        )
     offsets, nbytes = _place(kept, map_format)
-    while memory_budget is not None and nbytes > memory_budget:
-        out = kept.pop()
-        dropped[out.name] = map_format.nbytes(out.shape)
-        if not kept:
-            raise MemoryBudgetError(
-                f"memory_budget of {memory_budget} bytes holds no map at all: the smallest takes "
-                f"{min(dropped.values())} bytes; raise the budget or choose a smaller map_format than {map_format.name}"
-            )
-        offsets, nbytes = _place(kept, map_format)
     return RingPlan(map_format, {r.name: r for r in kept}, offsets, nbytes, dropped)
 
 

@@ -118,6 +118,7 @@ class Session:
         self._twin: Any = None
         self._shapes: dict[tuple, dict] = {}  # map shapes by the inputs' shapes
         self._branches: dict[int, _Branch] = {}  # by number of the call within its step
+        self._door = threading.Lock()
         self._owner = self._busy = None  # threads: that began the run; that is inside the denoiser
         self._report = self._empty_report()
         self._hooks: list[Any] = []
@@ -248,14 +249,16 @@ class Session:
         self._report.steps = tick.step + 1
         if tick.step == tick.steps - 1 and tick.call == len(self._branches) - 1:
             self._release()
+            self._clock.finish()
 
     def _enter(self) -> None:
         me = threading.get_ident()
-        if self._busy not in (None, me):
+        with self._door:
+            inside, self._busy = self._busy, self._busy or me
+        if inside not in (None, me):
             raise _OtherThreadError(
-                f"thread {me} calls a denoiser that thread {self._busy} is inside of: give each thread its own pipeline"
+                f"thread {me} calls a denoiser that thread {inside} is inside of: give each thread its own pipeline"
             )
-        self._busy = me
 
     def _own(self, tick: Tick) -> None:
         me = threading.get_ident()
@@ -280,7 +283,8 @@ class Session:
         )
 
     def _check_policy(self, steps: int) -> None:
-        policy, scheduler = self.policy, self._scheduler() and type(self._scheduler()).__name__
+        policy, scheduler = self.policy, self._scheduler()
+        scheduler = None if scheduler is None else type(scheduler).__name__
         if policy.steps != steps:
             raise PolicyMismatchError(
                 f"policy {policy.name!r} is for {policy.steps} executed steps, this run executes {steps} "

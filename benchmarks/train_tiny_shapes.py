@@ -19,6 +19,7 @@ whose target at high noise is the picture, not the noise.
 import argparse
 import json
 import math
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from PIL import Image, ImageDraw, ImageFont
 from tiny_shapes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, draw, held_out_prompts, sample_scenes
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
@@ -55,8 +57,8 @@ STAGES = {
         Stage("clip", 700, 128, 1e-3, 64),
         Stage("vae", 1100, 16, 1e-3, 64),
         Stage("unet-8", 1600, 64, 1e-3, 8, 40_000),
-        Stage("unet-16", 2000, 64, 1e-3, 16, 40_000),
-        Stage("unet-32", 1500, 16, 5e-4, 32, 20_000),
+        Stage("unet-16", 900, 64, 1e-3, 16, 40_000),
+        Stage("unet-32", 1100, 16, 5e-4, 32, 20_000),
     )
 }
 
@@ -313,15 +315,19 @@ def export(work: Path, folder: Path, stage: Stage) -> None:
 
 def sheet(work: Path, stage: Stage, count: int = 16) -> None:
     """Samples for held-out captions at the stage's resolution, as one PNG beside the checkpoints."""
-    from diffusers.utils import make_image_grid
-
     pipe, _ = pipeline(work, stage)
     pipe.set_progress_bar_config(disable=True)
     prompts, side = held_out_prompts(count), stage.size * 4
-    g = [torch.Generator().manual_seed(i) for i in range(count)]
-    images = pipe(prompts, num_inference_steps=20, guidance_scale=4.0, height=side, width=side, generator=g).images
-    make_image_grid(images, 4, count // 4).save(work / f"{stage.name}.png")
-    print("\n".join(prompts))
+    generators = [torch.Generator().manual_seed(i) for i in range(count)]
+    pictures = pipe(prompts, num_inference_steps=20, height=side, width=side, generator=generators).images
+    columns, cell, text = count // 2, 150, 46
+    canvas = Image.new("RGB", (columns * cell, 2 * (128 + text)), "white")
+    for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
+        x, y = i % columns * cell, i // columns * (128 + text)
+        canvas.paste(picture.resize((128, 128)), (x + 11, y))
+        caption = "\n".join(textwrap.wrap(prompt, 24))
+        ImageDraw.Draw(canvas).multiline_text((x + 11, y + 130), caption, "black", ImageFont.load_default(11))
+    canvas.save(work / f"{stage.name}.png")
 
 
 def main() -> None:

@@ -34,14 +34,14 @@ def worn():
     return random_pipeline()
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     pass
 
 
 def stop_at(last):
     def callback(pipe, step, t, kwargs):
         if step == last:
-            raise Stop
+            raise StoppedError
         return kwargs
 
     return callback
@@ -62,7 +62,7 @@ def test_any_sequence_of_runs_gives_the_bits_of_fresh_processes(alone, worn, lif
         if session is None or not one_session or session.policy.steps != run["steps"]:
             session = attnreuse.enable(worn, policy_for(run["steps"]), layers="all")
         if stopped is not None:
-            with pytest.raises(Stop):
+            with pytest.raises(StoppedError):
                 sample(worn, callback_on_step_end=stop_at(stopped), **run)
         else:
             assert digest(sample(worn, **run)) == alone[name], f"{name} in {life}"

@@ -218,7 +218,11 @@ def test_ops_compile_without_graph_breaks():
         ({"key": torch.zeros(1, 2, 7, 8)}, ValueError, r"key must be \[1, 2, N, 16\], got \[1, 2, 7, 8\]"),
         ({"value": torch.zeros(1, 2, 9, 16)}, ValueError, r"value must be \[1, 2, 7, D\], got \[1, 2, 9, 16\]"),
         ({"value": torch.zeros(1, 2, 7, 16).half()}, ValueError, "value must be torch.float32 on cpu like query"),
-        ({"query": torch.zeros(1, 2, 5, 16).double()}, TypeError, "query must be fp32, fp16 or bf16, got torch.float64"),
+        (
+            {"query": torch.zeros(1, 2, 5, 16).double()},
+            TypeError,
+            "must be fp32, fp16 or bf16, got torch.float64",
+        ),
         ({"query": torch.zeros(1, 2, 5, 300)}, ValueError, "head dim <= 256"),
         ({"query": torch.zeros(1, 2, 0, 16)}, ValueError, "non-empty"),
         ({"mask": torch.ones(5, 9)}, ValueError, r"mask must broadcast to .* \[1, 2, 5, 7\], got \[5, 9\]"),

@@ -197,6 +197,37 @@ def test_a_custom_loop_with_a_scheduler(pipe):
     assert report.allocated_bytes == report.predicted_bytes == 2 * sum(layer.map_bytes // 2 for layer in report.layers)
 
 
+def test_a_set_step_does_not_outlive_its_run(pipe):
+    with attnreuse.enable(pipe, hurry(4, 2)) as session:
+        expected = sample(pipe, 4)
+        with torch.no_grad():
+            for step in range(4):
+                session.step(step, 4)
+                pipe.unet(torch.randn(1, 4, 8, 8), 10, torch.randn(1, 7, 32))
+        assert torch.equal(sample(pipe, 4), expected)
+
+
+def test_sdxl_conditioning_and_controlnet_residuals():
+    unet = random_unet(
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64
+    )
+    given = {
+        "encoder_hidden_states": torch.randn(1, 7, 32),
+        "added_cond_kwargs": {"text_embeds": torch.randn(1, 16), "time_ids": torch.ones(1, 6)},
+        "mid_block_additional_residual": torch.ones(1, 32, 4, 4),
+        "down_block_additional_residuals": (torch.ones(1, 16, 8, 8),) * 2
+        + (torch.ones(1, 16, 4, 4), torch.ones(1, 32, 4, 4)),
+    }
+    x = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        expected = unet(x, 10, **given).sample
+        with attnreuse.enable(unet, hurry(2, 1), map_format="fp32") as session:
+            for step in range(2):
+                session.step(step, 2)
+                torch.testing.assert_close(unet(x, 10, **given).sample, expected, rtol=0, atol=1e-5)
+            assert session.report().layers[0].reused == 1
+
+
 def test_two_calls_of_a_step_keep_their_maps_apart():
     """Unbatched guidance: the second call must not read the first one's maps."""
     unet = random_unet()
@@ -287,10 +318,9 @@ def test_layers_self_cross_all_and_patterns(pipe):
 def test_unsupported_processors_are_left_alone_and_told(pipe):
     theirs = SlicedAttnProcessor(slice_size=1)
     pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(theirs)
-    with (
-        pytest.warns(UserWarning, match="leaves 1 of 7 layers alone.*SlicedAttnProcessor"),
-        attnreuse.enable(pipe, hurry(4, 2)) as session,
-    ):
+    with pytest.warns(UserWarning, match="leaves 1 of 7 layers alone.*SlicedAttnProcessor"):
+        session = attnreuse.enable(pipe, hurry(4, 2))
+    with session:
         sample(pipe, 4)
         assert pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor is theirs
     assert list(session.report().skipped) == ["mid_block.attentions.0.transformer_blocks.0.attn1"]
