@@ -12,7 +12,8 @@ from attnreuse.errors import (
 )
 from attnreuse.formats import AttentionMap, MapFormat
 from attnreuse.policy import Policy, hurry, periodic
-from attnreuse.session import Report, Session, disable, enable
+from attnreuse.report import Report
+from attnreuse.session import Session, disable, enable
 
 __all__ = [
     "AttentionMap",

@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from attnreuse.environment import environment
 from attnreuse.metrics import psnr
 from attnreuse.policy import Policy
-from attnreuse.session import Report, enable, model_name
+from attnreuse.report import Report
+from attnreuse.session import enable, model_name
 
 MIN_SIDE = 256  # pixels; smaller pictures are enlarged in the sheet
 

@@ -7,7 +7,7 @@ import torch
 from attnreuse.formats import MapFormat
 
 try:
-    from attnreuse import _native as extension
+    import attnreuse._native as extension
 except ImportError as error:  # not built, or built for another Python or system
     extension, INFO = None, f"not built: {error}"
 else:

@@ -57,10 +57,16 @@ def unsupported(name: str, attn: Any) -> str | None:
     for part, reason in EXCLUDED.items():
         if part in name.split("."):
             return reason
-    if type(attn.processor) not in stock_processors():
+    processor = stock_of(attn.processor)
+    if type(processor) not in stock_processors():
         served = " and ".join(t.__name__ for t in stock_processors())
-        return f"its processor is {type(attn.processor).__name__}; only {served} are served"
+        return f"its processor is {type(processor).__name__}; only {served} are served"
     return None
+
+
+def stock_of(processor: Any) -> Any:
+    """The processor itself, or the one that ours stands in for (diffusers may have made a bare one of ours)."""
+    return processor.original if isinstance(processor, ReuseAttnProcessor) else processor
 
 
 class ReuseAttnProcessor:
@@ -68,7 +74,7 @@ class ReuseAttnProcessor:
 
     compute calls the processor it replaced, untouched. capture and reuse repeat that processor's
     steps around :func:`attnreuse.ops.capture` and :func:`attnreuse.ops.reuse`; reuse never projects
-    Q and K. Without a session (constructed bare by diffusers, or deep-copied) it only computes.
+    Q and K. Without a session (``load_ip_adapter`` constructs it bare) it only computes.
 
     Attributes:
         original: the processor it replaced.
@@ -81,8 +87,9 @@ class ReuseAttnProcessor:
         self.action = Action.COMPUTE
         self.slot: AttentionMap | None = None
 
-    def __deepcopy__(self, memo: dict) -> ReuseAttnProcessor:
-        return ReuseAttnProcessor(self.original)
+    def __deepcopy__(self, memo: dict) -> Any:
+        """A copied denoiser has no session: its layers get the stock processor back."""
+        return self.original
 
     def __call__(
         self,

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-import io
 import os
 import threading
 import warnings
 import weakref
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,60 +25,12 @@ from attnreuse.errors import AttnReuseError, PolicyMismatchError, StaleMapError,
 from attnreuse.formats import MapFormat
 from attnreuse.formats import map_format as format_named
 from attnreuse.policy import Action, Policy, load_policy
-from attnreuse.processors import ReuseAttnProcessor, attention_layers, layer_kinds, select_layers, unsupported
+from attnreuse.processors import ReuseAttnProcessor, attention_layers, layer_kinds, select_layers, stock_of, unsupported
+from attnreuse.report import LayerReport, Report
 from attnreuse.ring import MapRing, plan_ring
 
 MASKS = ("attention_mask", "encoder_attention_mask")
 ATTRIBUTE = "_attnreuse_session"  # of an enabled denoiser
-
-
-@dataclass
-class LayerReport:
-    """What one layer did in a run: numbers of denoiser calls, and the bytes of its map."""
-
-    name: str
-    kind: str  # "self" or "cross"
-    computed: int = 0
-    captured: int = 0
-    reused: int = 0
-    map_bytes: int = 0
-
-
-@dataclass
-class Report:
-    """What ran. `skipped` maps layer names to the reason why they only compute."""
-
-    policy: str
-    map_format: str
-    steps: int = 0
-    layers: list[LayerReport] = field(default_factory=list)
-    predicted_bytes: int = 0
-    allocated_bytes: int = 0
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return asdict(self)
-
-    def __rich__(self) -> Any:
-        from rich.table import Table
-
-        table = Table(title=f"{self.policy}, {self.steps} steps, {self.map_format} maps, {self.allocated_bytes:,} B")
-        for column in ("layer", "kind", "computed", "captured", "reused", "map bytes"):
-            table.add_column(column, justify="left" if column in ("layer", "kind") else "right")
-        for layer in self.layers:
-            cells = (layer.name, layer.kind, layer.computed, layer.captured, layer.reused, f"{layer.map_bytes:,}")
-            table.add_row(*map(str, cells))
-        for name, reason in self.skipped.items():
-            table.add_row(name, "", "", "", "", f"skipped: {reason}")
-        return table
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120, file=io.StringIO())
-        console.print(self)
-        return console.file.getvalue()
 
 
 @dataclass
@@ -112,7 +63,7 @@ class Session:
         self._signature = inspect.signature(type(denoiser).forward)
         self._kinds, self._skipped = self._select(layers)
         self._modules = {name: m for name, m in attention_layers(denoiser).items() if name in self._kinds}
-        self._processors = {name: ReuseAttnProcessor(m.processor) for name, m in self._modules.items()}
+        self._processors = {name: ReuseAttnProcessor(stock_of(m.processor)) for name, m in self._modules.items()}
         self._actions = {name: policy.actions(name) for name in self._modules}
         self._check_patterns()
         self._twin: Any = None

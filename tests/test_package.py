@@ -14,7 +14,7 @@ from attnreuse import native
 PACKAGE = Path(attnreuse.__file__).parent
 # Imports point one way: a module may import only those before it.
 LAYERS = [
-    {"errors", "environment", "metrics"},
+    {"errors", "environment", "metrics", "report"},
     {"formats", "policy"},
     {"reference", "native", "kernels", "ring"},
     {"ops"},

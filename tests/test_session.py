@@ -441,10 +441,24 @@ def test_a_copied_denoiser_has_no_session(pipe):
     session = attnreuse.enable(pipe, hurry(4, 2))
     twin = random_pipeline()
     twin.unet = copy.deepcopy(pipe.unet)
+    assert {type(p) for p in twin.unet.attn_processors.values()} == {AttnProcessor2_0}
     assert torch.equal(sample(twin, 4), expected)
     assert session.report().steps == 0
     attnreuse.disable(twin)
     assert not torch.equal(sample(pipe, 4), expected)
+
+
+def test_processors_that_diffusers_constructs_bare_compute_and_can_be_enabled_again(pipe):
+    """`load_ip_adapter` and its inverse call ``processor.__class__()`` on the layers they keep."""
+    expected = sample(pipe, 4)
+    attnreuse.enable(pipe, hurry(4, 2))
+    reused = sample(pipe, 4)
+    pipe.unet.set_attn_processor({name: p.__class__() for name, p in pipe.unet.attn_processors.items()})
+    with pytest.warns(UserWarning, match="replaced by ReuseAttnProcessor after enable"):
+        assert torch.equal(sample(pipe, 4), expected)
+    with attnreuse.enable(pipe, hurry(4, 2)) as session:
+        assert torch.equal(sample(pipe, 4), reused)
+    assert not session.report().skipped
 
 
 def test_enabling_again_replaces_the_session(pipe):
