@@ -117,7 +117,7 @@ def compare(
         return pictures, taken
 
     reports: list[Report] = []
-    run("warm-up", steps, True)
+    run("warm-up", min(2, steps), False)
     full, full_s = run("full steps", steps, False)
     reused, reuse_s = run("reuse", steps, True)
     count = max(1, min(steps - 1, round(steps * reuse_s / full_s)))

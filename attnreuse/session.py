@@ -66,8 +66,6 @@ class Session:
         self._processors = {name: ReuseAttnProcessor(stock_of(m.processor)) for name, m in self._modules.items()}
         self._actions = {name: policy.actions(name) for name in self._modules}
         self._check_patterns()
-        self._twin: Any = None
-        self._shapes: dict[tuple, dict] = {}  # map shapes by the inputs' shapes
         self._branches: dict[int, _Branch] = {}  # by number of the call within its step
         self._door = threading.Lock()
         self._owner = self._busy = None  # threads: that began the run; that is inside the denoiser
@@ -260,7 +258,7 @@ class Session:
         tensors = {k: v for k, v in given.items() if isinstance(v, Tensor) and k not in ("timestep", *MASKS)}
         signature = {k: f"{list(v.shape)} {v.dtype} {v.device}" for k, v in tensors.items()}
         if tick.call not in self._branches:
-            self._branches[tick.call] = _Branch(signature, self._allocate(signature, given))
+            self._branches[tick.call] = _Branch(signature, self._allocate(given))
         branch = self._branches[tick.call]
         if branch.signature != signature:
             raise StaleMapError(
@@ -269,14 +267,10 @@ class Session:
             )
         return branch
 
-    def _allocate(self, signature: dict[str, str], given: dict[str, Any]) -> MapRing:
+    def _allocate(self, given: dict[str, Any]) -> MapRing:
         """Plan and allocate this run's maps for inputs of these shapes."""
-        key = tuple(signature.items())
-        if key not in self._shapes:
-            self._twin = self._twin or planner.meta_twin(self.denoiser)
-            self._shapes[key] = planner.map_shapes(self._twin, given)
         active = [name for name in self._modules if name not in self._report.skipped]
-        requests = planner.map_requests(self.policy, active, self._shapes[key])
+        requests = planner.map_requests(self.policy, active, planner.map_shapes(self.denoiser, given))
         plan = plan_ring(requests, self.map_format, self._budget)
         ring = MapRing(plan, given["sample"].device)
         self._report.predicted_bytes += plan.nbytes

@@ -10,6 +10,8 @@ from diffusers import StableDiffusionPipeline
 from tiny_shapes import held_out_prompts, parse
 
 import attnreuse
+from attnreuse.forecast import Blueprint
+from attnreuse.planner import map_shapes
 
 FOLDER = attnreuse.tiny_shapes_path()
 
@@ -29,12 +31,10 @@ def test_it_is_small_and_half_precision():
     assert not list(FOLDER.rglob("*.bin"))
 
 
-def test_self_attention_matters_as_in_stable_diffusion(shipped):
-    shapes = {}
-    with attnreuse.enable(shipped, attnreuse.hurry(2, 1), layers="all") as session:
-        shipped("a red circle on gray", num_inference_steps=2, output_type="latent")
-        (found,) = session._shapes.values()
-        shapes = {name: shape for name, (shape, _) in found.items()}
+def test_self_attention_matters_as_in_stable_diffusion():
+    blueprint = Blueprint.load(str(FOLDER))
+    found = map_shapes(blueprint.denoiser, blueprint.inputs((128, 128), batch=2))
+    shapes = {name: shape for name, (shape, _) in found.items()}
     tokens = {name: m for name, (_, _, m, _) in shapes.items()}
     assert sorted(set(tokens.values())) == [64, 256, 1024]
     for level in (64, 256, 1024):
