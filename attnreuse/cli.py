@@ -62,6 +62,7 @@ def sample(
     policy: PolicyFile = None,
     map_format: Format = None,
     scheduler: Scheduler = None,
+    guidance: Annotated[float | None, typer.Option(help="guidance_scale. Default: what suits the model.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
     prompt: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: four captions.")] = None,
     out_path: Annotated[Path, typer.Option("--out", help="The picture; the JSON goes beside it.")] = Path(
@@ -73,7 +74,7 @@ def sample(
     with _clear_errors():
         from rich.progress import Progress, SpinnerColumn, TextColumn
 
-        from attnreuse import comparison
+        from attnreuse import TINY_SHAPES_GUIDANCE, comparison
 
         if out_path.suffix.lower() != ".png":
             raise ValueError(f"--out must end in .png, got {out_path}")
@@ -92,6 +93,7 @@ def sample(
                 policy=chosen,
                 map_format=map_format or _default_format(pipe.unet.device, pipe.unet.dtype),
                 seed=seed,
+                guidance=TINY_SHAPES_GUIDANCE if guidance is None and not model else guidance,
                 advance=lambda label, count: progress.update(task, description=f"timed {label} ({count} steps)"),
             )
         comparison.sheet(result).save(out_path)

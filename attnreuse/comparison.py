@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +90,7 @@ def compare(
     policy: Policy,
     map_format: str,
     seed: int,
+    guidance: float | None = None,
     rounds: int = 3,
     advance: Callable[[str, int], None] = lambda label, steps: None,
 ) -> Comparison:
@@ -100,19 +102,21 @@ def compare(
     Args:
         steps: ``num_inference_steps`` of the baseline.
         policy: for the executed steps of that run.
+        guidance: ``guidance_scale``; None: the pipeline's default.
         advance: called with (what runs, denoiser steps) after each run, for a progress bar.
     """
 
     def run(label: str, count: int, with_policy: bool) -> tuple[np.ndarray, float]:
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+        call = {"num_inference_steps": count, "generator": generators, "output_type": "np"}
+        if guidance is not None:
+            call["guidance_scale"] = guidance
         start = time.perf_counter()
-        if with_policy:
-            with enable(pipe, policy, map_format=map_format) as session:
-                pictures = pipe(prompts, num_inference_steps=count, generator=generators, output_type="np").images
-                reports.append(session.report())
-        else:
-            pictures = pipe(prompts, num_inference_steps=count, generator=generators, output_type="np").images
+        with enable(pipe, policy, map_format=map_format) if with_policy else nullcontext() as session:
+            pictures = pipe(prompts, **call).images
         taken = time.perf_counter() - start
+        if session:
+            reports.append(session.report())
         advance(label, count)
         return pictures, taken
 

@@ -149,9 +149,9 @@ class AttentionMap:
         """An unfilled map in memory of its own."""
         return cls.view(map_format, shape, torch.empty(map_format.nbytes(shape), dtype=torch.uint8, device=device))
 
-    def heads(self, batch: slice, heads: slice) -> AttentionMap:
-        """The part of the map that belongs to these batch rows and heads; it shares the memory."""
-        at = (batch, heads)
+    def part(self, batch: slice, heads: slice, queries: slice) -> AttentionMap:
+        """The part of the map that belongs to these batch rows, heads and queries; it shares the memory."""
+        at = (batch, heads, queries)
         codes = self.codes[at]
         shape = (*codes.shape[:3], self.shape[3])
         return AttentionMap(self.format, shape, self.storage, codes, self.block_max[at], self.lse[at])

@@ -6,6 +6,8 @@ A backend is a module with ``capture(query, key, value, mask, scale, into, out)`
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ SLICE_BYTES = 16 << 20  # of fp32 map that the torch backend holds at a time
 
 
 class _TorchBackend:
-    """The reference, a few heads at a time so that no full fp32 map is ever materialised."""
+    """The reference, a piece at a time so that no large fp32 map is ever materialised."""
 
     @staticmethod
     def unserved(map_format: MapFormat, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -27,22 +29,25 @@ class _TorchBackend:
 
     @staticmethod
     def capture(query, key, value, mask, scale, into, out) -> None:
-        for part in _slices(into.shape):
+        for part in _pieces(into.shape):
             own_mask = None if mask is None else mask.expand(into.shape)[part]
-            reference.capture(query[part], key[part], value[part], own_mask, scale, into.heads(*part), out[part])
+            keys, values = key[part[:2]], value[part[:2]]
+            reference.capture(query[part], keys, values, own_mask, scale, into.part(*part), out[part])
 
     @staticmethod
     def reuse(attn_map, value, out) -> None:
-        for part in _slices(attn_map.shape):
-            reference.reuse(attn_map.heads(*part), value[part], out[part])
+        for part in _pieces(attn_map.shape):
+            reference.reuse(attn_map.part(*part), value[part[:2]], out[part])
 
 
-def _slices(shape: tuple[int, int, int, int]) -> list[tuple[slice, slice]]:
-    """(batch rows, heads) pairs that cover `shape`, each with an fp32 map of at most ``SLICE_BYTES``."""
+def _pieces(shape: tuple[int, int, int, int]) -> list[tuple[slice, slice, slice]]:
+    """(batch rows, heads, queries) that cover `shape`, each with an fp32 map of at most ``SLICE_BYTES``."""
     b, h, m, n = shape
+    queries = min(m, max(1, SLICE_BYTES // (4 * n)))
     whole = max(1, SLICE_BYTES // (4 * m * n))  # maps of one head
     rows, heads = max(1, whole // h), min(h, whole)
-    return [(slice(i, i + rows), slice(j, j + heads)) for i in range(0, b, rows) for j in range(0, h, heads)]
+    starts = itertools.product(range(0, b, rows), range(0, h, heads), range(0, m, queries))
+    return [(slice(i, i + rows), slice(j, j + heads), slice(k, k + queries)) for i, j, k in starts]
 
 
 _BACKENDS = {"native": native, "torch": _TorchBackend}  # best first
@@ -147,27 +152,27 @@ def reuse(
     return out
 
 
-@torch.library.custom_op("attnreuse::capture", mutates_args=("storage", "out"))
-def _capture(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    map_format: str,
-    backend: str,
-    storage: Tensor,
-    out: Tensor,
-) -> None:
+@torch.library.custom_op(
+    "attnreuse::capture",
+    mutates_args=("storage", "out"),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, str map_format, str backend, "
+    "Tensor(a!) storage, Tensor(b!) out) -> ()",
+)
+def _capture(query, key, value, mask, scale, map_format, backend, storage, out):
     shape = (*query.shape[:3], key.shape[2])
     into = AttentionMap.view(format_named(map_format), shape, storage)
     _BACKENDS[backend].capture(query, key, value, mask, scale, into, out)
 
 
-@torch.library.custom_op("attnreuse::reuse", mutates_args=("out",))
-def _reuse(storage: Tensor, queries: int, value: Tensor, map_format: str, backend: str, out: Tensor) -> None:
+@torch.library.custom_op(
+    "attnreuse::reuse",
+    mutates_args=("out",),
+    schema="(Tensor storage, int queries, Tensor value, str map_format, str backend, Tensor(a!) out) -> ()",
+)
+def _reuse(storage, queries, value, map_format, backend, out):
     b, h, n, _ = value.shape
-    _BACKENDS[backend].reuse(AttentionMap.view(format_named(map_format), (b, h, queries, n), storage), value, out)
+    attn_map = AttentionMap.view(format_named(map_format), (b, h, queries, n), storage)
+    _BACKENDS[backend].reuse(attn_map, value, out)
 
 
 @_capture.register_fake

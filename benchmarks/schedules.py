@@ -59,7 +59,8 @@ def run(pipe: StableDiffusionPipeline, schedule: Schedule, prompts: list[str], m
         parts = []
         for start in range(0, len(prompts), 4):
             generators = [torch.Generator().manual_seed(start + i) for i in range(4)]
-            call = {"num_inference_steps": schedule.steps, "generator": generators, "output_type": "np"}
+            call = {"num_inference_steps": schedule.steps, "guidance_scale": attnreuse.TINY_SHAPES_GUIDANCE}
+            call |= {"generator": generators, "output_type": "np"}
             parts.append(pipe(prompts[start : start + 4], **call).images)
         return np.concatenate(parts)
 

@@ -156,11 +156,12 @@ def test_mask_and_scale_agree_with_sdpa():
     )
 
 
+@pytest.mark.parametrize("heads", [2, 0.3, 0.01], ids=["two heads", "a third of a head", "one query"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_large_maps_go_in_slices_and_agree_with_one_piece(name, monkeypatch):
+def test_large_maps_go_in_pieces_and_agree_with_one_piece(name, heads, monkeypatch):
     q, k, v = tensors((3, 4, 50, 60, 16))
     whole = ops.capture(q, k, v, map_format=name)
-    monkeypatch.setattr(ops, "SLICE_BYTES", 2 * 4 * 50 * 60)  # two heads
+    monkeypatch.setattr(ops, "SLICE_BYTES", int(heads * 4 * 50 * 60))
     sliced = ops.capture(q, k, v, map_format=name)
     torch.testing.assert_close(sliced[0], whole[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(ops.reuse(sliced[1], v), ops.reuse(whole[1], v), rtol=0, atol=1e-2)

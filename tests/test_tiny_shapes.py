@@ -70,7 +70,8 @@ def test_it_obeys_held_out_captions(shipped):
     for start in range(0, 64, 16):
         batch = prompts[start : start + 16]
         generators = [torch.Generator().manual_seed(start + i) for i in range(16)]
-        images = shipped(batch, num_inference_steps=20, generator=generators).images
+        given = {"num_inference_steps": 20, "guidance_scale": attnreuse.TINY_SHAPES_GUIDANCE}
+        images = shipped(batch, generator=generators, **given).images
         verdicts += [judge(np.array(image), parse(prompt)) for image, prompt in zip(images, batch, strict=True)]
     share = {key: np.mean([getattr(v, key) for v in verdicts]) for key in ("background", "color", "shape", "relation")}
     print(share)
