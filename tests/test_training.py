@@ -1,0 +1,79 @@
+"""The training script of the shipped pipeline: resumes as if never stopped, teaches what it says."""
+
+import dataclasses
+
+import pytest
+import torch
+import train_tiny_shapes as training
+from tiny_shapes import Caption
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Stages of a few small steps."""
+    few = {name: dataclasses.replace(s, steps=6, batch=4, pictures=16) for name, s in training.STAGES.items()}
+    monkeypatch.setattr(training, "STAGES", few)
+    return few
+
+
+def train(stage, work):
+    torch.manual_seed(training.SEED)
+    if stage == "clip":
+        training.train_clip(work)
+    elif stage == "vae":
+        training.train_vae(work)
+    else:
+        training.train_unet(work, training.STAGES[stage], None)
+    return torch.load(work / f"{stage}.pt", weights_only=True)
+
+
+def test_a_stage_stopped_half_way_goes_on_to_the_same_weights(short, tmp_path, monkeypatch):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    for work in (whole, halves):
+        work.mkdir()
+    for stage in ("clip", "vae", "unet-8"):
+        expected = train(stage, whole)
+        update, stopped = training.Run.update, []
+
+        def stop(run, loss, update=update, stopped=stopped):
+            update(run, loss)
+            if run.step == 3 and not stopped:
+                stopped.append(True)
+                run.save()
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(training.Run, "update", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(stage, halves)
+        actual = train(stage, halves)
+        monkeypatch.setattr(training.Run, "update", update)
+        assert actual["step"] == expected["step"] == 6
+        for name, weight in expected["model"].items():
+            assert torch.equal(actual["model"][name], weight), name
+
+
+def test_latents_are_standardised(short, tmp_path):
+    train("vae", tmp_path)
+    vae = training.standardise(training.averaged(tmp_path, short["vae"], training.build_vae()))
+    scenes = training.sample_scenes(64, seed=3)
+    latents = vae.encode(training.draw(scenes, 128)).latent_dist.mean
+    assert latents.shape == (64, 4, 32, 32)
+    assert latents.mean((0, 2, 3)).abs().max() < 0.1
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.1
+
+
+def test_layout_says_what_is_where():
+    first, second = ("red", "circle"), ("blue", "square")
+    left = Caption((first, second), "left of", "gray")
+    right = Caption((second, first), "right of", "gray")
+    assert training.layout(left) == training.layout(right) == [1, 0, 0, 2, 1]
+    assert training.layout(Caption((first, second), "below", "gray")) == [0, 2, 1, 0, 0]
+    assert training.layout(Caption((first,), None, "gray")) == [2, 0, 0, 0, 0]
+
+
+def test_every_word_of_the_grammar_is_one_token():
+    tokenizer = training.build_tokenizer()
+    text = "a red circle left of a blue square on gray"
+    ids = training.tokenize(tokenizer, [text])
+    assert ids.shape == (1, training.MAX_TOKENS)
+    assert (ids[0] != tokenizer.eos_token_id).sum() == 1 + len(text.split())
