@@ -134,7 +134,7 @@ def plan(
         from attnreuse import forecast
         from attnreuse.environment import default_device
 
-        blueprint = forecast.Blueprint.load(_model(model), _scheduler_name(scheduler))
+        blueprint = forecast.Blueprint.load(_model(model), scheduler)
         device = default_device()
         dtype = _default_dtype(device)
         chosen = _policy(policy, blueprint.executed_steps(steps), reuse, max_age)
@@ -218,23 +218,11 @@ def _load_pipeline(model: str, scheduler: str | None) -> Any:
     from attnreuse.environment import default_device
 
     device = default_device()
-    pipe = DiffusionPipeline.from_pretrained(_model(model), torch_dtype=_default_dtype(device)).to(device)
+    pipe = DiffusionPipeline.from_pretrained(_model(model)).to(device, _default_dtype(device))
     pipe.set_progress_bar_config(disable=True)
-    name = _scheduler_name(scheduler)
-    if name:
-        pipe.scheduler = forecast.scheduler_class(name).from_config(pipe.scheduler.config)
+    if scheduler:
+        pipe.scheduler = forecast.make_scheduler(pipe.scheduler.config, scheduler)
     return pipe
-
-
-def _scheduler_name(scheduler: str | None) -> str | None:
-    from attnreuse.forecast import SCHEDULERS
-
-    if scheduler is None:
-        return None
-    by_lower = {name.lower(): found for name, found in SCHEDULERS.items()}
-    if scheduler.lower() not in by_lower:
-        raise ValueError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")
-    return by_lower[scheduler.lower()]
 
 
 def _executed_steps(scheduler: Any, steps: int) -> int:

@@ -14,21 +14,29 @@ from attnreuse.policy import Policy
 from attnreuse.processors import layer_kinds, select_layers
 from attnreuse.ring import RingPlan, plan_ring
 
-SCHEDULERS = {
-    "DDIM": "DDIMScheduler",
-    "DPM": "DPMSolverMultistepScheduler",
-    "Euler": "EulerDiscreteScheduler",
-    "PNDM": "PNDMScheduler",
-    "UniPC": "UniPCMultistepScheduler",
-    "Heun": "HeunDiscreteScheduler",
+SCHEDULERS = {  # diffusers' class and what must be set besides the model's own config
+    "DDIM": ("DDIMScheduler", {}),
+    "DPM": ("DPMSolverMultistepScheduler", {}),
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),  # as Stable Diffusion runs it
+    "UniPC": ("UniPCMultistepScheduler", {}),
+    "Heun": ("HeunDiscreteScheduler", {}),
 }
 
 
-def scheduler_class(name: str) -> Any:
-    """diffusers' class of that name."""
+def make_scheduler(config: dict[str, Any], name: str | None) -> Any:
+    """The scheduler of a config as read from a model, or one of ``SCHEDULERS`` with that config.
+
+    Raises:
+        ValueError: unknown name; the message lists the known ones.
+    """
     import diffusers
 
-    return getattr(diffusers, name)
+    by_lower = {known.lower(): made for known, made in SCHEDULERS.items()}
+    if name is not None and name.lower() not in by_lower:
+        raise ValueError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, got {name!r}")
+    chosen, extra = (config["_class_name"], {}) if name is None else by_lower[name.lower()]
+    return getattr(diffusers, chosen).from_config(config, **extra)
 
 
 @dataclass
@@ -42,8 +50,8 @@ class Blueprint:
 
     @classmethod
     def load(cls, model: str, scheduler: str | None = None) -> Blueprint:
-        """Read the configs of a pipeline folder or hub name; `scheduler` is a diffusers class name."""
-        from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+        """Read the configs of a pipeline folder or hub name; `scheduler` is one of ``SCHEDULERS``."""
+        from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 
         index = DiffusionPipeline.load_config(model)
         if index.get("unet", [None, None])[1] != "UNet2DConditionModel":
@@ -52,12 +60,11 @@ class Blueprint:
             )
         with torch.device("meta"):
             denoiser = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(model, subfolder="unet"))
-        own = scheduler_class(scheduler or index["scheduler"][1])
         vae = AutoencoderKL.load_config(model, subfolder="vae")
         text = UNet2DConditionModel.load_config(model, subfolder="text_encoder")
         return cls(
             denoiser.eval(),
-            own.from_pretrained(model, subfolder="scheduler"),
+            make_scheduler(DDIMScheduler.load_config(model, subfolder="scheduler"), scheduler),
             2 ** (len(vae["block_out_channels"]) - 1),
             text.get("max_position_embeddings") or text.get("text_config", {}).get("max_position_embeddings", 77),
         )

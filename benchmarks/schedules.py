@@ -99,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
 
     device = default_device()
-    pipe = StableDiffusionPipeline.from_pretrained(attnreuse.tiny_shapes_path(), torch_dtype=torch.float32).to(device)
+    pipe = StableDiffusionPipeline.from_pretrained(attnreuse.tiny_shapes_path()).to(device)
     pipe.set_progress_bar_config(disable=True)
     prompts, rows = held_out_prompts(args.images), schedules()
     run(pipe, Schedule("warm-up", steps=2), prompts[:4], args.format)

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file, save_file
 from tiny_shapes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Caption, draw, held_out_prompts, sample_scenes
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
@@ -350,10 +351,27 @@ def pipeline(work: Path, stage: Stage) -> tuple[StableDiffusionPipeline, CLIPMod
     return pipe, clip
 
 
+def save_clip(clip: CLIPModel, folder: Path) -> None:
+    """The pair without its text tower, which the pipeline's text encoder holds already."""
+    clip.config.save_pretrained(folder)
+    rest = {key: value.contiguous() for key, value in clip.state_dict().items() if not key.startswith("text_model.")}
+    save_file(rest, folder / "model.safetensors")
+
+
+def load_clip(folder: Path) -> tuple[CLIPModel, CLIPTokenizer]:
+    """The CLIP pair of an exported pipeline in fp32, and its tokenizer."""
+    clip = CLIPModel(CLIPConfig.from_pretrained(folder / "clip"))
+    text = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    state = load_file(folder / "clip" / "model.safetensors")
+    state |= {f"text_model.{key.removeprefix('text_model.')}": value for key, value in text.state_dict().items()}
+    clip.load_state_dict({key: v.float() if v.is_floating_point() else v for key, v in state.items()})
+    return clip.eval(), CLIPTokenizer.from_pretrained(folder / "tokenizer")
+
+
 def export(work: Path, folder: Path, stage: Stage) -> None:
     pipe, clip = pipeline(work, stage)
     pipe.to(torch.float16).save_pretrained(folder)
-    clip.half().save_pretrained(folder / "clip")
+    save_clip(clip.half(), folder / "clip")
     training = {s.name: dict(steps=s.steps, batch=s.batch, lr=s.lr, size=s.size) for s in STAGES.values()}
     (folder / "training.json").write_text(json.dumps(dict(seed=SEED, stages=training), indent=2) + "\n")
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

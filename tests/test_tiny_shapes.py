@@ -7,7 +7,9 @@ import pytest
 import torch
 from caption_oracle import judge
 from diffusers import StableDiffusionPipeline
-from tiny_shapes import held_out_prompts, parse
+from safetensors import safe_open
+from tiny_shapes import draw, held_out_prompts, parse, sample_scenes
+from train_tiny_shapes import load_clip
 
 import attnreuse
 from attnreuse.forecast import Blueprint
@@ -18,16 +20,18 @@ FOLDER = attnreuse.tiny_shapes_path()
 
 @pytest.fixture(scope="module")
 def shipped():
-    pipe = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(FOLDER)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def test_it_is_small_and_half_precision():
     assert sum(p.stat().st_size for p in FOLDER.rglob("*") if p.is_file()) <= 12e6
-    pipe = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype="auto")
-    assert {p.dtype for p in pipe.unet.parameters()} == {torch.float16}
-    assert list(FOLDER.rglob("*.safetensors"))
+    weights = list(FOLDER.rglob("*.safetensors"))
+    assert {path.parent.name for path in weights} == {"unet", "vae", "text_encoder", "clip"}
+    for path in weights:
+        with safe_open(path, "pt") as file:
+            assert {file.get_slice(key).get_dtype() for key in file.keys()} <= {"F16", "I64"}  # noqa: SIM118
     assert not list(FOLDER.rglob("*.bin"))
 
 
@@ -50,11 +54,7 @@ def test_how_it_was_trained_is_recorded():
 
 def test_its_clip_tells_captions_apart():
     """The contrastive pair that conditions the UNet ranks the true caption first."""
-    from tiny_shapes import draw, sample_scenes
-    from transformers import CLIPModel, CLIPTokenizer
-
-    clip = CLIPModel.from_pretrained(FOLDER / "clip", dtype=torch.float32).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")
+    clip, tokenizer = load_clip(FOLDER)
     scenes = list({str(s.caption): s for s in sample_scenes(80, seed=9)}.values())[:64]
     tokens = tokenizer([str(s.caption) for s in scenes], padding="max_length", truncation=True, return_tensors="pt")
     with torch.no_grad():
