@@ -364,13 +364,16 @@ def load_clip(folder: Path) -> tuple[CLIPModel, CLIPTokenizer]:
     text = CLIPTextModel.from_pretrained(folder / "text_encoder")
     state = load_file(folder / "clip" / "model.safetensors")
     state |= {f"text_model.{key.removeprefix('text_model.')}": value for key, value in text.state_dict().items()}
-    clip.load_state_dict({key: v.float() if v.is_floating_point() else v for key, v in state.items()})
-    return clip.eval(), CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    clip.load_state_dict(state)
+    return clip.float().eval(), CLIPTokenizer.from_pretrained(folder / "tokenizer")
 
 
 def export(work: Path, folder: Path, stage: Stage) -> None:
     pipe, clip = pipeline(work, stage)
     pipe.to(torch.float16).save_pretrained(folder)
+    # transformers loads in the dtype a config names, diffusers in fp32: the pipeline must be of one dtype.
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}, indent=2) + "\n")
     save_clip(clip.half(), folder / "clip")
     training = {s.name: dict(steps=s.steps, batch=s.batch, lr=s.lr, size=s.size) for s in STAGES.values()}
     (folder / "training.json").write_text(json.dumps(dict(seed=SEED, stages=training), indent=2) + "\n")
