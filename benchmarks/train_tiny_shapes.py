@@ -36,6 +36,8 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from attnreuse import TINY_SHAPES_GUIDANCE
+
 SEED = 2401_01008
 MAX_TOKENS = 24
 NOISE = dict(
@@ -59,8 +61,8 @@ STAGES = {
         Stage("clip", 1400, 128, 1e-3, 64),
         Stage("vae", 1100, 16, 1e-3, 64),
         Stage("unet-8", 2000, 64, 1e-3, 8, 30_000),
-        Stage("unet-16", 1000, 32, 8e-4, 16, 30_000),
-        Stage("unet-32", 1200, 16, 6e-4, 32, 16_000),
+        Stage("unet-16", 1600, 32, 8e-4, 16, 30_000),
+        Stage("unet-32", 1400, 16, 6e-4, 32, 16_000),
     )
 }
 
@@ -387,7 +389,8 @@ def sheet(work: Path, stage: Stage, count: int = 16) -> None:
     pipe.set_progress_bar_config(disable=True)
     prompts, side = held_out_prompts(count), stage.size * 4
     generators = [torch.Generator().manual_seed(i) for i in range(count)]
-    pictures = pipe(prompts, num_inference_steps=20, height=side, width=side, generator=generators).images
+    given = dict(num_inference_steps=20, guidance_scale=TINY_SHAPES_GUIDANCE, height=side, width=side)
+    pictures = pipe(prompts, generator=generators, **given).images
     columns, cell, text = count // 2, 150, 46
     canvas = Image.new("RGB", (columns * cell, 2 * (128 + text)), "white")
     for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
