@@ -9,6 +9,11 @@ scales double as quantisation scales. With base-2 scores ``s = (q . k * scale + 
     square root (u8, u4):  code = round(L * exp2((s - block_max) / 2)),
                            P = (code / L)^2 * exp2(block_max - lse),   L = 255 or 15
 
+Codes of a row lie block by block, the last block filled up with zeros, so that tiles need no mask and
+start aligned. u8 and u4 codes lie in 16-bit words, so that the keys of each field of the words are a
+range of their own, which tensor cores want: word w of a block holds keys w and w + 64 (u8, low byte
+first) or w, w + 32, w + 64 and w + 96 (u4, low nibble first).
+
 Storing the root spends the codes where probabilities are small: a fourth to a sixth of the output
 error of linear u8 or e4m3 on peaky rows. fp32 keeps P itself.
 """
@@ -53,7 +58,7 @@ class MapFormat:
 
     def row_codes(self, n: int) -> int:
         """Stored elements of ``code_dtype`` per query row of `n` keys (two u4 codes share a byte)."""
-        return math.ceil(n * self.bits / (8 * self.code_dtype.itemsize))
+        return self.blocks(n) * BLOCK * self.bits // (8 * self.code_dtype.itemsize) if self.scaled else n
 
     def blocks(self, n: int) -> int:
         """Block maxima per query row of `n` keys."""
@@ -117,7 +122,8 @@ class AttentionMap:
         shape: ``(B, H, M, N)`` of the map it stands for.
         storage: uint8 ``[nbytes]``, contiguous; a slot of a :class:`attnreuse.ring.MapRing` or its own.
         codes: ``[B, H, M, row_codes(N)]``, ``format.code_dtype``.
-        block_max: ``[B, H, M, ceil(N / BLOCK)]`` fp32, base 2; last axis empty for fp32 maps.
+        block_max: ``[B, H, M, ceil(N / BLOCK)]`` fp32, base 2; last axis empty for fp32 maps. It lies
+            as B H C M, so that a block's maxima are read at once.
         lse: ``[B, H, M]`` fp32, base 2, ``+inf`` for a row with every key masked; last axis empty
             for fp32 maps.
     """
@@ -140,7 +146,7 @@ class AttentionMap:
             shape,
             storage,
             storage[:codes].view(map_format.code_dtype).view(b, h, m, map_format.row_codes(n)),
-            storage[first : first + block_max].view(torch.float32).view(b, h, m, map_format.blocks(n)),
+            storage[first : first + block_max].view(torch.float32).view(b, h, map_format.blocks(n), m).mT,
             storage[second : second + lse].view(torch.float32).view(b, h, m if map_format.scaled else 0),
         )
 
@@ -161,17 +167,22 @@ class AttentionMap:
         """Bytes it occupies, padding included."""
         return self.format.nbytes(self.shape)
 
+    @property
+    def words(self) -> Tensor:
+        """The codes as kernels see them: int16 words of u8 and u4 codes, else :attr:`codes`."""
+        return self.codes.view(torch.int16) if self.format.levels else self.codes
+
     def dense(self) -> Tensor:
         """The map as the format holds it: fp32 ``[B, H, M, N]``."""
-        n, codes = self.shape[3], self.codes
         if not self.format.scaled:
-            return codes
-        if self.format.bits == 4:
-            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[..., :n]
-        values = codes.to(torch.float32)
+            return self.codes
+        scale = (self.block_max - self.lse[..., None]).exp2_()
         if self.format.levels:
-            values = values.div_(self.format.levels).square_()
-        return values.mul_(_per_key((self.block_max - self.lse[..., None]).exp2_(), n))
+            scale /= self.format.levels**2
+            values = _unpack(self.format, self.codes).to(torch.float32).square_()
+        else:
+            values = self.codes.to(torch.float32).unflatten(-1, (-1, BLOCK))
+        return values.mul_(scale[..., None]).flatten(-2)[..., : self.shape[3]]
 
 
 def encode(map_format: MapFormat, scores: Tensor, block_max: Tensor) -> Tensor:
@@ -184,16 +195,27 @@ def encode(map_format: MapFormat, scores: Tensor, block_max: Tensor) -> Tensor:
     Returns:
         ``[..., row_codes(N)]``, ``code_dtype``.
     """
-    relative = scores - _per_key(block_max, scores.shape[-1])  # [..., N], at most 0
+    filled = torch.nn.functional.pad(scores, (0, -scores.shape[-1] % BLOCK), value=-math.inf)
+    relative = filled.unflatten(-1, (-1, BLOCK)) - block_max[..., None]  # [..., C, BLOCK], at most 0
     if not map_format.levels:
-        return relative.exp2_().to(map_format.code_dtype)
+        return relative.exp2_().to(map_format.code_dtype).flatten(-2)
     codes = relative.mul_(0.5).exp2_().mul_(map_format.levels).round_().to(torch.uint8)
-    if map_format.bits == 8:
-        return codes
-    codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)  # even keys in the low half
+    return _pack(map_format, codes)
 
 
-def _per_key(blocks: Tensor, n: int) -> Tensor:
-    """``[..., ceil(n / BLOCK)]`` repeated over each block's keys: ``[..., n]``."""
-    return blocks.repeat_interleave(BLOCK, dim=-1)[..., :n] if n > BLOCK else blocks
+def _pack(map_format: MapFormat, codes: Tensor) -> Tensor:
+    """Codes ``[..., C, BLOCK]``, one a byte, as they lie in a row: ``[..., row_codes]``."""
+    if map_format.bits == 4:
+        codes = codes.unflatten(-1, (2, 2, BLOCK // 4))  # byte of the word, nibble, word
+        codes = codes[..., 0, :] | (codes[..., 1, :] << 4)
+    else:
+        codes = codes.unflatten(-1, (2, BLOCK // 2))  # byte, word
+    return codes.mT.flatten(-3)
+
+
+def _unpack(map_format: MapFormat, codes: Tensor) -> Tensor:
+    """The inverse of :func:`_pack`."""
+    codes = codes.unflatten(-1, (-1, 8 * map_format.bits, 2)).mT  # [..., C, 2, words]
+    if map_format.bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=-2)
+    return codes.flatten(-2 if map_format.bits == 8 else -3)

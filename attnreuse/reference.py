@@ -39,12 +39,11 @@ def capture(
     scores *= scale
     if mask is not None:
         scores = _masked(scores, mask)
-    probabilities = torch.softmax(scores, dim=-1)
+    probabilities = torch.softmax(scores, dim=-1, out=None if into.format.scaled else into.codes)
     if mask is not None:
         probabilities.nan_to_num_(0.0)  # rows with every key masked
     out.copy_(probabilities @ value.float())
     if not into.format.scaled:
-        into.codes.copy_(probabilities)
         return
     scores *= LOG2_E
     block_max = torch.stack([part.amax(dim=-1) for part in scores.split(BLOCK, dim=-1)], dim=-1)
