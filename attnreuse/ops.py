@@ -6,7 +6,10 @@ A backend is a module with ``capture(query, key, value, mask, scale, into, out)`
 
 from __future__ import annotations
 
+import functools
 import itertools
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from torch import Tensor
 from attnreuse import native, reference
 from attnreuse.formats import AttentionMap, MapFormat
 from attnreuse.formats import map_format as format_named
+from attnreuse.kernels import backend as triton_kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -50,7 +54,8 @@ def _pieces(shape: tuple[int, int, int, int]) -> list[tuple[slice, slice, slice]
     return [(slice(i, i + rows), slice(j, j + heads), slice(k, k + queries)) for i, j, k in starts]
 
 
-_BACKENDS = {"native": native, "torch": _TorchBackend}  # best first
+BEST = "best"  # what the ops are told where the caller names no backend
+_BACKENDS = {"triton": triton_kernels, "native": native, "torch": _TorchBackend}  # best first
 
 
 def backend_for(map_format: str | MapFormat, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -66,6 +71,14 @@ def unserved_reasons(
     chosen = format_named(map_format)
     reasons = {n: b.unserved(chosen, device, dtype, head_dim) for n, b in _BACKENDS.items()}
     return {name: reason for name, reason in reasons.items() if reason}
+
+
+def fallback_reason(map_format: str | MapFormat, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why such a call on a CUDA device, where kernels exist, would run through plain torch; or None."""
+    reasons = unserved_reasons(map_format, device, dtype, head_dim)
+    if device.type != "cuda" or len(reasons) < len(_BACKENDS) - 1:
+        return None
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def capture(
@@ -90,7 +103,7 @@ def capture(
         scale: factor of the dot products; ``D ** -0.5`` by default.
         map_format: "fp32", "fp16", "bf16", "u8" or "u4"; ignored where `into` is given.
         into: the map to overwrite, of shape ``(B, H, M, N)``; allocated by default.
-        backend: "native" or "torch"; by default the first that serves the call.
+        backend: "triton", "native" or "torch"; by default the first that serves the call.
 
     Returns:
         The output ``[B, H, M, Dv]`` in ``query.dtype`` (not affected by the map's rounding), and the map.
@@ -105,10 +118,9 @@ def capture(
     if into is None:
         into = AttentionMap.empty(format_named(map_format), shape, query.device)
     _check_map(into, shape, query.device)
-    backend = _chosen(backend, into.format, value)
     out = _output(value, shape)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    _capture(query, key, value, mask, scale, into.format.name, backend, into.storage, out)
+    _capture(query, key, value, mask, scale, into.format.name, backend or BEST, into.storage, out)
     return out, into
 
 
@@ -125,7 +137,7 @@ def reuse(
         attn_map: map of ``(B, H, M, N)`` in any format.
         value: ``[B, H, N, Dv]`` fp32, fp16 or bf16; any strides; ``Dv <= 256``.
         out: ``[B, H, M, Dv]``, ``value.dtype``, to write to; allocated by default.
-        backend: "native" or "torch"; by default the first that serves the call.
+        backend: "triton", "native" or "torch"; by default the first that serves the call.
 
     Returns:
         ``[B, H, M, Dv]``, ``value.dtype``, accumulated in fp32.
@@ -147,8 +159,7 @@ def reuse(
             f"out must be {list(expected)} {value.dtype} on {value.device}, "
             f"got {list(out.shape)} {out.dtype} on {out.device}"
         )
-    backend = _chosen(backend, attn_map.format, value)
-    _reuse(attn_map.storage, m, value, attn_map.format.name, backend, out)
+    _reuse(attn_map.storage, m, value, attn_map.format.name, backend or BEST, out)
     return out
 
 
@@ -161,7 +172,8 @@ def reuse(
 def _capture(query, key, value, mask, scale, map_format, backend, storage, out):
     shape = (*query.shape[:3], key.shape[2])
     into = AttentionMap.view(format_named(map_format), shape, storage)
-    _BACKENDS[backend].capture(query, key, value, mask, scale, into, out)
+    head_dim = max(query.shape[-1], value.shape[-1])
+    _chosen(backend, map_format, value.device, value.dtype, head_dim).capture(query, key, value, mask, scale, into, out)
 
 
 @torch.library.custom_op(
@@ -170,9 +182,9 @@ def _capture(query, key, value, mask, scale, map_format, backend, storage, out):
     schema="(Tensor storage, int queries, Tensor value, str map_format, str backend, Tensor(a!) out) -> ()",
 )
 def _reuse(storage, queries, value, map_format, backend, out):
-    b, h, n, _ = value.shape
+    b, h, n, d = value.shape
     attn_map = AttentionMap.view(format_named(map_format), (b, h, queries, n), storage)
-    _BACKENDS[backend].reuse(attn_map, value, out)
+    _chosen(backend, map_format, value.device, value.dtype, d).reuse(attn_map, value, out)
 
 
 @_capture.register_fake
@@ -191,15 +203,28 @@ def _output(value: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     return value.new_empty(b, m, h, value.shape[-1]).transpose(1, 2)
 
 
-def _chosen(backend: str | None, map_format: MapFormat, value: Tensor) -> str:
-    if backend is None:
-        return backend_for(map_format, value.device, value.dtype, value.shape[-1])
+@functools.cache
+def _chosen(backend: str, map_format: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Any:
+    """The backend of that name, or the best; that plain torch serves a CUDA device is said, once per call's kind.
+
+    The ops ask for it, not the door, so that tracing a call under ``torch.compile`` chooses nothing.
+    """
+    call = (map_format, device, dtype, head_dim)
+    if backend == BEST:
+        reason = fallback_reason(*call)
+        if reason:
+            warnings.warn(
+                f"attnreuse: {map_format} maps of {dtype} tensors with head dim {head_dim} run through plain torch "
+                f"on {device}, slower than exact attention ({reason})",
+                stacklevel=2,
+            )
+        return _BACKENDS[backend_for(*call)]
     if backend not in _BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
-    reason = _BACKENDS[backend].unserved(map_format, value.device, value.dtype, value.shape[-1])
+    reason = unserved_reasons(*call).get(backend)
     if reason:
         raise ValueError(f"backend {backend!r} cannot serve this call: {reason}; leave backend=None to fall back")
-    return backend
+    return _BACKENDS[backend]
 
 
 def _check_capture(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[int, int, int, int]:
@@ -220,8 +245,8 @@ def _check_capture(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
 
 
 def _check_tensor(name: str, tensor: Tensor, sizes: tuple[int | None, ...], like: Tensor | None = None) -> None:
-    wanted = ", ".join(axis if size is None else str(size) for axis, size in zip("BHND", sizes, strict=True))
     if tensor.ndim != 4 or any(s not in (None, t) for s, t in zip(sizes, tensor.shape, strict=True)):
+        wanted = ", ".join(axis if size is None else str(size) for axis, size in zip("BHND", sizes, strict=True))
         raise ValueError(f"{name} must be [{wanted}], got {list(tensor.shape)}")
     if 0 in tensor.shape or tensor.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(f"{name} must be non-empty with head dim <= {MAX_HEAD_DIM}, got {list(tensor.shape)}")

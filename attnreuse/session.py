@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreuse import planner
+from attnreuse import ops, planner
 from attnreuse.clock import StepClock, Tick
 from attnreuse.errors import AttnReuseError, PolicyMismatchError, StaleMapError, UnsupportedLayerError
 from attnreuse.formats import MapFormat
@@ -270,9 +270,15 @@ class Session:
     def _allocate(self, given: dict[str, Any]) -> MapRing:
         """Plan and allocate this run's maps for inputs of these shapes."""
         active = [name for name in self._modules if name not in self._report.skipped]
-        requests = planner.map_requests(self.policy, active, planner.map_shapes(self.denoiser, given))
+        shapes, sample = planner.map_shapes(self.denoiser, given), given["sample"]
+        if self._strict:
+            for name in active:
+                reason = ops.fallback_reason(self.map_format, sample.device, sample.dtype, shapes[name][1])
+                if reason:
+                    raise UnsupportedLayerError(f"layer {name} would run through plain torch: {reason}")
+        requests = planner.map_requests(self.policy, active, shapes)
         plan = plan_ring(requests, self.map_format, self._budget)
-        ring = MapRing(plan, given["sample"].device)
+        ring = MapRing(plan, sample.device)
         self._report.predicted_bytes += plan.nbytes
         self._report.allocated_bytes += ring.nbytes
         for layer in self._report.layers:
@@ -390,8 +396,8 @@ def enable(
             that do not fit only compute, and are reported. None: whatever the policy needs.
         layers: "self", "cross", "all", or ``fnmatch`` patterns of layer names.
         scheduler: for a denoiser without its pipeline; or call :meth:`Session.step` in your loop.
-        strict: an unsupported layer, or a policy made for another model or scheduler, is an error
-            instead of a warning.
+        strict: an unsupported layer, a layer that no kernel of the device serves, or a policy made for
+            another model or scheduler, is an error instead of a warning.
 
     Returns:
         The session: ``.report()`` after a run, ``.disable()``, usable in ``with``. A session already

@@ -229,7 +229,7 @@ def test_ops_compile_without_graph_breaks():
         ({"mask": torch.ones(5, 9)}, ValueError, r"mask must broadcast to .* \[1, 2, 5, 7\], got \[5, 9\]"),
         ({"mask": torch.ones(5, 7, dtype=torch.int64)}, TypeError, "mask must be bool or floating"),
         ({"map_format": "u2"}, ValueError, "map_format must be one of fp32, fp16, bf16, u8, u4, got 'u2'"),
-        ({"backend": "tpu"}, ValueError, "backend must be one of native, torch, got 'tpu'"),
+        ({"backend": "tpu"}, ValueError, "backend must be one of triton, native, torch, got 'tpu'"),
         ({"backend": "native"}, ValueError, "backend 'native' cannot serve this call"),
     ],
 )

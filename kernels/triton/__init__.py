@@ -1,4 +1,5 @@
-"""Triton kernels; installs as `attnreuse.kernels`.
+"""Triton kernels of capture and reuse; installs as `attnreuse.kernels`.
 
-This version holds none yet: on CUDA, too, :mod:`attnreuse.ops` runs through torch.
+`backend.py` is their door (it imports triton only when called), `capture.py` and `reuse.py` hold a
+kernel each, `tiles.py` what both share, `configs.py` how they are launched.
 """

@@ -1,0 +1,267 @@
+"""Compile gate: builds every shipped kernel configuration offline, for each architecture; needs no GPU.
+
+    python -m benchmarks.compile                     compare with benchmarks/results/compile.csv
+    python -m benchmarks.compile --record            write the rows of this Triton
+    python -m benchmarks.compile --triton 3.6.0      with another Triton (pip installs it into a cache)
+
+A configuration fails where registers spill, shared memory passes the architecture's limit, the tensor
+cores' instruction is missing, ptxas serialises wgmma, or a figure is worse than the recorded one.
+Exit code 1 on a failure.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "compile.csv"
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # CUDA programming guide, per thread block
+TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+ARCHS = (80, 89, 90, 100)
+HEAD_DIMS = (40, 64, 80, 96, 128, 160)
+SLACK = 1.05  # of instructions, against the recorded figure
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as shipped, specialised as a call would."""
+
+    op: str  # "capture" or "reuse"
+    format: str
+    dtype: str  # of q, k, v
+    head_dim: int
+    arch: int  # compute capability, 90 for 9.0
+    mask: str = ""  # "bool" or "additive"; capture only
+    ragged: bool = False  # N is no multiple of the key block
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the compiler made of it; `instructions` of the inner loop, per map element."""
+
+    block_m: int
+    warps: int
+    stages: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    tensor_core: bool
+    serialised: bool
+    instructions: float
+
+
+def cases() -> list[Case]:
+    """Every format, head dim and architecture; masks, ragged edges and bf16 where they cost most."""
+    kept = [
+        Case(op, name, "bf16" if name == "bf16" else "fp16", d, arch)
+        for op in ("capture", "reuse")
+        for name in ("fp16", "bf16", "u8", "u4")
+        for d in HEAD_DIMS
+        for arch in ARCHS
+    ]
+    for arch in ARCHS:
+        for d in (64, 160):
+            kept += [Case("capture", "u8", "fp16", d, arch, mask, True) for mask in ("", "bool", "additive")]
+            kept += [Case("reuse", "u8", "fp16", d, arch, "", True)]
+        kept += [Case(op, "u8", "bf16", d, arch) for op in ("capture", "reuse") for d in (64, 160)]
+    return kept
+
+
+class _Offline:
+    """A driver of a device that is not there: Triton specialises and compiles, and launches nothing."""
+
+    arch = 80
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # kernels are cached by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def build(case: Case) -> Figures:
+    """Compile a case exactly as its launch would be compiled on the device."""
+    import torch
+    import triton
+
+    from attnreuse.formats import AttentionMap, map_format
+    from attnreuse.kernels import capture, reuse
+
+    torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[case.dtype]
+    b, h, m, n = 2, 8, 1024, 1000 if case.ragged else 1024
+    with torch.device("meta"):
+        query = torch.empty(b, m, h, case.head_dim, dtype=torch_dtype).transpose(1, 2)
+        key = torch.empty(b, n, h, case.head_dim, dtype=torch_dtype).transpose(1, 2)
+        attn_map = AttentionMap.empty(map_format(case.format), (b, h, m, n), torch.device("meta"))
+        mask = None
+        if case.mask:
+            mask = torch.empty(b, 1, 1, n, dtype=torch.bool if case.mask == "bool" else torch_dtype)
+    if case.op == "capture":
+        launch = capture.launch(query, key, key, mask, case.head_dim**-0.5, attn_map, query, case.arch)
+    else:
+        launch = reuse.launch(attn_map, key, query, case.arch)
+    driver = _Offline()
+    driver.arch = case.arch
+    triton.runtime.driver.set_active(driver)
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        compiled = launch.compile()
+    return _figures(case, launch, compiled, log.getvalue())
+
+
+def _figures(case: Case, launch: Any, compiled: Any, log: str) -> Figures:
+    config = launch.config
+    spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = re.search(r"Used (\d+) registers", log)
+    if not spills or not registers:
+        raise RuntimeError(f"no resource report from ptxas for {case}: {log}")
+    elements = config.block_m * launch.arguments["BLOCK_N"] / (32 * config.warps)  # per thread
+    return Figures(
+        config.block_m,
+        config.warps,
+        config.stages,
+        int(registers[1]),
+        max(map(int, spills.groups())),
+        compiled.metadata.shared,
+        TENSOR_CORE[case.arch] in compiled.asm["ptx"],
+        "C7515" in log or "serializ" in log.lower(),
+        round(loop_instructions(compiled.asm["cubin"]) / elements, 2),
+    )
+
+
+def loop_instructions(cubin: bytes) -> int:
+    """SASS instructions of the kernel's innermost largest loop: from a backward branch's target to it."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    labels: dict[str, int] = {}
+    count, longest = 0, 0
+    for line in text.splitlines():
+        label = re.match(r"\s*(\.L_x?_?\w+):", line)
+        if label:
+            labels[label[1]] = count
+        elif re.search(r"/\*[0-9a-f]{4,}\*/", line):
+            count += 1
+            branch = re.search(r"\bBRA\b.*`\((\.L\w+)\)", line)
+            if branch and branch[1] in labels and labels[branch[1]] < count - 1:
+                longest = max(longest, count - labels[branch[1]])
+    return longest
+
+
+def problems(case: Case, now: Figures, recorded: Figures | None) -> list[str]:
+    """What is wrong with a configuration, in words."""
+    limit = SHARED_KB[case.arch] * 1024
+    found = [
+        (now.spill_bytes > 0, f"{now.spill_bytes} bytes spill"),
+        (now.shared_bytes > limit, f"{now.shared_bytes} bytes of shared memory, the limit is {limit}"),
+        (not now.tensor_core, f"no {TENSOR_CORE[case.arch]} in the PTX"),
+        (now.serialised, "ptxas serialises wgmma (C7515)"),
+    ]
+    if recorded:
+        found += [
+            (now.registers > recorded.registers + 8, f"{now.registers} registers, {recorded.registers} recorded"),
+            (now.shared_bytes > recorded.shared_bytes, f"{now.shared_bytes} bytes shared, {recorded.shared_bytes}"),
+            (
+                now.instructions > SLACK * recorded.instructions,
+                f"{now.instructions} instructions per element, {recorded.instructions} recorded",
+            ),
+        ]
+    return [text for wrong, text in found if wrong]
+
+
+def build_all(wanted: Iterable[Case]) -> Iterator[tuple[Case, Figures]]:
+    """Figures of each case, in order; as many compilers at once as there are cores."""
+    wanted = list(wanted)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        yield from zip(wanted, pool.map(build, wanted), strict=True)
+
+
+def read(path: Path, version: str) -> dict[Case, Figures]:
+    """Recorded rows of a Triton version."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["triton"] == version]
+    return {_parsed(Case, row): _parsed(Figures, row) for row in rows}
+
+
+def _parsed(kind: Any, row: dict[str, str]) -> Any:
+    read_as = {bool: "True".__eq__, int: int, float: float, str: str}
+    return kind(**{f.name: read_as[f.type](row[f.name]) for f in fields(kind)})
+
+
+def record(path: Path, version: str, figures: dict[Case, Figures]) -> None:
+    """Replace the rows of a Triton version."""
+    kept = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if row["triton"] != version]
+    new = [{"triton": version, **asdict(case), **asdict(now)} for case, now in figures.items()]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(new[0]))
+        writer.writeheader()
+        writer.writerows(kept + new)
+
+
+def with_triton(version: str) -> None:
+    """Start this program again with another Triton first on the path; pip fetches it once."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "attnreuse" / f"triton-{version}"
+    if not (cache / "triton").exists():
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(cache)]
+        subprocess.run([*pip, f"triton=={version}"], check=True)
+    at = sys.argv.index("--triton")
+    rest = sys.argv[1:at] + sys.argv[at + 2 :]
+    path = os.pathsep.join(filter(None, [str(cache), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, __file__, *rest]
+    raise SystemExit(subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help="write the figures instead of comparing them")
+    parser.add_argument("--triton", metavar="VERSION", help="use this Triton")
+    parser.add_argument("--only", default="", metavar="OP,FORMAT,D,ARCH", help="cases that hold all of these words")
+    args = parser.parse_args()
+    if args.triton:
+        with_triton(args.triton)
+    import triton
+
+    words = set(filter(None, args.only.split(",")))
+    wanted = [c for c in cases() if words <= {c.op, c.format, str(c.head_dim), str(c.arch)}]
+    recorded = {} if args.record else read(RESULTS, triton.__version__)
+    figures, failed = {}, 0
+    for case, now in build_all(wanted):
+        figures[case] = now
+        wrong = problems(case, now, recorded.get(case))
+        failed += bool(wrong)
+        print(*asdict(case).values(), "|", *asdict(now).values(), "; ".join(wrong), flush=True)
+    if args.record:
+        record(RESULTS, triton.__version__, {**read(RESULTS, triton.__version__), **figures})
+    print(f"triton {triton.__version__}: {len(figures)} configurations, {failed} failed")
+    raise SystemExit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
