@@ -7,9 +7,6 @@ memory) is called once with tensors of the run's shapes.
 from __future__ import annotations
 
 import re
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +19,7 @@ from attnreuse.formats import AttentionMap, MapFormat
 from attnreuse.policy import Action, Policy
 from attnreuse.processors import ShapeRecorder, attention_layers
 from attnreuse.ring import MapRequest
+from attnreuse.timing import interleaved
 
 Shapes = dict[str, tuple[tuple[int, int, int, int], int]]  # layer to ((B, H, M, N), head dim)
 _shapes: dict[str, Shapes] = {}  # by model config and inputs
@@ -115,33 +113,12 @@ def measure_cost(
     def heads(x: Tensor) -> Tensor:
         return F.linear(x, weight).unflatten(-1, (h, head_dim)).transpose(1, 2)
 
-    medians = _interleaved(
-        [
-            lambda: F.scaled_dot_product_attention(heads(hidden), heads(context), value),
-            lambda: ops.capture(heads(hidden), heads(context), value, into=slot),
-            lambda: ops.reuse(slot, value),
-        ],
-        device,
-        repeats,
-    )
-    return LayerCost(*medians)
-
-
-def _interleaved(calls: list[Callable[[], Any]], device: torch.device, repeats: int) -> list[float]:
-    """Median seconds of each call, taken in turns after a warm-up (capture fills what reuse reads)."""
-    times: list[list[float]] = [[] for _ in calls]
-    with torch.no_grad():
-        for turn in range(repeats + 1):
-            for call, taken in zip(calls, times, strict=True):
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                start = time.perf_counter()
-                call()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                if turn:
-                    taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
+    calls = [
+        lambda: F.scaled_dot_product_attention(heads(hidden), heads(context), value),
+        lambda: ops.capture(heads(hidden), heads(context), value, into=slot),
+        lambda: ops.reuse(slot, value),
+    ]
+    return LayerCost(*(times.median for times in interleaved(calls, device, repeats)))
 
 
 def _on_meta(value: Any) -> Any:

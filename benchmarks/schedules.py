@@ -7,11 +7,8 @@ Appends one row per schedule: held-out prompts, the same seeds for all, PSNR to 
 """
 
 import argparse
-import csv
-import datetime
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,11 +19,12 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from rows import RESULTS, append, provenance
 from tiny_shapes import held_out_prompts
 
 import attnreuse
 from attnreuse import Policy, hurry, periodic
-from attnreuse.environment import default_device, environment
+from attnreuse.environment import default_device
 from attnreuse.metrics import psnr
 
 STEPS = 20
@@ -85,17 +83,12 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     return float(low), float(middle), float(high)
 
 
-def commit() -> str:
-    made = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return made.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=16, help="a multiple of four")
     parser.add_argument("--rounds", type=int, default=1, help="timed rounds of all schedules, in turns")
     parser.add_argument("--format", default="fp32")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/schedules.csv"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "schedules.csv")
     args = parser.parse_args()
 
     device = default_device()
@@ -110,7 +103,7 @@ def main() -> None:
                 full = pictures
             if turn == 0:
                 schedule.psnr_db = [psnr(p, f) for p, f in zip(pictures, full, strict=True)]
-    about = {"date": datetime.date.today().isoformat(), "commit": commit(), **environment(device)}
+    about = provenance(device)
     append(args.out, [row_of(s, args, rows[0]) | about for s in rows])
 
 
@@ -138,17 +131,6 @@ def row_of(schedule: Schedule, args: argparse.Namespace, full: Schedule) -> dict
         row |= {"psnr_db": f"{mean:.2f}", "psnr_p20_db": f"{low:.2f}", "psnr_p80_db": f"{high:.2f}"}
     print({k: v for k, v in row.items() if v != ""}, flush=True)
     return row
-
-
-def append(path: Path, rows: list[dict[str, object]]) -> None:
-    """Add rows to a CSV file; its header is written once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

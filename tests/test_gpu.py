@@ -1,4 +1,9 @@
-"""What the CPU tests hold, held on a CUDA device: values, a whole run, no stray allocation."""
+"""What only a CUDA device can show: no synchronisation, no allocation, graphs, large maps, whole runs.
+
+The kernels' values on the device are held by test_triton.py, which runs there too.
+"""
+
+import warnings
 
 import pytest
 import torch
@@ -45,3 +50,79 @@ def test_maps_are_given_back_at_the_end_of_a_run():
         sample(pipe, 4, height=128, width=128)
         torch.cuda.synchronize()
         assert abs(torch.cuda.memory_allocated() - before) < 1 << 20
+
+
+def inputs(shape, dtype=torch.float16):
+    """q, k, v as views [B, H, N, D] of [B, N, H, D]."""
+    b, h, m, n, d = shape
+    return [torch.randn(b, length, h, d, device="cuda", dtype=dtype).transpose(1, 2) for length in (m, n, n)]
+
+
+@pytest.mark.parametrize("name", ["fp16", "u8", "u4"])
+def test_a_call_neither_waits_for_the_device_nor_allocates_but_its_output(name):
+    q, k, v = inputs((2, 8, 1024, 1024, 64))
+    into = ops.capture(q, k, v, map_format=name, backend="triton")[1]
+    out = ops.reuse(into, v, backend="triton")
+    torch.cuda.synchronize()
+
+    def allocations():
+        return torch.cuda.memory_stats()["allocation.all.allocated"]
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        before = allocations()
+        ops.reuse(into, v, out=out, backend="triton")
+        assert allocations() == before
+        ops.capture(q, k, v, into=into, backend="triton")
+        assert allocations() == before + 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["fp16", "u8", "u4"])
+def test_cuda_graphs_replay_capture_and_reuse_on_new_values(name):
+    q, k, v = inputs((2, 4, 300, 300, 40))
+    into = ops.capture(q, k, v, map_format=name, backend="triton")[1]
+    out = ops.reuse(into, v, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        exact = ops.capture(q, k, v, into=into, backend="triton")[0]
+        ops.reuse(into, v, out=out, backend="triton")
+    for x, fresh in zip((q, k, v), inputs((2, 4, 300, 300, 40)), strict=True):
+        x.copy_(fresh)
+    graph.replay()
+    expected, attn_map = ops.capture(q, k, v, map_format=name, backend="triton")
+    assert torch.equal(exact, expected)
+    assert torch.equal(out, ops.reuse(attn_map, v, backend="triton"))
+
+
+def test_ops_compile_with_inductor():
+    q, k, v = inputs((1, 2, 128, 77, 64))
+
+    def both(q, k, v):
+        out, attn_map = ops.capture(q, k, v)
+        return out + 1, ops.reuse(attn_map, 2 * v)
+
+    for actual, expected in zip(torch.compile(both, fullgraph=True)(q, k, v), both(q, k, v), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=2e-3)
+
+
+def test_a_map_of_more_than_2_31_elements():
+    m, n, d = 34_000, 65_536, 64
+    q, k, v = inputs((1, 1, m, n, d))
+    out, attn_map = ops.capture(q, k, v, backend="triton")
+    again = ops.reuse(attn_map, v, backend="triton")
+    last = slice(m - 100, m)
+    expected = (q[:, :, last].double() @ k.double().mT * d**-0.5).softmax(-1) @ v.double()
+    for x in (out, again):
+        assert (x[:, :, last].double() - expected).norm() / expected.norm() < FORMATS["u8"].error + 2e-3
+
+
+def test_a_half_precision_run_uses_the_kernels_without_a_warning():
+    pipe = random_pipeline().to("cuda", torch.float16)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="attnreuse")
+        with attnreuse.enable(pipe, attnreuse.hurry(6, 3), strict=True) as session:
+            first, second = (sample(pipe, 6) for _ in range(2))
+    assert torch.equal(first, second)
+    assert session.report().allocated_bytes == session.report().predicted_bytes > 0

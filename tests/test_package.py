@@ -14,12 +14,12 @@ from attnreuse import native
 PACKAGE = Path(attnreuse.__file__).parent
 # Imports point one way: a module may import only those before it.
 LAYERS = [
-    {"errors", "environment", "metrics", "report"},
+    {"errors", "environment", "metrics", "report", "timing"},
     {"formats", "policy"},
     {"reference", "native", "kernels", "ring"},
     {"ops"},
     {"processors"},
-    {"planner", "clock"},
+    {"planner", "clock", "bench"},
     {"session"},
     {"forecast", "comparison"},
     {"cli"},

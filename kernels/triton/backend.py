@@ -35,7 +35,7 @@ def unserved(map_format: MapFormat, device: torch.device, dtype: torch.dtype, he
         return f"no kernel for {device.type} devices (TRITON_INTERPRET=1 interprets them on the CPU)"
     if torch.version.hip:
         return "the kernels are written for NVIDIA devices"
-    arch = _arch(device)
+    arch = arch_of(device)
     return None if arch >= 80 else f"compute capability {arch / 10} is below 8.0"
 
 
@@ -44,7 +44,7 @@ def capture(query, key, value, mask, scale: float, into: AttentionMap, out) -> N
     from attnreuse.kernels.capture import launch
 
     with _on(query.device):
-        launch(query, key, value, mask, scale, into, out, _arch(query.device)).run()
+        launch(query, key, value, mask, scale, into, out, arch_of(query.device)).run()
 
 
 def reuse(attn_map: AttentionMap, value, out) -> None:
@@ -52,11 +52,11 @@ def reuse(attn_map: AttentionMap, value, out) -> None:
     from attnreuse.kernels.reuse import launch
 
     with _on(value.device):
-        launch(attn_map, value, out, _arch(value.device)).run()
+        launch(attn_map, value, out, arch_of(value.device)).run()
 
 
 @functools.cache
-def _arch(device: torch.device) -> int:
+def arch_of(device: torch.device) -> int:
     """Compute capability, 90 for 9.0; the interpreter takes the newest's configurations."""
     if device.type != "cuda":
         return 90

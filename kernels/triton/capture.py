@@ -16,12 +16,12 @@ Source: arXiv 2401.01008; FlashAttention-2, arXiv 2307.08691; formats as in :mod
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
-
-from attnreuse.formats import BLOCK, NO_KEY, AttentionMap
 from attnreuse.kernels import configs
 from attnreuse.kernels.tiles import Launch, alignment, dot, load_tile, pack_u4, pack_u8, split_head_dim, store_tile
+
+import triton
+import triton.language as tl
+from attnreuse.formats import BLOCK, NO_KEY, AttentionMap
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MASKED = tl.constexpr(NO_KEY)  # score of a masked key: finite, so that no difference is NaN
@@ -86,10 +86,11 @@ def _capture_kernel(
         acc1 = tl.zeros((BLOCK_M, V1), tl.float32)
     WORDS: tl.constexpr = BLOCK_N * BITS // 16
 
-    for block in range(0, tl.cdiv(N, BLOCK_N)):
+    for block in range(tl.cdiv(N, BLOCK_N)):
         keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = keys if EVEN_N else tl.minimum(keys, N - 1)
-        inside = inside.to(tl.int64) if FAR else inside
+        if FAR:
+            inside = inside.to(tl.int64)
         s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         s = dot(q0, tl.trans(load_tile(k_ptr, inside, stride_kn, stride_kd, 0, D0, D, ALIGN)), s)
         if D1 > 0:
@@ -158,11 +159,13 @@ def launch(
     into: AttentionMap,
     out: torch.Tensor,
     arch: int,
+    config: configs.Config | None = None,
 ) -> Launch:
-    """How :func:`attnreuse.kernels.capture` starts its kernel on compute capability `arch` (90 for 9.0)."""
+    """How this kernel is started on compute capability `arch` (90 for 9.0); `config` overrides the table."""
     b, h, m, n = into.shape
     d, dv = query.shape[-1], value.shape[-1]
-    config = configs.choose("capture", into.format.name, max(d, dv), arch)
+    plain = mask is None and scale > 0 and n % BLOCK == 0
+    config = config or configs.choose("capture", into.format.name, max(d, dv), arch, plain)
     kind = "none"
     if mask is not None:
         kind = "bool" if mask.dtype == torch.bool else "additive"

@@ -1,9 +1,7 @@
-"""Launch configurations, chosen by evidence: ``benchmarks/results/compile.csv`` (registers, spills, shared memory).
+"""Launch configurations, chosen by what the compiler made of them: ``benchmarks/results/compile.csv``.
 
-Rules behind the table: 128 query rows on 8 warps keep both accumulators in registers; 4 warps on
-128 rows spill in capture; where a head needs more than 96 accumulator columns, capture takes 64 rows
-on 4 warps. Stages fill the shared memory the architecture has (227 KB on 9.0 and 10.0, 163 KB on
-8.0, 99 KB on 8.6 and 8.9).
+Chosen without a GPU: fewest instructions per map element among those that spill no register and fit
+the shared memory. ``attnreuse bench --tune`` measures them, and the others, on the device at hand.
 """
 
 from dataclasses import dataclass
@@ -19,17 +17,64 @@ class Config:
     registers: int | None = None
 
 
-def choose(op: str, map_format: str, head_dim: int, arch: int) -> Config:
-    """Configuration of `op` ("capture" or "reuse") for a map format and head dim.
+@dataclass(frozen=True)
+class Rule:
+    """`config` for an op on some architectures, up to a head dim; `plain`: only without mask and ragged N."""
+
+    op: str
+    archs: tuple[str, ...]
+    head_dim: int
+    config: Config
+    formats: tuple[str, ...] = ("fp16", "bf16", "u8", "u4")
+    plain: bool = False
+
+
+# The first rule that fits. "89" stands for every architecture with 99 KB of shared memory, "100" for those
+# with tensor memory. Two stages are the least: with one, tiles pass through registers, which then spill.
+RULES = (
+    # Below 129 registers two programs of 8 warps share a multiprocessor: their loads and products overlap.
+    # Tiles of 16-bit codes are so large that three stages would fill its shared memory.
+    Rule("reuse", ("90",), 64, Config(128, 8, 2, 128), formats=("fp16", "bf16")),
+    Rule("reuse", ("90",), 64, Config(128, 8, 3, 128)),
+    Rule("reuse", ("80", "90", "100"), 96, Config(128, 8, 3)),
+    Rule("reuse", ("80", "89", "90", "100"), 160, Config(128, 8, 2)),
+    # Keys and values are read once per 128 rows instead of 64; above, accumulators leave no registers.
+    Rule("capture", ("80", "90"), 128, Config(128, 8, 2)),
+    Rule("capture", ("89",), 96, Config(128, 8, 2)),
+    Rule("capture", ("89",), 128, Config(32, 4, 2)),  # larger tiles pass the shared memory, or spill
+    Rule("capture", ("90",), 160, Config(64, 4, 2)),
+    Rule("capture", ("80",), 160, Config(64, 4, 2), plain=True),
+    Rule("capture", ("80",), 160, Config(64, 8, 2)),
+    Rule("capture", ("89",), 160, Config(16, 2, 2)),
+    # Tensor memory takes four warps' rows: 8 warps share the columns, slower, but nothing else does not spill.
+    Rule("capture", ("100",), 80, Config(128, 8, 2), plain=True),
+    Rule("capture", ("100",), 128, Config(128, 8, 2), plain=True),
+    Rule("capture", ("100",), 160, Config(64, 8, 2)),
+)
+
+CANDIDATES = tuple(
+    Config(block_m, warps, stages, registers)
+    for block_m, warps in ((128, 8), (128, 4), (64, 4), (64, 8))
+    for stages in (2, 3, 4)
+    for registers in (None, 128)
+)  # of `attnreuse bench --tune`
+
+
+def choose(op: str, map_format: str, head_dim: int, arch: int, plain: bool = True) -> Config:
+    """Configuration of `op` ("capture" or "reuse") for a head dim of at most 160.
 
     Args:
+        map_format: its name.
         arch: compute capability, 90 for 9.0.
+        plain: no mask, and N a multiple of the key block.
     """
-    small = arch in (86, 87, 89) or arch >= 110  # 99 KB of shared memory
-    if op == "capture":
-        if head_dim > (64 if small else 128):
-            return Config(64, 4, 1 if small else 2)
-        return Config(128, 8, 2)
-    if head_dim > 96:
-        return Config(64 if small else 128, 4 if small else 8, 2)
-    return Config(128, 8, 2 if small else 3)
+    kind = "89" if arch in (86, 87, 89) or arch >= 110 else "80" if arch < 90 else "90" if arch < 100 else "100"
+    return next(
+        rule.config
+        for rule in RULES
+        if rule.op == op
+        and kind in rule.archs
+        and head_dim <= rule.head_dim
+        and map_format in rule.formats
+        and (plain or not rule.plain)
+    )

@@ -9,12 +9,12 @@ Source: arXiv 2401.01008; formats as in :mod:`attnreuse.formats`.
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
-
-from attnreuse.formats import BLOCK, AttentionMap
 from attnreuse.kernels import configs
 from attnreuse.kernels.tiles import Launch, alignment, dot, load_tile, split_head_dim, squares, store_tile
+
+import triton
+import triton.language as tl
+from attnreuse.formats import BLOCK, AttentionMap
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _reuse_kernel(
     lse_ptr,  # [B, H, M] fp32
     v_ptr,  # [B, H, N, D]
     out_ptr,  # [B, H, M, D]
-    stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_vb, stride_vh, stride_vn: tl.constexpr, stride_vd,
     stride_ob, stride_oh, stride_om, stride_od,
     H, M, N, ROW,
     BITS: tl.constexpr,
@@ -32,6 +32,7 @@ def _reuse_kernel(
     D0: tl.constexpr,
     D1: tl.constexpr,
     ALIGN: tl.constexpr,
+    FAR: tl.constexpr,  # keys lie too far apart for 32-bit offsets
     EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -55,7 +56,7 @@ def _reuse_kernel(
     acc0 = tl.zeros((BLOCK_M, D0), tl.float32)
     if D1 > 0:
         acc1 = tl.zeros((BLOCK_M, D1), tl.float32)
-    for block in range(0, tl.cdiv(N, BLOCK_N)):
+    for block in range(tl.cdiv(N, BLOCK_N)):
         words = tl.load(  # [BLOCK_M, WORDS]; each read once
             codes_ptr + block * WORDS + rows[:, None] * ROW + cols[None, :], eviction_policy="evict_first"
         )
@@ -66,14 +67,15 @@ def _reuse_kernel(
         if D1 > 0:
             part1 = tl.zeros((BLOCK_M, D1), tl.float32)
         for part in tl.static_range(PER_WORD):
-            start = block * BLOCK_N + part * WORDS
-            # The codes behind the last key are 0; a whole field behind it reads the last key again.
-            keys = cols if EVEN_N else tl.minimum(cols, N - 1 - start)
-            v_block = v_ptr + tl.multiple_of(tl.cast(start, tl.int64) * stride_vn, ALIGN)
+            keys = block * BLOCK_N + part * WORDS + cols
+            if not EVEN_N:
+                keys = tl.minimum(keys, N - 1)  # behind the last key codes are 0, and the last is read again
+            if FAR:
+                keys = keys.to(tl.int64)
             p = (words if BITS == 16 else squares(words, part, BITS)).to(v_ptr.dtype.element_ty)
-            part0 = dot(p, load_tile(v_block, keys, stride_vn, stride_vd, 0, D0, D, ALIGN), part0)
+            part0 = dot(p, load_tile(v_ptr, keys, stride_vn, stride_vd, 0, D0, D, ALIGN), part0)
             if D1 > 0:
-                part1 = dot(p, load_tile(v_block, keys, stride_vn, stride_vd, D0, D1, D, ALIGN), part1)
+                part1 = dot(p, load_tile(v_ptr, keys, stride_vn, stride_vd, D0, D1, D, ALIGN), part1)
         acc0 += part0 * scale[:, None]
         if D1 > 0:
             acc1 += part1 * scale[:, None]
@@ -84,11 +86,13 @@ def _reuse_kernel(
         store_tile(out_ptr, acc1, offs_m, stride_om, stride_od, M - first, D0, D1, D)
 
 
-def launch(attn_map: AttentionMap, value: torch.Tensor, out: torch.Tensor, arch: int) -> Launch:
-    """How :func:`reuse` starts its kernel on compute capability `arch` (90 for 9.0)."""
+def launch(
+    attn_map: AttentionMap, value: torch.Tensor, out: torch.Tensor, arch: int, config: configs.Config | None = None
+) -> Launch:
+    """How this kernel is started on compute capability `arch` (90 for 9.0); `config` overrides the table."""
     b, h, m, n = attn_map.shape
     d = value.shape[-1]
-    config = configs.choose("reuse", attn_map.format.name, d, arch)
+    config = config or configs.choose("reuse", attn_map.format.name, d, arch)
     codes = attn_map.words
     d0, d1 = split_head_dim(d)
     arguments: dict[str, Any] = dict(
@@ -96,7 +100,7 @@ def launch(attn_map: AttentionMap, value: torch.Tensor, out: torch.Tensor, arch:
         stride_vb=value.stride(0), stride_vh=value.stride(1), stride_vn=value.stride(2), stride_vd=value.stride(3),
         stride_ob=out.stride(0), stride_oh=out.stride(1), stride_om=out.stride(2), stride_od=out.stride(3),
         H=h, M=m, N=n, ROW=codes.shape[-1],
-        BITS=attn_map.format.bits, D=d, D0=d0, D1=d1, ALIGN=alignment(value),
+        BITS=attn_map.format.bits, D=d, D0=d0, D1=d1, ALIGN=alignment(value), FAR=n * value.stride(2) >= 2**31,
         EVEN_M=m % config.block_m == 0, EVEN_N=n % BLOCK == 0, BLOCK_M=config.block_m, BLOCK_N=BLOCK,
     )  # fmt: skip
     grid = (triton.cdiv(m, config.block_m), b * h)

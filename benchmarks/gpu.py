@@ -1,0 +1,243 @@
+"""The GPU suite: tests first, then kernels against exact attention, then whole UNet steps; in eight minutes.
+
+    python -m benchmarks.gpu                     everything; appends to benchmarks/results/, draws the plot
+    python -m benchmarks.gpu --only kernels      or steps, or tests
+
+A failing test ends it: no speed of wrong code. UNets have random weights and their published configs.
+"""
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+import torch
+from rows import RESULTS, append, provenance
+
+from attnreuse import bench, planner
+from attnreuse.formats import AttentionMap, map_format
+from attnreuse.policy import Action
+from attnreuse.processors import ReuseAttnProcessor, attention_layers, layer_kinds
+from attnreuse.timing import Times, interleaved
+
+ROOT = Path(__file__).resolve().parent.parent
+FORMATS = ["fp16", "bf16", "u8", "u4"]
+UNETS: dict[str, dict[str, Any]] = {  # unet/config.json of stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0
+    "SD1.5 512": dict(
+        sample_size=64,
+        block_out_channels=(320, 640, 1280, 1280),
+        cross_attention_dim=768,
+        attention_head_dim=8,
+    ),
+    "SDXL 1024": dict(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """A whole denoiser step in which every self-attention layer takes one action."""
+
+    model: str
+    mode: str  # "eager", "compiled" or "graph"
+    action: str
+    map_format: str
+    median_s: float
+    p20_s: float
+    p80_s: float
+    of_exact: float  # median over that of the stock step in the same mode
+    map_bytes: int
+    error: float  # relative Frobenius, of the output against the stock step in the same dtype
+
+
+def run_tests() -> None:
+    """The marked tests and the kernels' own, on the device; SystemExit where one fails."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "tests/test_triton.py"]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise SystemExit("tests fail: nothing is measured")
+
+
+def measure_kernels(device: torch.device, repeats: int = 20) -> tuple[list[bench.Row], bench.Ceilings]:
+    """Every shape and format in fp16."""
+    limits = bench.ceilings(device, torch.float16)
+    rows: list[bench.Row] = []
+    for name, shape in bench.SHAPES.items():
+        rows += bench.measure(name, shape, FORMATS, torch.float16, device, limits, repeats)
+        print(f"{name}: {sum(r.green for r in rows)} of {len(rows)} ops within their error so far", flush=True)
+    return rows, limits
+
+
+def make_unet(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """A random UNet, and arguments of its forward for two rows (guidance)."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**config).to(device, dtype).eval().requires_grad_(False)
+    side = config["sample_size"]
+    given: dict[str, Any] = {
+        "sample": torch.randn(2, 4, side, side, device=device, dtype=dtype),
+        "timestep": torch.tensor(500, device=device),
+        "encoder_hidden_states": torch.randn(2, 77, config["cross_attention_dim"], device=device, dtype=dtype),
+    }
+    if config.get("addition_embed_type") == "text_time":
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        ids = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]] * 2, device=device, dtype=dtype)
+        text = torch.randn(2, pooled, device=device, dtype=dtype)
+        given["added_cond_kwargs"] = {"text_embeds": text, "time_ids": ids}
+    return unet, given
+
+
+def processors_of(unet: Any, given: dict[str, Any], name: str, device: torch.device) -> list[ReuseAttnProcessor]:
+    """A processor with a map of its own on every self-attention layer."""
+    shapes, kinds = planner.map_shapes(unet, given), layer_kinds(unet)
+    placed = []
+    for layer, module in attention_layers(unet).items():
+        if kinds[layer] == "self":
+            processor = ReuseAttnProcessor(module.processor)
+            processor.slot = AttentionMap.empty(map_format(name), shapes[layer][0], device)
+            module.set_processor(processor)
+            placed.append(processor)
+    return placed
+
+
+@contextlib.contextmanager
+def taking(processors: list[ReuseAttnProcessor], action: Action) -> Iterator[None]:
+    """Every layer takes `action`."""
+    for processor in processors:
+        processor.action = action
+    yield
+
+
+def step_calls(unet: Any, given: dict[str, Any], processors: list[ReuseAttnProcessor], mode: str) -> dict[Action, Any]:
+    """A call per action that runs the denoiser step in this mode and returns its output.
+
+    A compiled step has a graph per action, and a CUDA graph fixed maps: what runs is chosen by which is called.
+    """
+    forward = torch.compile(unet) if mode == "compiled" else unet
+
+    def eager(action: Action) -> Callable[[], torch.Tensor]:
+        def call() -> torch.Tensor:
+            with taking(processors, action):
+                return forward(**given, return_dict=False)[0]
+
+        return call
+
+    calls = {action: eager(action) for action in (Action.COMPUTE, Action.CAPTURE, Action.REUSE)}
+    for call in calls.values():  # compiles, and fills the maps before they are reused
+        call()
+    return {action: graphed(call) for action, call in calls.items()} if mode == "graph" else calls
+
+
+def graphed(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """The call as a CUDA graph; fails where it would allocate outside the graph or wait for the device."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+def measure_steps(
+    model: str, config: dict[str, Any], name: str, device: torch.device, modes: list[str], repeats: int = 10
+) -> list[StepRow]:
+    """Stock, capture and reuse steps of one model, in turns."""
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    unet, given = make_unet(config, device, dtype)
+    rows = []
+    with torch.no_grad():
+        processors = processors_of(unet, given, name, device)
+        map_bytes = sum(p.slot.nbytes for p in processors)
+        for mode in modes:
+            calls = step_calls(unet, given, processors, mode)
+            outputs = {action: call().double() for action, call in calls.items()}
+            exact = outputs[Action.COMPUTE]
+            times: list[Times] = interleaved(list(calls.values()), device, repeats)
+            for (action, out), own in zip(outputs.items(), times, strict=True):
+                error = float((out - exact).norm() / exact.norm())
+                spread = (own.median, own.p20, own.p80, own.median / times[0].median)
+                held = 0 if action is Action.COMPUTE else map_bytes
+                rows.append(StepRow(model, mode, action.value, name, *spread, held, error))
+                print(rows[-1], flush=True)
+            torch.compiler.reset()
+    return rows
+
+
+def plot(rows: list[bench.Row], device: str, path: Path) -> None:
+    """Memory against latency of reuse, in units of the fastest exact attention, one panel per shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(row.shape for row in rows if row.n == row.m))
+    figure, axes = plt.subplots(1, len(names), figsize=(3.1 * len(names), 3.4), sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        for op, marker in (("reuse", "o"), ("capture", "^")):
+            shown = [r for r in rows if r.shape == name and r.op == op and r.of_exact is not None]
+            axis.plot([r.map_bytes / 2**20 for r in shown], [r.of_exact for r in shown], marker, label=op)
+            for r in shown:
+                axis.annotate(r.kind, (r.map_bytes / 2**20, r.of_exact), (4, 4), textcoords="offset points", fontsize=8)
+        axis.axhline(1.0, color="gray", linewidth=1, linestyle="--")
+        axis.set(title=name, xlabel="map, MiB", xscale="log")
+        axis.title.set_fontsize(9)
+    axes[0][0].set_ylabel("time over the fastest exact attention")
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(device, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["tests", "kernels", "steps"], help="one part (default: all)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: nothing to measure (python -m benchmarks.compile checks the kernels without)")
+    device = torch.device("cuda")
+    about = provenance(device)
+    if args.only in (None, "tests"):
+        run_tests()
+    if args.only in (None, "kernels"):
+        rows, limits = measure_kernels(device)
+        append(args.out / "gpu_kernels.csv", [row | about for row in bench.to_dicts(rows, limits)])
+        plot(rows, str(about["device"]), args.out / "memory-latency.png")
+    if args.only in (None, "steps"):
+        for model, config in UNETS.items():
+            modes = ["eager", "compiled", "graph"]
+            steps = measure_steps(model, config, "u8", device, modes)
+            append(args.out / "gpu_steps.csv", [vars(row) | about for row in steps])
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message=".*TensorFloat32.*")
+    main()

@@ -1,0 +1,41 @@
+"""Result files: rows are appended, each with commit, date, device and versions."""
+
+import csv
+import datetime
+import subprocess
+from pathlib import Path
+
+import torch
+
+from attnreuse.environment import PACKAGES, environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def provenance(device: torch.device) -> dict[str, object]:
+    """Date, commit (with "-dirty" where the tree differs), device and versions."""
+    made = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    about = {"date": datetime.date.today().isoformat(), "commit": made.stdout.strip() or "unknown"}
+    return about | dict.fromkeys(PACKAGES, "") | environment(device)
+
+
+def append(path: Path, rows: list[dict[str, object]]) -> None:
+    """Add rows to a CSV file; its header is written once.
+
+    Raises:
+        ValueError: the file's columns are others.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns, new = list(rows[0]), not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            held = next(csv.reader(file))
+        if held != columns:
+            raise ValueError(f"{path} has the columns {held}, the rows have {columns}: move it away")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=columns)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,129 @@
+"""The benchmarks' own code, on small shapes: what is checked, what is timed, what is written."""
+
+import csv
+import json
+import math
+
+import compile as compile_gate
+import gpu
+import pytest
+import rows
+import torch
+from typer.testing import CliRunner
+
+from attnreuse import bench, ops
+from attnreuse.cli import app
+from attnreuse.timing import Times, interleaved
+
+CPU = torch.device("cpu")
+LIMITS = bench.Ceilings(1e10, 1e11)
+SMALL = (1, 2, 128, 128, 16)
+
+
+def measured(formats=("u8", "u4")):
+    return bench.measure("small", SMALL, list(formats), torch.float32, CPU, LIMITS, repeats=2)
+
+
+def test_each_op_is_checked_and_timed_beside_exact_attention():
+    found = {(r.op, r.kind): r for r in measured()}
+    assert set(found) == {("exact", "sdpa"), *((op, f) for op in ("capture", "reuse") for f in ("u8", "u4"))}
+    assert all(r.green and r.p20_s <= r.median_s <= r.p80_s for r in found.values())
+    exact, reuse = found["exact", "sdpa"], found["reuse", "u4"]
+    assert exact.of_exact == 1
+    assert reuse.of_exact == pytest.approx(reuse.median_s / exact.median_s)
+    assert reuse.flop == exact.flop / 2 == 2 * 1 * 2 * 128 * 128 * 16
+    assert reuse.nbytes == reuse.map_bytes + 4 * 2 * 16 * (128 + 128)
+
+
+def test_a_wrong_op_gets_no_speed(monkeypatch):
+    right = ops.reuse
+    monkeypatch.setattr(bench.ops, "reuse", lambda *args, **kwargs: right(*args, **kwargs).mul_(1.1))
+    for row in measured():
+        assert row.green == (row.op != "reuse")
+        assert (row.median_s is None) == (row.op == "reuse")
+
+
+def test_break_even_counts_the_reuses_that_pay_for_a_capture():
+    times = {("exact", "sdpa"): 2.0, ("capture", "u8"): 3.0, ("reuse", "u8"): 1.5, ("reuse", "u4"): 2.5}
+    times |= {("capture", "u4"): 1.0}
+    times = {k: Times(s, s, s) for k, s in times.items()}
+    assert bench._speeds("reuse", "u8", times, LIMITS, 10, 10)["break_even"] == 2.0
+    assert bench._speeds("reuse", "u4", times, LIMITS, 10, 10)["break_even"] == math.inf
+
+
+def test_calls_are_timed_in_turns():
+    order = []
+    times = interleaved([lambda: order.append("a"), lambda: order.append("b")], CPU, 3)
+    assert order == ["a", "b"] * 4  # a warm-up first
+    assert all(t.p20 <= t.median <= t.p80 for t in times)
+
+
+def test_result_files_only_grow(tmp_path):
+    path = tmp_path / "rows.csv"
+    about = rows.provenance(CPU)
+    assert about["commit"] != ""
+    for _ in range(2):
+        rows.append(path, bench.to_dicts(measured(), LIMITS))
+    with path.open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 10
+    with pytest.raises(ValueError, match="move it away"):
+        rows.append(path, [{"other": 1}])
+
+
+def test_gpu_suite_measures_steps_and_draws(tmp_path):
+    config = dict(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=2,
+    )
+    found = gpu.measure_steps("tiny", config, "fp32", CPU, ["eager"], repeats=2)
+    assert [row.action for row in found] == ["compute", "capture", "reuse"]
+    assert found[0].of_exact == 1
+    assert all(row.error < 1e-5 for row in found)  # the same step's map: exact to rounding
+    gpu.plot(measured(), "some device", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
+def test_gpu_suite_says_that_it_needs_a_device(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        gpu.main()
+
+
+def test_bench_command(monkeypatch):
+    monkeypatch.setattr(bench, "ceilings", lambda device, dtype: LIMITS)
+    made = CliRunner().invoke(app, ["bench", "--shape", "1,2,64,16", "--format", "u8", "--repeats", "1", "--json"])
+    assert made.exit_code == 0, made.output
+    data = json.loads(made.stdout)
+    assert {(r["op"], r["n"]) for r in data["rows"]} == {("exact", 64), ("capture", 64), ("reuse", 64)}
+    shown = CliRunner().invoke(app, ["bench", "--shape", "1,2,64,16", "--format", "u8", "--repeats", "1"])
+    assert "reuse u8" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--shape", "1,2"], "--shape must be B,H,N,D or B,H,M,N,D, got '1,2'"),
+        (["--format", "u2"], "map_format must be one of"),
+        (["--tune"], "--tune measures the Triton kernels on a CUDA device"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="--tune would measure")
+def test_bench_command_refuses_bad_input(arguments, said):
+    made = CliRunner().invoke(app, ["bench", *arguments])
+    assert made.exit_code == 2
+    assert said in made.stderr
+
+
+def test_the_compile_gate_names_what_is_wrong():
+    case = compile_gate.Case("reuse", "u8", "fp16", 64, 90)
+    good = compile_gate.Figures(128, 8, 3, 120, 0, 80 << 10, True, False, 4.5)
+    bad = compile_gate.Figures(128, 8, 3, 255, 8, 240 << 10, False, True, 9.0)
+    assert compile_gate.problems(case, good, good) == []
+    assert len(compile_gate.problems(case, bad, good)) == 7
+    assert len(compile_gate.problems(case, bad, None)) == 4

@@ -1,0 +1,49 @@
+"""The compile gate: every shipped kernel configuration builds for every architecture, as recorded; no GPU needed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import compile as compile_gate
+import pytest
+
+from attnreuse.kernels import configs
+
+pytest.importorskip("triton", reason="triton is not installed")
+OLDEST = "3.6.0"
+
+
+def gate(*args):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, compile_gate.__file__, *args]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(compile_gate.__file__).parent)
+
+
+def test_every_configuration_as_recorded():
+    made = gate()
+    assert made.returncode == 0, made.stdout + made.stderr
+
+
+def test_u8_with_the_oldest_triton_served():
+    made = gate("--triton", OLDEST, "--only", "u8")
+    if made.returncode == compile_gate.NOT_FETCHED:
+        pytest.skip(f"pip could not fetch triton {OLDEST}")
+    assert made.returncode == 0, made.stdout + made.stderr
+
+
+def test_every_configuration_is_recorded_for_both():
+    import triton
+
+    for version in (triton.__version__, OLDEST):
+        recorded = compile_gate.read(compile_gate.RESULTS, version)
+        assert not recorded or set(recorded) == set(compile_gate.cases())
+    assert compile_gate.read(compile_gate.RESULTS, OLDEST)
+
+
+@pytest.mark.parametrize("arch", [80, 86, 87, 89, 90, 100, 103, 110, 120])
+@pytest.mark.parametrize("op", ["capture", "reuse"])
+def test_the_table_has_a_rule_for_every_architecture(op, arch):
+    for d in (1, 40, 64, 80, 96, 128, 160):
+        for plain in (True, False):
+            assert isinstance(configs.choose(op, "u8", d, arch, plain), configs.Config)
