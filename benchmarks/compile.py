@@ -4,9 +4,9 @@
     python -m benchmarks.compile --record            write the rows of this Triton
     python -m benchmarks.compile --triton 3.6.0      with another Triton (pip installs it into a cache)
 
-A configuration fails where registers spill (more than recorded, and any that is not), shared memory passes the architecture's limit, the tensor
-cores' instruction is missing, ptxas serialises wgmma, or a figure is worse than the recorded one.
-Exit code 1 on a failure.
+A configuration fails where registers spill (unless recorded so), shared memory passes the
+architecture's limit, the tensor cores' instruction is missing, ptxas serialises wgmma, or a figure is
+worse than the recorded one. Exit code 1 on a failure.
 """
 
 import argparse

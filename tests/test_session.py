@@ -693,3 +693,14 @@ def test_report_prints_and_serialises(pipe):
         "map_bytes": session.report().layers[0].map_bytes,
     }
     assert "mid_block.attentions.0.transformer_blocks.0.attn1" in str(session.report())
+
+
+def test_a_layer_that_no_kernel_serves_is_an_error_under_strict(pipe, monkeypatch):
+    monkeypatch.setattr(attnreuse.ops, "fallback_reason", lambda *call: "no kernel for this" if call[3] == 8 else None)
+    with (
+        attnreuse.enable(pipe, hurry(3, 1), strict=True),
+        pytest.raises(
+            attnreuse.UnsupportedLayerError, match=r"layer .*attn1 would run through plain torch: no kernel for this"
+        ),
+    ):
+        sample(pipe, 3)

@@ -1,8 +1,8 @@
 """Reuse: ``O = P V`` of a stored block-scaled map, decoded in registers.
 
-Per block of 128 keys the codes' own sum ``sum_n code^2 v`` is a tensor-core product with exact
-operands; the block's scale ``exp2(block_max - lse) / L^2`` multiplies that partial sum, not the codes
-(scaling the codes costs an operation per element, and on Hopper it serialises the products).
+Per block of 128 keys ``sum_n code^2 v`` is a tensor-core product of the codes as they are (their squares
+rounded to the operands' dtype); the block's scale ``exp2(block_max - lse) / L^2`` multiplies that partial
+sum, not the codes: scaling these costs an operation per element, and on Hopper serialises the products.
 Source: arXiv 2401.01008; formats as in :mod:`attnreuse.formats`.
 """
 
