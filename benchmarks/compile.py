@@ -100,9 +100,9 @@ def build(case: Case) -> Figures:
     """Compile a case exactly as its launch would be compiled on the device."""
     import torch
     import triton
-    from attnreuse.kernels import capture, reuse
 
     from attnreuse.formats import AttentionMap, map_format
+    from attnreuse.kernels import capture, reuse
 
     torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[case.dtype]
     b, h, m, n = 2, 8, 1024, 1000 if case.ragged else 1024

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import compile as compile_gate
 import pytest
+
 from attnreuse.kernels import configs
 
 pytest.importorskip("triton", reason="triton is not installed")

@@ -9,11 +9,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from attnreuse.kernels import backend
 from test_ops import error, oracle
 
 from attnreuse import AttentionMap, ops
 from attnreuse.formats import FORMATS
+from attnreuse.kernels import backend
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -146,7 +146,7 @@ def test_masks(kind, name):
 
 
 def test_values_of_another_head_dim_scales_and_masked_scores():
-    q, k, _v = tensors(1, 2, 63, 77, 40)
+    q, k, _ = tensors(1, 2, 63, 77, 40)
     other = tensors(1, 2, 63, 77, 96, seed=3)[2]
     for scale in (0.3, -0.3, 0.0):
         p, expected = oracle(q, k, other, scale=scale)
@@ -171,7 +171,7 @@ def test_rows_behind_2_31_elements_are_addressed(tmp_path):
     n, d, apart = 200, 16, 1 << 24
     file = np.memmap(tmp_path / "sparse", np.float16, "w+", shape=(n * apart,))
     far = torch.from_numpy(file).as_strided((1, 1, n, d), (0, 0, apart, 1))
-    q, k, _v = tensors(1, 1, 5, n, d)
+    q, k, _ = tensors(1, 1, 5, n, d)
     far.copy_(k)
     out, attn_map = ops.capture(q, far, far, backend="triton")
     assert torch.equal(out, ops.capture(q, k, k, backend="triton")[0])

@@ -9,12 +9,12 @@ Source: arXiv 2401.01008; formats as in :mod:`attnreuse.formats`.
 from typing import Any
 
 import torch
-from attnreuse.kernels import configs
-from attnreuse.kernels.tiles import Launch, alignment, dot, load_tile, split_head_dim, squares, store_tile
 
 import triton
 import triton.language as tl
 from attnreuse.formats import BLOCK, AttentionMap
+from attnreuse.kernels import configs
+from attnreuse.kernels.tiles import Launch, alignment, dot, load_tile, split_head_dim, squares, store_tile
 
 
 @triton.jit

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from attnreuse.kernels.configs import Config
 
 import triton
 import triton.language as tl
+from attnreuse.kernels.configs import Config
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
