@@ -7,12 +7,11 @@ A failing test ends it: no speed of wrong code. UNets have random weights and th
 """
 
 import argparse
-import contextlib
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,8 @@ class StepRow:
 
 def run_tests() -> None:
     """The marked tests and the kernels' own, on the device; SystemExit where one fails."""
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "tests/test_triton.py"]
+    # Most of the time compiles kernels, one core a test.
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "tests/test_gpu.py", "tests/test_triton.py"]
     if subprocess.run(command, cwd=ROOT).returncode:
         raise SystemExit("tests fail: nothing is measured")
 
@@ -119,14 +119,6 @@ def processors_of(unet: Any, given: dict[str, Any], name: str, device: torch.dev
     return placed
 
 
-@contextlib.contextmanager
-def taking(processors: list[ReuseAttnProcessor], action: Action) -> Iterator[None]:
-    """Every layer takes `action`."""
-    for processor in processors:
-        processor.action = action
-    yield
-
-
 def step_calls(unet: Any, given: dict[str, Any], processors: list[ReuseAttnProcessor], mode: str) -> dict[Action, Any]:
     """A call per action that runs the denoiser step in this mode and returns its output.
 
@@ -136,8 +128,9 @@ def step_calls(unet: Any, given: dict[str, Any], processors: list[ReuseAttnProce
 
     def eager(action: Action) -> Callable[[], torch.Tensor]:
         def call() -> torch.Tensor:
-            with taking(processors, action):
-                return forward(**given, return_dict=False)[0]
+            for processor in processors:
+                processor.action = action
+            return forward(**given, return_dict=False)[0]
 
         return call
 
@@ -166,27 +159,25 @@ def graphed(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 
 def measure_steps(
-    model: str, config: dict[str, Any], name: str, device: torch.device, modes: list[str], repeats: int = 10
+    model: str, config: dict[str, Any], name: str, device: torch.device, mode: str, repeats: int = 10
 ) -> list[StepRow]:
-    """Stock, capture and reuse steps of one model, in turns."""
+    """Stock, capture and reuse steps of one model, in turns; maps in format `name`."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     unet, given = make_unet(config, device, dtype)
     rows = []
     with torch.no_grad():
         processors = processors_of(unet, given, name, device)
-        map_bytes = sum(p.slot.nbytes for p in processors)
-        for mode in modes:
-            calls = step_calls(unet, given, processors, mode)
-            outputs = {action: call().double() for action, call in calls.items()}
-            exact = outputs[Action.COMPUTE]
-            times: list[Times] = interleaved(list(calls.values()), device, repeats)
-            for (action, out), own in zip(outputs.items(), times, strict=True):
-                error = float((out - exact).norm() / exact.norm())
-                spread = (own.median, own.p20, own.p80, own.median / times[0].median)
-                held = 0 if action is Action.COMPUTE else map_bytes
-                rows.append(StepRow(model, mode, action.value, name, *spread, held, error))
-                print(rows[-1], flush=True)
-            torch.compiler.reset()
+        calls = step_calls(unet, given, processors, mode)
+        outputs = {action: call().double() for action, call in calls.items()}
+        exact = outputs[Action.COMPUTE]
+        times: list[Times] = interleaved(list(calls.values()), device, repeats)
+    for (action, out), own in zip(outputs.items(), times, strict=True):
+        error = float((out - exact).norm() / exact.norm())
+        spread = (own.median, own.p20, own.p80, own.median / times[0].median)
+        held = 0 if action is Action.COMPUTE else sum(p.slot.nbytes for p in processors)
+        rows.append(StepRow(model, mode, action.value, name, *spread, held, error))
+        print(rows[-1], flush=True)
+    torch.compiler.reset()
     return rows
 
 
@@ -233,9 +224,9 @@ def main() -> None:
         plot(rows, str(about["device"]), args.out / "memory-latency.png")
     if args.only in (None, "steps"):
         for model, config in UNETS.items():
-            modes = ["eager", "compiled", "graph"]
-            steps = measure_steps(model, config, "u8", device, modes)
-            append(args.out / "gpu_steps.csv", [vars(row) | about for row in steps])
+            for mode in ("eager", "graph", "compiled"):  # what compiles longest comes last
+                steps = measure_steps(model, config, "u8", device, mode)
+                append(args.out / "gpu_steps.csv", [vars(row) | about for row in steps])
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_gpu_suite_measures_steps_and_draws(tmp_path):
         cross_attention_dim=32,
         attention_head_dim=2,
     )
-    found = gpu.measure_steps("tiny", config, "fp32", CPU, ["eager"], repeats=2)
+    found = gpu.measure_steps("tiny", config, "fp32", CPU, "eager", repeats=2)
     assert [row.action for row in found] == ["compute", "capture", "reuse"]
     assert found[0].of_exact == 1
     assert all(row.error < 1e-5 for row in found)  # the same step's map: exact to rounding
