@@ -121,12 +121,9 @@ def _capture_kernel(
             t = tl.exp2(tl.fma(s, factor * 0.5, -0.5 * mb[:, None]))
             stored = pack_u8(t, BLOCK_M) if BITS == 8 else pack_u4(t, BLOCK_M)
             p = t * t
-        tl.store(
-            codes_ptr + offs_m[:, None] * ROW + (block * WORDS + tl.arange(0, WORDS))[None, :],
-            stored,
-            mask=None if EVEN_M else offs_m[:, None] < M - first,
-            cache_modifier=".cs",  # not read in this step
-        )
+        codes = codes_ptr + block * WORDS
+        if BITS < 16:
+            _store_codes(codes, stored, ROW, M - first, EVEN_M)
         tl.store(block_max_ptr + block * M + offs_m, mb, mask=None if EVEN_M else offs_m < M - first)
         l = l * alpha + beta * tl.sum(p, 1)  # noqa: E741
         p = p.to(v_ptr.dtype.element_ty)
@@ -138,6 +135,8 @@ def _capture_kernel(
             part1 = tl.zeros((BLOCK_M, V1), tl.float32)
             part1 = dot(p, load_tile(v_ptr, inside, stride_vn, stride_vd, V0, V1, V, ALIGN), part1)
             acc1 = acc1 * alpha[:, None] + part1 * beta[:, None]
+        if BITS == 16:  # they are the product's operand: stored before it, they would live twice
+            _store_codes(codes, stored, ROW, M - first, EVEN_M)
         m = mn
 
     attended = m > MASKED_ROW
@@ -148,6 +147,14 @@ def _capture_kernel(
     store_tile(out_ptr, acc0 * share[:, None], offs_m, stride_om, stride_od, M - first, 0, V0, V)
     if V1 > 0:
         store_tile(out_ptr, acc1 * share[:, None], offs_m, stride_om, stride_od, M - first, V0, V1, V)
+
+
+@triton.jit
+def _store_codes(ptr, codes, ROW, M, EVEN_M: tl.constexpr):
+    """Write a tile of codes, [rows, words], within M rows; it is not read in this step."""
+    offs_m = tl.arange(0, codes.shape[0])[:, None]
+    at = ptr + offs_m * ROW + tl.arange(0, codes.shape[1])[None, :]
+    tl.store(at, codes, mask=None if EVEN_M else offs_m < M, cache_modifier=".cs")
 
 
 def launch(

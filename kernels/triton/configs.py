@@ -41,18 +41,15 @@ RULES = (
     Rule("reuse", ("80",), 160, Config(128, 8, 2), formats=("fp16", "bf16", "u8")),
     Rule("reuse", ("80", "89"), 160, Config(16, 2, 2)),  # larger tiles spill
     Rule("reuse", ("90", "100"), 160, Config(128, 8, 2)),
-    # Keys and values are read once per 128 rows instead of 64; wide heads' accumulators leave no registers
-    # for that, 16-bit codes least of all, and tiles must fit the shared memory.
-    Rule("capture", ("80", "90"), 96, Config(128, 8, 2)),
-    Rule("capture", ("80", "90"), 128, Config(128, 8, 2), formats=("u8", "u4")),
-    Rule("capture", ("80", "90"), 128, Config(64, 4, 2)),
+    # Keys and values are read once per 128 rows instead of 64; above a head dim of 128 accumulators leave no
+    # registers for that. Tiles must fit the shared memory.
+    Rule("capture", ("80", "90"), 128, Config(128, 8, 2)),
     Rule("capture", ("90",), 160, Config(64, 4, 2)),
-    Rule("capture", ("80",), 160, Config(64, 4, 2), formats=("u8",), plain=True),
-    Rule("capture", ("80",), 160, Config(64, 8, 2)),
+    Rule("capture", ("80",), 160, Config(64, 4, 2), formats=("fp16", "bf16", "u8"), plain=True),
     Rule("capture", ("89",), 80, Config(128, 8, 2)),
     Rule("capture", ("89",), 96, Config(128, 8, 2), formats=("u8", "u4")),
     Rule("capture", ("89",), 128, Config(32, 4, 2)),
-    Rule("capture", ("89",), 160, Config(16, 2, 2)),
+    Rule("capture", ("80", "89"), 160, Config(16, 2, 2)),  # larger tiles spill
     # Tensor memory is read by four warps' rows: 8 warps share them, which costs, but nothing else does not spill.
     Rule("capture", ("100",), 64, Config(128, 8, 2), plain=True),
     Rule("capture", ("100",), 80, Config(128, 8, 2), formats=("u8", "u4"), plain=True),
