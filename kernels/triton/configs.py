@@ -45,7 +45,7 @@ RULES = (
     # registers for that. Tiles must fit the shared memory.
     Rule("capture", ("80", "90"), 128, Config(128, 8, 2)),
     Rule("capture", ("90",), 160, Config(64, 4, 2)),
-    Rule("capture", ("80",), 160, Config(64, 4, 2), formats=("fp16", "bf16", "u8"), plain=True),
+    Rule("capture", ("80",), 160, Config(64, 4, 2), formats=("fp16", "bf16"), plain=True),
     Rule("capture", ("89",), 80, Config(128, 8, 2)),
     Rule("capture", ("89",), 96, Config(128, 8, 2), formats=("u8", "u4")),
     Rule("capture", ("89",), 128, Config(32, 4, 2)),
