@@ -15,7 +15,7 @@ from attnreuse.policy import Policy, hurry, periodic
 from attnreuse.report import Report
 from attnreuse.session import Session, disable, enable
 
-TINY_SHAPES_GUIDANCE = 1.5  # guidance_scale that suits the shipped pipeline
+TINY_SHAPES_GUIDANCE = 2.5  # guidance_scale that suits the shipped pipeline
 
 __all__ = [
     "TINY_SHAPES_GUIDANCE",
