@@ -91,7 +91,7 @@ def compare(
     map_format: str,
     seed: int,
     guidance: float | None = None,
-    rounds: int = 3,
+    rounds: int = 2,
     advance: Callable[[str, int], None] = lambda label, steps: None,
 ) -> Comparison:
     """Sample `prompts` in one batch with full steps, with `policy`, and with fewer steps.

@@ -18,7 +18,9 @@ def provenance(device: torch.device) -> dict[str, object]:
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
     about = {"date": datetime.date.today().isoformat(), "commit": made.stdout.strip() or "unknown"}
-    return about | dict.fromkeys(PACKAGES, "") | environment(device)
+    found = environment(device)
+    versions = {name: found.pop(name, "") for name in PACKAGES}  # the same columns everywhere
+    return about | found | versions
 
 
 def append(path: Path, rows: list[dict[str, object]]) -> None:
