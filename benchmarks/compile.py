@@ -68,7 +68,7 @@ def cases() -> list[Case]:
         Case(op, name, "bf16" if name == "bf16" else "fp16", d, arch)
         for op in ("capture", "reuse")
         for name in ("fp16", "bf16", "u8", "u4")
-        for d in HEAD_DIMS
+        for d in (HEAD_DIMS if name != "bf16" else (64, 160))  # to the compiler nearly fp16
         for arch in ARCHS
     ]
     for arch in ARCHS:

@@ -36,7 +36,8 @@ RULES = (
     # Tiles of 16-bit codes are so large that three stages would fill its shared memory.
     Rule("reuse", ("90",), 64, Config(128, 8, 2, 128), formats=("fp16", "bf16")),
     Rule("reuse", ("90",), 64, Config(128, 8, 3, 128)),
-    Rule("reuse", ("80", "90", "100"), 96, Config(128, 8, 3)),
+    Rule("reuse", ("80", "90"), 96, Config(128, 8, 3)),
+    Rule("reuse", ("100",), 80, Config(128, 8, 3)),
     Rule("reuse", ("80", "89"), 128, Config(128, 8, 2)),
     Rule("reuse", ("80",), 160, Config(128, 8, 2), formats=("fp16", "bf16", "u8")),
     Rule("reuse", ("80", "89"), 160, Config(16, 2, 2)),  # larger tiles spill
@@ -51,11 +52,11 @@ RULES = (
     Rule("capture", ("89",), 128, Config(32, 4, 2)),
     Rule("capture", ("80", "89"), 160, Config(16, 2, 2)),  # larger tiles spill
     # Tensor memory is read by four warps' rows: 8 warps share them, which costs, but nothing else does not spill.
-    Rule("capture", ("100",), 64, Config(128, 8, 2), plain=True),
-    Rule("capture", ("100",), 80, Config(128, 8, 2), formats=("u8", "u4"), plain=True),
-    Rule("capture", ("100",), 96, Config(64, 8, 2)),
-    Rule("capture", ("100",), 128, Config(128, 8, 2), formats=("u8", "u4"), plain=True),
-    Rule("capture", ("100",), 160, Config(64, 8, 2)),
+    Rule("capture", ("100",), 80, Config(128, 8, 2), plain=True),
+    Rule("capture", ("100",), 96, Config(64, 8, 2), formats=("u8", "u4"), plain=True),
+    Rule("capture", ("100",), 128, Config(128, 8, 2), plain=True),
+    Rule("capture", ("100",), 128, Config(64, 8, 2)),
+    Rule("capture", ("100",), 160, Config(64, 8, 3)),
 )
 
 CANDIDATES = tuple(
