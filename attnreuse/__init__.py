@@ -1,8 +1,10 @@
 """attnreuse: compute an attention map once, keep it compressed, apply it to fresh values later."""
 
+import importlib
 from pathlib import Path
+from typing import Any
 
-from attnreuse import ops
+from attnreuse import ops, tiny_shapes
 from attnreuse.errors import (
     AttnReuseError,
     MemoryBudgetError,
@@ -15,29 +17,52 @@ from attnreuse.policy import Policy, hurry, periodic
 from attnreuse.report import Report
 from attnreuse.session import Session, disable, enable
 
-TINY_SHAPES_GUIDANCE = 2.5  # guidance_scale that suits the shipped pipeline
+TINY_SHAPES_GUIDANCE = tiny_shapes.GUIDANCE
+
+_SCIENCE = {  # loaded when first used: what samples pictures to learn from them
+    "Analysis": "analysis",
+    "Objective": "search",
+    "analyze": "analysis",
+    "exhaustive": "search",
+    "layerwise": "search",
+    "phast": "search",
+    "predict": "analysis",
+}
 
 __all__ = [
     "TINY_SHAPES_GUIDANCE",
+    "Analysis",
     "AttentionMap",
     "AttnReuseError",
     "MapFormat",
     "MemoryBudgetError",
+    "Objective",
     "Policy",
     "PolicyMismatchError",
     "Report",
     "Session",
     "StaleMapError",
     "UnsupportedLayerError",
+    "analyze",
     "disable",
     "enable",
+    "exhaustive",
     "hurry",
+    "layerwise",
     "ops",
     "periodic",
+    "phast",
+    "predict",
     "tiny_shapes_path",
 ]
 
 
 def tiny_shapes_path() -> Path:
     """Folder of the shipped trained pipeline, for ``StableDiffusionPipeline.from_pretrained``."""
-    return Path(__file__).parent / "assets" / "tiny-shapes"
+    return tiny_shapes.FOLDER
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _SCIENCE:
+        raise AttributeError(f"module 'attnreuse' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"attnreuse.{_SCIENCE[name]}"), name)

@@ -1,4 +1,4 @@
-"""The command line: `attnreuse sample`, `plan`, `bench`, `doctor`."""
+"""The command line: `attnreuse sample`, `search`, `analyze`, `plan`, `bench`, `doctor`."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ PolicyFile = Annotated[str | None, typer.Option("--policy", help="Policy file or
 Format = Annotated[
     str | None, typer.Option("--format", help="fp32, fp16, bf16, u8, u4. Default: u8 where a kernel serves it.")
 ]
+Guidance = Annotated[float | None, typer.Option(help="guidance_scale. Default: what suits the model.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Repeatable. Default (shipped model): captions.")]
+Images = Annotated[int, typer.Option(min=1, help="Pictures, of as many captions, without --prompt.")]
+Seed = Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")]
+Batch = Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")]
+Layers = Annotated[str, typer.Option(help="self, cross, all, or a pattern of layer names.")]
+MemoryBudget = Annotated[str | None, typer.Option(help="Most memory of maps, such as 4GiB.")]
 Scheduler = Annotated[str | None, typer.Option(help="DDIM, DPM, Euler, PNDM, UniPC, Heun. Default: the model's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
@@ -64,9 +71,9 @@ def sample(
     policy: PolicyFile = None,
     map_format: Format = None,
     scheduler: Scheduler = None,
-    guidance: Annotated[float | None, typer.Option(help="guidance_scale. Default: what suits the model.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
-    prompt: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: four captions.")] = None,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    prompt: Prompts = None,
     out_path: Annotated[Path, typer.Option("--out", help="The picture; the JSON goes beside it.")] = Path(
         "attnreuse-sample.png"
     ),
@@ -111,6 +118,132 @@ def sample(
 
 
 @app.command(
+    epilog="Examples:\n\n    attnreuse search --out policy.json\n\n    attnreuse search --metric ssim --floor 0.98\n\n"
+    "    attnreuse search --method exhaustive --steps 10 --reuse 4\n\n"
+    "    attnreuse search --method layerwise --by level --saving 0.5\n\n"
+    '    attnreuse search --model user/pipeline --prompt "a red fox" --prompt "a harbour" --engine ray'
+)
+def search(
+    model: Model = "",
+    steps: Steps = 20,
+    reuse: Reuse = 10,
+    method: Annotated[str, typer.Option(help="phast, exhaustive, or layerwise.")] = "phast",
+    variant: Annotated[str, typer.Option(help="phast: greedy, or exhaustive in each neighbourhood.")] = "greedy",
+    metric: Annotated[str, typer.Option(help="psnr, ssim or lpips, against the full-step pictures.")] = "psnr",
+    floor: Annotated[float | None, typer.Option(help="Seek the fastest schedule with at least this metric.")] = None,
+    memory_budget: MemoryBudget = None,
+    budget: Annotated[int, typer.Option(min=1, help="phast: most schedules to judge.")] = 200,
+    patience: Annotated[int | None, typer.Option(min=1, help="phast: give a start up after so many in vain.")] = None,
+    restarts: Annotated[int, typer.Option(min=0, help="phast: random schedules to start from besides HURRY.")] = 0,
+    analysis: Annotated[
+        Path | None, typer.Option(help="phast: file of `attnreuse analyze`; its prediction seeds the search.")
+    ] = None,
+    by: Annotated[str, typer.Option(help="layerwise: kind, level or layer.")] = "level",
+    saving: Annotated[float, typer.Option(min=0, max=1, help="layerwise: share of attention's cost to save.")] = 0.5,
+    cost: Annotated[str, typer.Option(help="layerwise: maps (not computed), or seconds (measured here).")] = "maps",
+    prompt: Prompts = None,
+    images: Images = 8,
+    seed: Seed = 1000,
+    guidance: Guidance = None,
+    layers: Layers = "self",
+    map_format: Format = None,
+    scheduler: Scheduler = None,
+    batch: Batch = 4,
+    engine: Annotated[str, typer.Option(help="local, or ray (extra `ray`).")] = "local",
+    address: Annotated[str | None, typer.Option(help="Of a ray cluster. Default: a local one.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="ray: workers. Default: as many as fit.")] = None,
+    cache: Annotated[Path, typer.Option(help="Scores, kept as they come: run again to go on.")] = Path(
+        "attnreuse-search.jsonl"
+    ),
+    out_path: Annotated[Path, typer.Option("--out", help="The policy found.")] = Path("attnreuse-policy.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Search the schedule whose pictures stay closest to the full-step ones (PHAST)."""
+    with _clear_errors():
+        from attnreuse import search as searching
+        from attnreuse.evaluate import Evaluator
+        from attnreuse.planner import parse_bytes
+
+        _one_of("--method", method, "phast", "exhaustive", "layerwise")
+        _one_of("--engine", engine, "local", "ray")
+        _one_of("--by", by, "kind", "level", "layer")
+        _one_of("--cost", cost, "maps", "seconds")
+        objective = searching.Objective(metric, floor, parse_bytes(memory_budget))
+        evaluator = Evaluator(
+            _load_pipeline(model, scheduler),
+            _setting(model, prompt, images, steps, seed, guidance, map_format, layers, batch),
+        )
+        chosen = searching.RayEngine(evaluator, workers, address) if engine == "ray" else searching.InProcess(evaluator)
+        with _progress() as advance:
+            given: dict[str, Any] = {"cache": cache, "progress": advance}
+            if method == "phast":
+                starts, rank = _predicted(analysis, evaluator, reuse)
+                found: Any = searching.phast(
+                    evaluator.pipe, steps, reuse, evaluator.setting.prompts, objective=objective, variant=variant,
+                    starts=starts, rank=rank, restarts=restarts, budget=budget, patience=patience, seed=seed,
+                    engine=chosen, **given,
+                )  # fmt: skip
+            elif method == "exhaustive":
+                found = searching.exhaustive(chosen, reuse, objective=objective, **given)
+            else:
+                costs = searching.map_costs(evaluator) if cost == "maps" else searching.layer_costs(evaluator)
+                found = searching.layerwise(
+                    chosen, by=by, saving=saving, costs=costs, memory_budget=objective.memory_budget, **given
+                )
+        found.policy.save(out_path)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    out.print(_search_table(found, metric))
+    out.print(f"[dim]{out_path}; scores in {cache}[/dim]", highlight=False)
+
+
+@app.command(
+    epilog="Examples:\n\n    attnreuse analyze\n\n    attnreuse analyze --scheduler DPM --out dpm.json\n\n"
+    "    attnreuse search --analysis attnreuse-analysis.json"
+)
+def analyze(
+    model: Model = "",
+    steps: Steps = 20,
+    prompt: Prompts = None,
+    images: Images = 4,
+    seed: Seed = 2000,
+    guidance: Guidance = None,
+    layers: Layers = "self",
+    scheduler: Scheduler = None,
+    batch: Batch = 4,
+    schedules: Annotated[int, typer.Option(min=0, help="Random schedules to test the prediction on.")] = 100,
+    reuse: Annotated[int | None, typer.Option(min=1, help="Reuse steps of each. Default: half.")] = None,
+    noise: Annotated[float, typer.Option(min=1e-4, help="Relative size of the perturbation of the maps.")] = 0.05,
+    out_path: Annotated[Path, typer.Option("--out", help="Measurements; plots go beside it as PNG.")] = Path(
+        "attnreuse-analysis.json"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """How errors grow, maps drift and age costs; and how well that predicts a schedule's error."""
+    with _clear_errors():
+        from attnreuse import analysis, plots
+        from attnreuse.evaluate import Evaluator
+
+        plots.pyplot()
+        setting = _setting(model, prompt, images, steps, seed, guidance, "fp32", layers, batch)
+        evaluator = Evaluator(_load_pipeline(model, scheduler), setting)
+        with _progress() as advance:
+            found = analysis.analyze(evaluator, schedules=schedules, reuse=reuse, noise=noise, progress=advance)
+        found.save(out_path)
+        pictures = {out_path.with_suffix(".png"): plots.analysis_figure(found)}
+        pictures[out_path.with_name(f"{out_path.stem}-layers.png")] = plots.layer_drift_figure(found)
+        for path, figure in pictures.items():
+            figure.savefig(path, dpi=120)
+    if as_json:
+        print(found.model_dump_json(indent=2))
+        return
+    for table in _analysis_tables(found):
+        out.print(table)
+    out.print(f"[dim]{', '.join(map(str, [out_path, *pictures]))}[/dim]", highlight=False)
+
+
+@app.command(
     epilog="Examples:\n\n    attnreuse plan\n\n    attnreuse plan --height 256 --width 256 --format u4\n\n"
     "    attnreuse plan --model user/pipeline --steps 30 --reuse 12 --memory-budget 2GiB"
 )
@@ -122,12 +255,12 @@ def plan(
     policy: PolicyFile = None,
     map_format: Format = None,
     scheduler: Scheduler = None,
-    layers: Annotated[str, typer.Option(help="self, cross, all, or a pattern of layer names.")] = "self",
+    layers: Layers = "self",
     height: Annotated[int | None, typer.Option(min=8, help="Pixels. Default: the model's own.")] = None,
     width: Annotated[int | None, typer.Option(min=8, help="Pixels. Default: the model's own.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at once; guidance doubles it.")] = 4,
     guidance: Annotated[bool, typer.Option(help="Classifier-free guidance.")] = True,
-    memory_budget: Annotated[str | None, typer.Option(help="Such as 4GiB; the rest only computes.")] = None,
+    memory_budget: MemoryBudget = None,
     measure: Annotated[bool, typer.Option(help="Time each distinct layer here, to predict the gain.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -325,6 +458,130 @@ def _policy(file: str | None, executed: int, reuse: int, max_age: int | None) ->
     if found.steps != executed:
         raise ValueError(f"--policy {file} is for {found.steps} executed steps, this run executes {executed}")
     return found
+
+
+def _one_of(option: str, given: str, *known: str) -> None:
+    if given not in known:
+        raise ValueError(f"{option} must be one of {', '.join(known)}, got {given!r}")
+
+
+def _setting(
+    model: str,
+    prompts: list[str] | None,
+    images: int,
+    steps: int,
+    seed: int,
+    guidance: float | None,
+    map_format: str | None,
+    layers: str,
+    batch: int,
+    held_out: bool = False,
+) -> Any:
+    """What to sample: the prompts given, or `images` captions of the shipped pipeline's grammar."""
+    from attnreuse import TINY_SHAPES_GUIDANCE, tiny_shapes
+    from attnreuse.environment import default_device
+    from attnreuse.evaluate import Setting
+
+    if not prompts and model:
+        raise ValueError("--model needs --prompt (repeatable): the default captions are those of the shipped pipeline")
+    draw = tiny_shapes.held_out_prompts if held_out else tiny_shapes.search_prompts
+    device = default_device()
+    return Setting(
+        tuple(prompts or draw(images)),
+        steps,
+        seed,
+        TINY_SHAPES_GUIDANCE if guidance is None and not model else guidance,
+        map_format=map_format or _default_format(device, _default_dtype(device)),
+        layers=layers,
+        batch=batch,
+    )
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar with the time left; gives the function to call with (done, of, a figure)."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, of, best: bar.update(task, completed=done, total=of, description=f"{best:.4g}")
+
+
+def _search_table(found: Any, metric: str) -> Table:
+    """Improvements of a step-wise search, or the groups of a layer-wise one."""
+    from attnreuse.search import LayerwiseResult
+
+    if isinstance(found, LayerwiseResult):
+        table = Table(
+            title=f"saves {found.saving:.0%} at {found.psnr_db:.2f} dB ({found.predicted_psnr_db:.2f} predicted)"
+        )
+        table.add_column("layer")
+        table.add_column("reuse")
+        for name, row in found.policy.reuse.items():
+            table.add_row(name, "".join(".R"[r] for r in row))
+        return table
+    table = Table(title=f"{found.policy.name}: {found.evaluations} schedules, stopped at: {found.stopped}; "
+                  f"{found.calls.saved:.0%} of denoiser calls replayed")  # fmt: skip
+    for column in ("schedule", metric, "after"):
+        table.add_column(column, justify="left" if column == "schedule" else "right")
+    for step in found.history:
+        table.add_row(step.reuse, f"{step.metric:.3f}", str(step.evaluations))
+    return table
+
+
+def _predicted(analysis: Path | None, evaluator: Any, reuse: int) -> tuple[list[Any], Any]:
+    """HURRY and the schedule that an analysis predicts best, to start from, and its ranking; none without one."""
+    if analysis is None:
+        return [], None
+    from attnreuse.analysis import Analysis, best_predicted, predict
+    from attnreuse.policy import hurry
+
+    found = Analysis.load(analysis)
+    made_for, here = (found.scheduler, found.steps), (evaluator.scheduler, evaluator.executed_steps)
+    if made_for != here:
+        raise ValueError(
+            f"--analysis {analysis} is of {made_for[0]}, {made_for[1]} steps; this run: {here[0]}, {here[1]}"
+        )
+    return [best_predicted(found, reuse), hurry(found.steps, reuse)], lambda policy: predict(policy, found)
+
+
+def _analysis_tables(found: Any) -> Iterator[Table]:
+    growth = Table(title=f"growth of a perturbation at one of {found.steps} steps, {found.scheduler}")
+    for column in ("perturbation", "rate per step", "95 % interval", "R²", "off the fit at steps"):
+        growth.add_column(column)
+    for g in (found.growth, found.noise):
+        what = "reuse of the last map" if g.size is None else f"noise of relative size {g.size:g}"
+        interval = f"{g.rate_low:.3f} to {g.rate_high:.3f}"
+        growth.add_row(what, f"{g.rate:.3f}", interval, f"{g.r2:.2f}", ", ".join(map(str, g.misfits)) or "none")
+    yield growth
+    stale = Table(title="distance of the final latent when one step applies maps of this age")
+    stale.add_column("step")
+    for age in found.staleness.ages:
+        stale.add_column(str(age), justify="right")
+    for step, distances in zip(found.staleness.steps, found.staleness.distances, strict=True):
+        stale.add_row(str(step), *("" if d is None else f"{d:.2e}" for d in distances))
+    yield stale
+    if found.prediction is not None:
+        ranks = Table(title=f"rank correlation with the error of {len(found.prediction.schedules)} random schedules")
+        for column in ("growth and drift (attnreuse.predict)", "growth fit alone", "latest is best (HURRY)"):
+            ranks.add_column(column, justify="right")
+        p = found.prediction
+        ranks.add_row(*(f"{rank:.3f}" for rank in (p.rank, p.rank_growth, p.rank_hurry)))
+        yield ranks
 
 
 def _comparison_table(result: Any) -> Table:

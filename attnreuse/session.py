@@ -43,7 +43,11 @@ class _Branch:
 
 
 class Session:
-    """Reuse on one denoiser, from :func:`enable` to :func:`disable`; also a context manager."""
+    """Reuse on one denoiser, from :func:`enable` to :func:`disable`; also a context manager.
+
+    Attributes:
+        actions: per step, what each served layer does by the policy, by layer name.
+    """
 
     def __init__(
         self,
@@ -64,7 +68,7 @@ class Session:
         self._kinds, self._skipped = self._select(layers)
         self._modules = {name: m for name, m in attention_layers(denoiser).items() if name in self._kinds}
         self._processors = {name: ReuseAttnProcessor(stock_of(m.processor)) for name, m in self._modules.items()}
-        self._actions = {name: policy.actions(name) for name in self._modules}
+        self.actions = {name: policy.actions(name) for name in self._modules}
         self._check_patterns()
         self._branches: dict[int, _Branch] = {}  # by number of the call within its step
         self._door = threading.Lock()
@@ -155,6 +159,11 @@ class Session:
     def step(self, step: int, steps: int) -> None:
         """For custom loops: say before the denoiser calls of each step that they are step `step` of `steps`."""
         self._clock.set(step, steps)
+
+    @property
+    def tick(self) -> Tick | None:
+        """Where the latest denoiser call stands in its run; None outside of one."""
+        return self._clock.last
 
     def report(self) -> Report:
         """What the run in progress, or else the last one, did."""
@@ -301,7 +310,7 @@ class Session:
     def _check_maps(self, tick: Tick, branch: _Branch, given: dict[str, Any]) -> None:
         """Every layer that will reuse must hold the map of the step its policy means."""
         for name in branch.ring.slots:
-            actions = self._actions[name]
+            actions = self.actions[name]
             if actions[tick.step] is not Action.REUSE:
                 continue
             expected = max(s for s in range(tick.step) if actions[s] is Action.CAPTURE)
@@ -323,12 +332,12 @@ class Session:
                 )
 
     def _anyone(self, action: Action, step: int) -> bool:
-        return any(actions[step] is action for actions in self._actions.values())
+        return any(actions[step] is action for actions in self.actions.values())
 
     def _arm(self, tick: Tick, branch: _Branch, given: dict[str, Any]) -> None:
         for name, processor in self._processors.items():
             processor.slot = branch.ring.slots.get(name)
-            processor.action = Action.COMPUTE if processor.slot is None else self._actions[name][tick.step]
+            processor.action = Action.COMPUTE if processor.slot is None else self.actions[name][tick.step]
             if processor.action is Action.CAPTURE:
                 branch.ring.captured(name, tick.step)
         if self._anyone(Action.CAPTURE, tick.step):

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from rows import RESULTS, append, provenance
-from tiny_shapes import held_out_prompts
 
 import attnreuse
 from attnreuse import Policy, hurry, periodic
 from attnreuse.environment import default_device
 from attnreuse.metrics import psnr
+from attnreuse.tiny_shapes import held_out_prompts
 
 STEPS = 20
 

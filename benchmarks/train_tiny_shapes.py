@@ -30,13 +30,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file, save_file
-from tiny_shapes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Caption, draw, held_out_prompts, sample_scenes
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from attnreuse import TINY_SHAPES_GUIDANCE
+from attnreuse.tiny_shapes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Caption, draw, held_out_prompts, sample_scenes
 
 SEED = 2401_01008
 MAX_TOKENS = 24
@@ -358,16 +358,6 @@ def save_clip(clip: CLIPModel, folder: Path) -> None:
     clip.config.save_pretrained(folder)
     rest = {key: value.contiguous() for key, value in clip.state_dict().items() if not key.startswith("text_model.")}
     save_file(rest, folder / "model.safetensors")
-
-
-def load_clip(folder: Path) -> tuple[CLIPModel, CLIPTokenizer]:
-    """The CLIP pair of an exported pipeline in fp32, and its tokenizer."""
-    clip = CLIPModel(CLIPConfig.from_pretrained(folder / "clip"))
-    text = CLIPTextModel.from_pretrained(folder / "text_encoder")
-    state = load_file(folder / "clip" / "model.safetensors")
-    state |= {f"text_model.{key.removeprefix('text_model.')}": value for key, value in text.state_dict().items()}
-    clip.load_state_dict(state)
-    return clip.float().eval(), CLIPTokenizer.from_pretrained(folder / "tokenizer")
 
 
 def export(work: Path, folder: Path, stage: Stage) -> None:

@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from caption_oracle import Verdict, judge, read
-from tiny_shapes import BACKGROUNDS, Caption, all_captions, draw, held_out_prompts, parse, sample_scenes
+
+from attnreuse.caption_oracle import Verdict, judge, read
+from attnreuse.tiny_shapes import BACKGROUNDS, Caption, all_captions, draw, held_out_prompts, parse, sample_scenes
 
 
 def pictures(scenes, size=128):

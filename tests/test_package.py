@@ -14,14 +14,16 @@ from attnreuse import native
 PACKAGE = Path(attnreuse.__file__).parent
 # Imports point one way: a module may import only those before it.
 LAYERS = [
-    {"errors", "environment", "metrics", "report", "timing"},
-    {"formats", "policy"},
-    {"reference", "native", "kernels", "ring"},
+    {"errors", "environment", "report", "timing", "tiny_shapes"},
+    {"formats", "policy", "caption_oracle"},
+    {"reference", "native", "kernels", "ring", "metrics"},
     {"ops"},
     {"processors"},
     {"planner", "clock", "bench"},
     {"session"},
-    {"forecast", "comparison"},
+    {"evaluate", "forecast"},
+    {"search", "analysis", "comparison"},
+    {"plots"},
     {"cli"},
 ]
 

@@ -5,15 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from caption_oracle import judge
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
-from tiny_shapes import draw, held_out_prompts, parse, sample_scenes
-from train_tiny_shapes import load_clip
 
 import attnreuse
+from attnreuse.caption_oracle import judge
 from attnreuse.forecast import Blueprint
 from attnreuse.planner import map_shapes
+from attnreuse.tiny_shapes import draw, held_out_prompts, load_clip, parse, sample_scenes
 
 FOLDER = attnreuse.tiny_shapes_path()
 

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 import train_tiny_shapes as training
-from tiny_shapes import Caption
+
+from attnreuse.tiny_shapes import Caption
 
 
 @pytest.fixture

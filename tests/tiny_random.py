@@ -2,7 +2,9 @@
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from attnreuse.tiny_shapes import FOLDER
 
 TOKENS, WIDTH = 7, 32
 
@@ -50,6 +52,16 @@ def random_pipeline(**unet_changes) -> StableDiffusionPipeline:
         requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def captioned_pipeline(**unet_changes) -> StableDiffusionPipeline:
+    """A random pipeline that reads prompts: the shipped tokenizer, a random text encoder."""
+    pipe = random_pipeline(**unet_changes)
+    tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")
+    torch.manual_seed(1)
+    config = pipe.text_encoder.config.to_dict() | {"vocab_size": len(tokenizer), "max_position_embeddings": 24}
+    pipe.register_modules(tokenizer=tokenizer, text_encoder=CLIPTextModel(CLIPTextConfig(**config)).eval())
     return pipe
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
-from tiny_shapes import BACKGROUNDS, COLORS, Caption
+
+from attnreuse.tiny_shapes import BACKGROUNDS, COLORS, Caption
 
 CLEAR = 50  # RGB distance from the background at which a pixel belongs to an object
 SMALLEST = 0.008  # share of the picture below which a patch of colour is no object

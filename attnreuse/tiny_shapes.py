@@ -1,4 +1,4 @@
-"""The drawn data set behind `attnreuse/assets/tiny-shapes`: captions, scenes and their pictures.
+"""The shipped pipeline's world: captions, scenes and their pictures, its folder and its CLIP pair.
 
 Grammar: "a COLOR SHAPE on BACKGROUND" or "a COLOR SHAPE RELATION a COLOR SHAPE on BACKGROUND".
 Foreground and background colours are disjoint, so every word has one meaning.
@@ -8,9 +8,14 @@ import itertools
 import random
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+FOLDER = Path(__file__).parent / "assets" / "tiny-shapes"
+GUIDANCE = 2.5  # guidance_scale that suits the shipped pipeline
 
 COLORS = {
     "red": (220, 40, 40),
@@ -112,9 +117,17 @@ def sample_scenes(count: int, seed: int, single: float = 0.3) -> list[Scene]:
 
 
 def held_out_prompts(count: int, seed: int = 0, single: float = 0.1) -> list[str]:
-    """`count` different held-out captions, the same for the same seed."""
+    """`count` different held-out captions, the same for the same seed; `single` is the share of one-object ones."""
+    return _prompts([c for c in all_captions() if c.held_out], count, seed, single)
+
+
+def search_prompts(count: int, seed: int = 0, single: float = 0.1) -> list[str]:
+    """`count` different captions of the training set: to search and analyse with, and never to judge with."""
+    return _prompts([c for c in all_captions() if not c.held_out], count, seed, single)
+
+
+def _prompts(captions: list[Caption], count: int, seed: int, single: float) -> list[str]:
     rng = random.Random(seed)
-    captions = [c for c in all_captions() if c.held_out]
     ones = [str(c) for c in captions if c.relation is None]
     twos = [str(c) for c in captions if c.relation is not None]
     n_single = min(len(ones), round(count * single))
@@ -149,3 +162,16 @@ def draw(scenes: list[Scene], size: int) -> Tensor:
             cover = (inside * size + 0.5).clamp(0, 1)  # [size, size], share of the pixel covered
             image.lerp_(torch.tensor(COLORS[color], dtype=torch.float32)[:, None, None], cover)
     return images / 127.5 - 1
+
+
+def load_clip(folder: Path = FOLDER) -> tuple[Any, Any]:
+    """The CLIP pair of an exported pipeline (transformers' ``CLIPModel``, fp32), and its tokenizer."""
+    from safetensors.torch import load_file
+    from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+    clip = CLIPModel(CLIPConfig.from_pretrained(folder / "clip"))
+    text = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    state = load_file(folder / "clip" / "model.safetensors")
+    state |= {f"text_model.{key.removeprefix('text_model.')}": value for key, value in text.state_dict().items()}
+    clip.load_state_dict(state)
+    return clip.float().eval(), CLIPTokenizer.from_pretrained(folder / "tokenizer")

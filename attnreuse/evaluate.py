@@ -1,0 +1,298 @@
+"""Schedules judged by their pictures: the same prompts and seeds for all, shared beginnings computed once.
+
+Two schedules whose layers do the same up to a step give the denoiser the same inputs up to there, so
+its outputs are kept and replayed: only from the step where they part is the denoiser called. The
+pipeline itself runs in full (its scheduler is cheap), so any scheduler and pipeline branches rightly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnreuse import planner
+from attnreuse.formats import map_format
+from attnreuse.metrics import PAIRED
+from attnreuse.policy import Action, Policy
+from attnreuse.processors import attention_layers, layer_kinds, select_layers, unsupported
+from attnreuse.ring import plan_ring
+from attnreuse.session import Session, enable, find_denoiser, model_name
+
+Key = tuple[int, str, int]  # first picture of the batch, what all layers did so far, call within the step
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is sampled, and how; two schedules are comparable only under one setting.
+
+    Attributes:
+        prompts: one picture each.
+        steps: ``num_inference_steps``.
+        seed: of the first picture; the next ones count up.
+        guidance: ``guidance_scale``; None: the pipeline's default.
+        size: (height, width) in pixels; None: the pipeline's default.
+        map_format, layers: as in :func:`attnreuse.enable`.
+        batch: pictures sampled at once.
+    """
+
+    prompts: tuple[str, ...]
+    steps: int = 20
+    seed: int = 0
+    guidance: float | None = None
+    size: tuple[int, int] | None = None
+    map_format: str = "u8"
+    layers: str | tuple[str, ...] = "self"
+    batch: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("prompts must hold at least one prompt")
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def batches(self) -> Iterator[tuple[int, list[str]]]:
+        """First picture and prompts of each batch."""
+        for start in range(0, len(self.prompts), self.batch):
+            yield start, list(self.prompts[start : start + self.batch])
+
+    def call(self, start: int, count: int) -> dict[str, Any]:
+        """Arguments of the pipeline for `count` pictures from `start` on, but for the prompts."""
+        generators = [torch.Generator().manual_seed(self.seed + start + i) for i in range(count)]
+        given: dict[str, Any] = {"num_inference_steps": self.steps, "generator": generators, "output_type": "np"}
+        if self.guidance is not None:
+            given["guidance_scale"] = self.guidance
+        if self.size is not None:
+            given["height"], given["width"] = self.size
+        return given
+
+
+@dataclass
+class Calls:
+    """Denoiser calls that the pictures asked for, and those really made."""
+
+    asked: int = 0
+    made: int = 0
+
+    @property
+    def saved(self) -> float:
+        """Share of the calls that was replayed instead."""
+        return 1 - self.made / self.asked if self.asked else 0.0
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """`pictures` ``[P, S, S, 3]`` in [0, 1] and final `latents` ``[P, C, S, S]`` of one schedule."""
+
+    pictures: np.ndarray
+    latents: Tensor
+
+
+class Evaluator:
+    """Samples and scores schedules on one pipeline under one :class:`Setting`.
+
+    Args:
+        pipe: a pipeline that :func:`attnreuse.enable` serves.
+        setting: what to sample.
+        memo_bytes: most memory for denoiser outputs kept to be replayed; 0 shares nothing.
+
+    Attributes:
+        executed_steps: denoiser steps of a run; policies must have this many.
+        calls: denoiser calls asked for and made so far.
+    """
+
+    def __init__(self, pipe: Any, setting: Setting, memo_bytes: int = 1 << 30):
+        self.pipe, self.setting, self.calls = pipe, setting, Calls()
+        pipe.scheduler.set_timesteps(setting.steps)
+        self.executed_steps = len(pipe.scheduler.timesteps)
+        self.scheduler, self.model = type(pipe.scheduler).__name__, model_name(pipe)
+        self._memo = _Memo(memo_bytes)
+        self._inputs: dict[str, Any] = {}  # the denoiser's, of the first call
+        self._full: Sampled | None = None
+
+    def key(self) -> str:
+        """Digest of everything that decides a score besides the schedule: names a cache's rows."""
+        about = {**asdict(self.setting), "model": self.model, "scheduler": self.scheduler}
+        about |= {"dtype": str(self.pipe.unet.dtype), "device": self.pipe.unet.device.type}
+        about |= {"config": dict(self.pipe.scheduler.config)}
+        return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def policy(self, reuse: Any, name: str) -> Policy:
+        """A policy that remembers what it was made for."""
+        return Policy(
+            steps=self.executed_steps,
+            reuse=reuse,
+            name=name,
+            model=self.model,
+            scheduler=self.scheduler,
+            resolution=self.setting.size,
+            map_format=self.setting.map_format,
+        )
+
+    @property
+    def full(self) -> Sampled:
+        """With every step computed; sampled once."""
+        if self._full is None:
+            self._full = self.sample(Policy(steps=self.executed_steps, reuse=[False] * self.executed_steps))
+        return self._full
+
+    def sample(self, policy: Policy) -> Sampled:
+        """Pictures and final latents with `policy`.
+
+        Raises:
+            PolicyMismatchError: a policy for another number of executed steps.
+        """
+
+        @contextmanager
+        def enabled(start: int) -> Iterator[None]:
+            given = {"map_format": self.setting.map_format, "layers": self._layers()}
+            with enable(self.pipe, policy, **given) as session, self._replaying(session, start):
+                yield
+
+        return self.run(enabled)
+
+    def run(self, around: Callable[[int], AbstractContextManager]) -> Sampled:
+        """Pictures and final latents of the setting, the pipeline called within ``around(first picture)``."""
+        pictures, latents = [], []
+
+        def keep_latents(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            last["latents"] = given["latents"]
+            return given
+
+        for start, prompts in self.setting.batches():
+            last: dict[str, Tensor] = {}
+            with around(start):
+                call = self.setting.call(start, len(prompts)) | {"callback_on_step_end": keep_latents}
+                pictures.append(self.pipe(prompts, **call).images)
+            latents.append(last["latents"].float().cpu())
+        return Sampled(np.concatenate(pictures), torch.cat(latents))
+
+    def scores(self, policy: Policy, metrics: tuple[str, ...] = ("psnr",)) -> dict[str, float]:
+        """Mean over the pictures of each metric (``metrics.PAIRED``) against the full-step pictures."""
+        sampled, full = self.sample(policy), self.full
+        return {name: float(np.mean(PAIRED[name](sampled.pictures, full.pictures))) for name in metrics}
+
+    def shapes(self) -> planner.Shapes:
+        """Map shape and head dim of every layer at this setting's batch, guidance and size."""
+        if not self._inputs:
+            _ = self.full
+        return planner.map_shapes(find_denoiser(self.pipe), self._inputs)
+
+    def served(self) -> list[str]:
+        """Names of the layers that the setting means and that can be served, in order of execution."""
+        denoiser = find_denoiser(self.pipe)
+        modules = attention_layers(denoiser)
+        wanted = set(select_layers(layer_kinds(denoiser), self._layers()))
+        return [name for name in self.shapes() if name in wanted and unsupported(name, modules[name]) is None]
+
+    def map_bytes(self, policy: Policy) -> int:
+        """Bytes of the buffer that `policy` needs here."""
+        requests = planner.map_requests(policy, self.served(), self.shapes())
+        return plan_ring(requests, map_format(self.setting.map_format)).nbytes
+
+    def _layers(self) -> str | list[str]:
+        layers = self.setting.layers
+        return layers if isinstance(layers, str) else list(layers)
+
+    @contextmanager
+    def _replaying(self, session: Session, batch: int) -> Iterator[None]:
+        """Within, the denoiser's forward answers from the memo as long as the schedule agrees with it."""
+        denoiser = session.denoiser
+        digests = _digests(session.actions)
+        first_live = self._memo.first_live(batch, digests, session.actions)
+        forward, bound = denoiser.forward, denoiser.__dict__.get("forward")  # bound: by offloading, such
+        signature = inspect.signature(type(denoiser).forward)
+
+        def replay(*args: Any, **kwargs: Any) -> Any:
+            tick = session.tick
+            key = (batch, digests[tick.step], tick.call)
+            self.calls.asked += 1
+            if tick.step < first_live:
+                return self._memo.get(key)
+            if not self._inputs:
+                self._inputs = signature.bind(denoiser, *args, **kwargs).arguments
+                self._inputs = {k: v for k, v in self._inputs.items() if k != "self"}
+            self.calls.made += 1
+            output = forward(*args, **kwargs)
+            self._memo.put(key, output)
+            return output
+
+        denoiser.forward = replay
+        try:
+            yield
+        finally:
+            del denoiser.forward
+            if bound is not None:
+                denoiser.forward = bound
+
+
+@dataclass
+class _Memo:
+    """Denoiser outputs by key, the least recently used dropped beyond `limit` bytes."""
+
+    limit: int
+    held: OrderedDict[Key, Any] = field(default_factory=OrderedDict)
+    nbytes: int = 0
+    calls_per_step: int = 1
+
+    def get(self, key: Key) -> Any:
+        self.held.move_to_end(key)
+        return _map_tensors(self.held[key], Tensor.clone)  # the caller may write to it
+
+    def put(self, key: Key, output: Any) -> None:
+        self.calls_per_step = max(self.calls_per_step, key[2] + 1)
+        if key in self.held:
+            return
+        size = sum(t.numel() * t.element_size() for t in _tensors(output))
+        if size > self.limit:
+            return
+        self.held[key] = _map_tensors(output, Tensor.clone)
+        self.nbytes += size
+        while self.nbytes > self.limit:
+            _, dropped = self.held.popitem(last=False)
+            self.nbytes -= sum(t.numel() * t.element_size() for t in _tensors(dropped))
+
+    def first_live(self, batch: int, digests: list[str], actions: dict[str, list[Action]]) -> int:
+        """The first step that must be computed: what is not held, or made the map of a step that is not."""
+        live = 0
+        while live < len(digests) and all(
+            (batch, digests[live], call) in self.held for call in range(self.calls_per_step)
+        ):
+            live += 1
+        while live < len(digests) and any(row[live] is Action.REUSE for row in actions.values()):
+            live -= 1
+        return live
+
+
+def _digests(actions: dict[str, list[Action]]) -> list[str]:
+    """Per step: a digest of what every layer did up to it."""
+    running, found = hashlib.sha256(), []
+    for step_actions in zip(*actions.values(), strict=True):
+        running.update(",".join(a.value for a in step_actions).encode() + b";")
+        found.append(running.hexdigest())
+    return found
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map_tensors(output, lambda t: found.append(t) or t)
+    return found
+
+
+def _map_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`output` of a denoiser (a tuple, or diffusers' output class) with `change` applied to its tensors."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, tuple):
+        return tuple(_map_tensors(v, change) for v in output)
+    return type(output)(**{k: _map_tensors(v, change) for k, v in output.items()})

@@ -1,0 +1,110 @@
+"""Judging schedules: what is replayed equals what would have been computed, to the bit."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from tiny_random import captioned_pipeline
+
+import attnreuse
+from attnreuse import Policy, PolicyMismatchError, hurry
+from attnreuse.evaluate import Evaluator, Setting
+from attnreuse.forecast import make_scheduler
+from attnreuse.processors import attention_layers
+
+PROMPTS = ("a red circle on gray", "a blue square on white", "a cyan triangle on black")
+
+
+def setting(**changes):
+    return Setting(**{"prompts": PROMPTS, "steps": 6, "map_format": "fp32", "batch": 2, **changes})
+
+
+def policies(steps, layers):
+    """Schedules with much in common, repeated, and some that differ between layers."""
+    rng = random.Random(0)
+    rows = [hurry(steps, 2).reuse, hurry(steps, 3).reuse, hurry(steps, 2, 1).reuse, hurry(steps, 2).reuse]
+    rows += [tuple([False] + [rng.random() < 0.5 for _ in range(steps - 1)]) for _ in range(4)]
+    mixed = {layers[0]: rows[1], layers[-1]: rows[4]}
+    return [Policy(steps=steps, reuse=row) for row in [*rows, mixed, rows[1]]]
+
+
+@pytest.mark.parametrize("scheduler", ["DDIM", "DPM", "Euler", "PNDM", "UniPC", "Heun"])
+def test_replayed_beginnings_change_no_bit(scheduler):
+    pipe = captioned_pipeline()
+    pipe.scheduler = make_scheduler(pipe.scheduler.config, scheduler)
+    sharing, plain = Evaluator(pipe, setting()), Evaluator(pipe, setting(), memo_bytes=0)
+    for policy in policies(sharing.executed_steps, list(attention_layers(pipe.unet))):
+        ours, theirs = sharing.sample(policy), plain.sample(policy)
+        assert torch.equal(ours.latents, theirs.latents), policy
+        assert np.array_equal(ours.pictures, theirs.pictures), policy
+    assert plain.calls.made == plain.calls.asked == sharing.calls.asked
+    assert sharing.calls.made < 0.8 * sharing.calls.asked
+
+
+def test_a_memo_too_small_for_all_still_answers_rightly():
+    pipe = captioned_pipeline()
+    one = 2 * 2 * 4 * 8 * 8 * 4  # bytes of one output: guidance, batch, channels, size, fp32
+    sharing, plain = Evaluator(pipe, setting(), memo_bytes=7 * one), Evaluator(pipe, setting(), memo_bytes=0)
+    for policy in policies(6, list(attention_layers(pipe.unet))):
+        assert torch.equal(sharing.sample(policy).latents, plain.sample(policy).latents)
+
+
+def test_full_is_the_stock_pipeline_and_nothing_stays_behind():
+    pipe = captioned_pipeline()
+    evaluator = Evaluator(pipe, setting())
+    full = evaluator.full.pictures
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    stock = pipe(list(PROMPTS[:2]), num_inference_steps=6, generator=generators, output_type="np").images
+    assert np.array_equal(full[:2], stock)
+    assert "forward" not in vars(pipe.unet)
+    assert not hasattr(pipe.unet, "_attnreuse_session")
+
+
+def test_a_forward_that_someone_else_bound_stays_bound():
+    pipe = captioned_pipeline()
+    calls, stock = [], pipe.unet.forward
+    pipe.unet.forward = lambda *args, **kwargs: calls.append(1) or stock(*args, **kwargs)
+    bound = pipe.unet.forward
+    Evaluator(pipe, setting()).full  # noqa: B018
+    assert len(calls) == 12
+    assert pipe.unet.forward is bound
+
+
+def test_scores_are_means_over_pictures():
+    evaluator = Evaluator(captioned_pipeline(), setting())
+    policy = hurry(6, 3)
+    sampled, full = evaluator.sample(policy), evaluator.full
+    each = [
+        -10 * np.log10(np.mean((a.astype(float) - b) ** 2))
+        for a, b in zip(sampled.pictures, full.pictures, strict=True)
+    ]
+    assert evaluator.scores(policy)["psnr"] == pytest.approx(np.mean(each))
+    assert evaluator.scores(hurry(6, 0))["psnr"] == 120  # equal
+
+
+def test_map_bytes_are_what_a_run_allocates():
+    pipe = captioned_pipeline()
+    evaluator = Evaluator(pipe, setting(prompts=PROMPTS[:2], layers="all", map_format="u8"))
+    policy = hurry(6, 2)
+    with attnreuse.enable(pipe, policy, map_format="u8", layers="all") as session:
+        pipe(list(PROMPTS[:2]), num_inference_steps=6, output_type="latent")
+    assert evaluator.map_bytes(policy) == session.report().allocated_bytes > 0
+
+
+def test_what_decides_a_score_decides_the_key():
+    pipe = captioned_pipeline()
+    keys = [Evaluator(pipe, setting(**c)).key() for c in ({}, {"seed": 1}, {"steps": 7}, {"guidance": 2.0}, {})]
+    pipe.scheduler = make_scheduler(pipe.scheduler.config, "DPM")
+    keys.append(Evaluator(pipe, setting()).key())
+    assert keys[0] == keys[4]
+    assert len(set(keys)) == 5
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match="prompts"):
+        Setting(())
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        setting(steps=0)
+    with pytest.raises(PolicyMismatchError, match="for 5 executed steps"):
+        Evaluator(captioned_pipeline(), setting()).sample(hurry(5, 2))
