@@ -177,7 +177,7 @@ def _gain(analysis: Analysis, step: int) -> float:
 
 def best_predicted(analysis: Analysis, reuse: int) -> Policy:
     """The schedule with `reuse` reuse steps that is predicted best, by trades from HURRY on."""
-    row = hurry(analysis.steps, reuse).reuse
+    row = hurry(analysis.steps, reuse, None).reuse
     error = predict(Policy(steps=analysis.steps, reuse=row), analysis)
     while True:
         trades = [

@@ -1,4 +1,4 @@
-"""The command line: `attnreuse sample`, `search`, `analyze`, `plan`, `bench`, `doctor`."""
+"""The command line: `attnreuse sample`, `search`, `analyze`, `compare`, `plan`, `bench`, `doctor`."""
 
 from __future__ import annotations
 
@@ -36,8 +36,13 @@ PROMPTS = (
 Model = Annotated[str, typer.Option(help="Pipeline folder or hub name. Default: the shipped tiny-shapes.")]
 Steps = Annotated[int, typer.Option(min=1, help="num_inference_steps of the full run.")]
 Reuse = Annotated[int, typer.Option(min=0, help="Executed steps that reuse (HURRY: the latest).")]
-MaxAge = Annotated[int | None, typer.Option(min=1, help="Most steps a reused map may be old. Default: no limit.")]
-PolicyFile = Annotated[str | None, typer.Option("--policy", help="Policy file or hub name, instead of HURRY.")]
+MaxAge = Annotated[
+    int | None,
+    typer.Option(min=0, help="Most steps a reused map may be old; 0: no limit. Default: the least that fits."),
+]
+PolicyFile = Annotated[
+    str | None, typer.Option("--policy", help="Policy file or hub name. Default: one shipped, or HURRY.")
+]
 Format = Annotated[
     str | None, typer.Option("--format", help="fp32, fp16, bf16, u8, u4. Default: u8 where a kernel serves it.")
 ]
@@ -83,19 +88,16 @@ def sample(
     with _clear_errors():
         from rich.progress import Progress, SpinnerColumn, TextColumn
 
-        from attnreuse import TINY_SHAPES_GUIDANCE, comparison
+        from attnreuse import TINY_SHAPES_GUIDANCE, sampling
 
-        if out_path.suffix.lower() != ".png":
-            raise ValueError(f"--out must end in .png, got {out_path}")
-        if not out_path.absolute().parent.is_dir():
-            raise ValueError(f"--out: no such folder: {out_path.absolute().parent}")
+        _suffix("--out", out_path, ".png")
         pipe = _load_pipeline(model, scheduler)
-        chosen = _policy(policy, _executed_steps(pipe.scheduler, steps), reuse, max_age)
+        chosen = _policy(policy, model, pipe.scheduler, _executed_steps(pipe.scheduler, steps), reuse, max_age)
         with Progress(
             SpinnerColumn(), TextColumn("{task.description}"), console=err, transient=True, disable=not err.is_terminal
         ) as progress:
             task = progress.add_task("warming up")
-            result = comparison.compare(
+            result = sampling.sample(
                 pipe,
                 prompt or list(PROMPTS),
                 steps=steps,
@@ -105,7 +107,7 @@ def sample(
                 guidance=TINY_SHAPES_GUIDANCE if guidance is None and not model else guidance,
                 advance=lambda label, count: progress.update(task, description=f"timed {label} ({count} steps)"),
             )
-        comparison.sheet(result).save(out_path)
+        sampling.sheet(result).save(out_path)
         json_path = out_path.with_suffix(".json")
         data = result.to_dict()
         json_path.write_text(json.dumps(data, indent=2) + "\n")
@@ -169,6 +171,7 @@ def search(
         _one_of("--by", by, "kind", "level", "layer")
         _one_of("--cost", cost, "maps", "seconds")
         objective = searching.Objective(metric, floor, parse_bytes(memory_budget))
+        _suffix("--out", out_path, ".json")
         evaluator = Evaluator(
             _load_pipeline(model, scheduler),
             _setting(model, prompt, images, steps, seed, guidance, map_format, layers, batch),
@@ -226,6 +229,7 @@ def analyze(
         from attnreuse.evaluate import Evaluator
 
         plots.pyplot()
+        _suffix("--out", out_path, ".json")
         setting = _setting(model, prompt, images, steps, seed, guidance, "fp32", layers, batch)
         evaluator = Evaluator(_load_pipeline(model, scheduler), setting)
         with _progress() as advance:
@@ -241,6 +245,77 @@ def analyze(
     for table in _analysis_tables(found):
         out.print(table)
     out.print(f"[dim]{', '.join(map(str, [out_path, *pictures]))}[/dim]", highlight=False)
+
+
+@app.command(
+    epilog="Examples:\n\n    attnreuse compare\n\n    attnreuse compare --scheduler DDIM --scheduler DPM --images 8\n\n"
+    "    attnreuse compare --steps 10 --steps 50 --format u8 --format u4 --images 8\n\n"
+    '    attnreuse compare --model user/pipeline --prompt "a red fox" --policy policy.json'
+)
+def compare(
+    model: Model = "",
+    steps: Annotated[
+        list[int] | None, typer.Option("--steps", min=2, help="num_inference_steps; repeatable. Default: 20.")
+    ] = None,
+    scheduler: Annotated[
+        list[str] | None, typer.Option(help="DDIM, DPM, Euler, PNDM, UniPC, Heun; repeatable. Default: the model's.")
+    ] = None,
+    map_format: Annotated[
+        list[str] | None, typer.Option("--format", help="fp32, fp16, bf16, u8, u4; repeatable.")
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Policy file or hub name; repeatable. Default: those shipped.")
+    ] = None,
+    student: Annotated[Path | None, typer.Option(help="Folder of a distilled UNet.")] = None,
+    others: Annotated[bool, typer.Option(help="Also DeepCache, tomesd and PAB.")] = True,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="Besides PSNR: ssim, lpips, fid, clip; repeatable. Default: ssim; shipped model: no lpips."),
+    ] = None,
+    prompt: Prompts = None,
+    images: Images = 16,
+    seed: Seed = 0,
+    guidance: Guidance = None,
+    layers: Layers = "self",
+    batch: Batch = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds, all methods in turns.")] = 3,
+    out_path: Annotated[Path, typer.Option("--out", help="The report (.html); a CSV goes beside it.")] = Path(
+        "attnreuse-compare.html"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Reuse, fewer steps and other caches at equal measured latency: the paper's comparison, as one page."""
+    with _clear_errors():
+        import sys
+
+        from attnreuse import compare as comparing
+        from attnreuse import page, plots
+        from attnreuse.policy import load_policy, shipped_policies
+
+        plots.pyplot()
+        _suffix("--out", out_path, ".html")
+        judge = tuple(metric or (["ssim"] if model else ["ssim", "fid", "clip"]))
+        for name in judge:
+            _one_of("--metric", name, "ssim", "lpips", "fid", "clip")
+        count = (steps or [20])[0]
+        formats = map_format or [None]
+        setting = _setting(model, prompt, images, count, seed, guidance, formats[0], layers, batch, held_out=True)
+        shipped = shipped_policies() if not model else []
+        with _progress() as advance:
+            found = comparing.compare(
+                _load_pipeline(model, None), setting, schedulers=scheduler or [None], steps=steps, formats=map_format,
+                policies=[load_policy(p) for p in policy] if policy else shipped, student=student, others=others,
+                judge=judge, rounds=rounds, progress=advance,
+            )  # fmt: skip
+        written = page.write(found, out_path, " ".join(["attnreuse", *sys.argv[1:]]))
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    for group in found.groups:
+        out.print(_group_table(group))
+        for sentence in page.summary(group) + group.notes:
+            out.print(sentence, highlight=False)
+    out.print(f"[dim]{', '.join(map(str, written))}[/dim]", highlight=False)
 
 
 @app.command(
@@ -272,7 +347,7 @@ def plan(
         blueprint = forecast.Blueprint.load(_model(model), scheduler)
         device = default_device()
         dtype = _default_dtype(device)
-        chosen = _policy(policy, blueprint.executed_steps(steps), reuse, max_age)
+        chosen = _policy(policy, model, blueprint.scheduler, blueprint.executed_steps(steps), reuse, max_age)
         result = forecast.forecast(
             blueprint,
             chosen,
@@ -449,15 +524,28 @@ def _executed_steps(scheduler: Any, steps: int) -> int:
     return len(scheduler.timesteps)
 
 
-def _policy(file: str | None, executed: int, reuse: int, max_age: int | None) -> Any:
-    from attnreuse.policy import hurry, load_policy
+def _policy(file: str | None, model: str, scheduler: Any, executed: int, reuse: int, max_age: int | None) -> Any:
+    """The policy file; else, for the shipped model, the shipped policy that fits; else HURRY."""
+    from attnreuse.policy import hurry, load_policy, shipped_policies
 
+    if file is None and max_age is None and not model:
+        fitting = [p for p in shipped_policies(type(scheduler).__name__, executed) if p.reuse_steps == reuse]
+        if fitting:
+            return fitting[0]
     if file is None:
-        return hurry(executed, reuse, max_age)
+        return hurry(executed, reuse, "least" if max_age is None else max_age or None)
     found = load_policy(file)
     if found.steps != executed:
         raise ValueError(f"--policy {file} is for {found.steps} executed steps, this run executes {executed}")
     return found
+
+
+def _suffix(option: str, path: Path, suffix: str) -> None:
+    """Refuse a bad place to write to before hours are spent."""
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"{option} must end in {suffix}, got {path}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{option}: no such folder: {path.absolute().parent}")
 
 
 def _one_of(option: str, given: str, *known: str) -> None:
@@ -556,7 +644,7 @@ def _predicted(analysis: Path | None, evaluator: Any, reuse: int) -> tuple[list[
         raise ValueError(
             f"--analysis {analysis} is of {made_for[0]}, {made_for[1]} steps; this run: {here[0]}, {here[1]}"
         )
-    return [best_predicted(found, reuse), hurry(found.steps, reuse)], lambda policy: predict(policy, found)
+    return [best_predicted(found, reuse), hurry(found.steps, reuse, None)], lambda policy: predict(policy, found)
 
 
 def _analysis_tables(found: Any) -> Iterator[Table]:
@@ -598,6 +686,33 @@ def _comparison_table(result: Any) -> Table:
             f"{row.latency_s / result.baseline.latency_s:.2f}x",
             quality,
             f"{result.report.allocated_bytes / 2**20:.1f} MiB" if row is result.reuse else "",
+        )
+    return table
+
+
+def _group_table(group: Any) -> Table:
+    table = Table(title=f"{group.scheduler}, {group.steps} steps, {group.map_format} maps")
+    for column in (
+        "method",
+        "latency",
+        "of full",
+        "maps",
+        "memory",
+        "PSNR",
+        "plain, equal latency",
+        "plain, equal cost",
+    ):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
+    for row in group.rows:
+        quality = "reference" if row is group.full else f"{row.scores['psnr']:.2f} ± {row.scores['psnr_ci']:.2f}"
+        table.add_row(
+            row.method.name,
+            f"{row.latency_s:.2f} s",
+            f"{row.latency_s / group.full.latency_s:.2f}",
+            "" if row.maps_computed is None else f"{row.maps_computed:.0%}",
+            f"{row.map_bytes / 2**20:.0f} MiB" if row.map_bytes else "",
+            quality,
+            *("" if v is None else f"{v:.1f}" for v in (row.plain_psnr, row.equal_cost_psnr)),
         )
     return table
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 FILE = "policy.json"  # its name in a hub repository
+SHIPPED = Path(__file__).parent / "policies"  # found by `attnreuse search` for the shipped pipeline
 
 
 class Action(str, Enum):
@@ -154,26 +155,36 @@ def load_policy(source: Policy | str | Path) -> Policy:
     return Policy.load(source) if is_file else Policy.from_hub(source)
 
 
-def hurry(steps: int, reuse: int, max_age: int | None = None) -> Policy:
+def shipped_policies(scheduler: str | None = None, steps: int | None = None) -> list[Policy]:
+    """Policies found for the shipped pipeline, of a scheduler (its class) and a number of executed steps."""
+    found = [Policy.load(path) for path in sorted(SHIPPED.glob("*.json"))]
+    return [p for p in found if scheduler in (None, p.scheduler) and steps in (None, p.steps)]
+
+
+def hurry(steps: int, reuse: int, max_age: int | Literal["least"] | None = "least") -> Policy:
     """Reuse at the latest possible steps: a perturbation made late has less time to grow.
 
     Args:
         steps: executed steps of the run.
         reuse: how many of them reuse.
-        max_age: how many steps old a reused map may be. None: one late block, the paper's heuristic.
-            1: every reuse follows a computed step.
+        max_age: how many steps old a reused map may be. "least": as few as leave room for `reuse`, since
+            age costs more than lateness gains (README, "Schedules"). None: one late block, the paper's
+            heuristic, which captures once instead of before every reuse. 1: every reuse follows a
+            computed step.
 
     Raises:
         ValueError: more reuses than fit.
 
     Source: arXiv 2401.01008; ``max_age`` is ours.
     """
+    if max_age == "least":
+        max_age = next((age for age in range(1, steps) if reuse <= _room(steps, age)), steps)
     age = steps if max_age is None else max_age
     if age < 1:
         raise ValueError(f"max_age must be at least 1, got {max_age}")
-    room = steps - -(-steps // (age + 1))
+    room = _room(steps, age)
     if not 0 <= reuse <= room:
-        limit = "" if max_age is None else f" with max_age {max_age}"
+        limit = "" if age >= steps else f" with max_age {max_age}"
         raise ValueError(f"reuse must be between 0 and {room} for {steps} steps{limit}, got {reuse}")
     row = [False] * steps
     step, left = steps - 1, reuse
@@ -183,6 +194,11 @@ def hurry(steps: int, reuse: int, max_age: int | None = None) -> Policy:
         step -= 1
     suffix = "" if max_age is None else f",max_age={max_age}"
     return Policy(steps=steps, reuse=row, name=f"hurry({steps},{reuse}{suffix})")
+
+
+def _room(steps: int, age: int) -> int:
+    """Most steps that can reuse maps at most `age` steps old."""
+    return steps - -(-steps // (age + 1))
 
 
 def periodic(steps: int, interval: int) -> Policy:

@@ -270,7 +270,7 @@ def phast(
     progress: Callable[[int, int, float], None] = lambda evaluations, budget, best: None,
     **setting: Any,
 ) -> SearchResult:
-    """Search the permutations of a schedule with `reuse` reuse steps, from HURRY on.
+    """Search the permutations of a schedule with `reuse` reuse steps, from the paper's HURRY (one late block) on.
 
     Args:
         pipe: a pipeline that :func:`attnreuse.enable` serves.
@@ -280,7 +280,7 @@ def phast(
         objective: a metric's name, or an :class:`Objective`.
         variant: "greedy" moves to the best of each `width` neighbours that improves; "exhaustive" to the
             best of all neighbours.
-        starts: schedules to begin from instead of HURRY, each in turn.
+        starts: schedules to begin from instead, each in turn.
         restarts: more, random, schedules to begin from.
         budget: most schedules to judge, over all starts.
         patience: schedules judged without improvement after which a start is left; None: no limit.
@@ -303,7 +303,7 @@ def phast(
     evaluator = engine.evaluator
     objective = objective if isinstance(objective, Objective) else Objective(objective)
     rng = random.Random(seed)
-    begin = [policy.reuse for policy in starts] or [hurry(evaluator.executed_steps, reuse).reuse]
+    begin = [policy.reuse for policy in starts] or [hurry(evaluator.executed_steps, reuse, None).reuse]
     for row in begin:
         if isinstance(row, dict) or len(row) != evaluator.executed_steps:
             raise ValueError(f"starts must have one row of {evaluator.executed_steps} executed steps")
@@ -337,7 +337,7 @@ def exhaustive(
     objective = objective if isinstance(objective, Objective) else Objective(objective)
     climb = _Climb(engine, objective, total, None, Judge(engine, cache), progress, None)
     rows = sorted(_row(steps, chosen) for chosen in itertools.combinations(range(1, steps), reuse))
-    climb.start(hurry(steps, reuse).reuse)
+    climb.start(hurry(steps, reuse, None).reuse)
     for at in range(0, total, 16):
         climb.judge(rows[at : at + 16])
     climb.stopped = "all evaluated"

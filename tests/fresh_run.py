@@ -23,7 +23,7 @@ RUNS = {
 
 def policy_for(steps: int):
     """Runs of 5 steps share a policy that captures twice; the longer ones reuse late."""
-    return periodic(5, 3) if steps == 5 else hurry(steps, 4)
+    return periodic(5, 3) if steps == 5 else hurry(steps, 4, None)
 
 
 def digest(latents: torch.Tensor) -> str:

@@ -127,7 +127,7 @@ def test_a_prediction_adds_up_and_weighs_age():
     half = Policy(steps=5, reuse={"a": [0, 0, 0, 1, 0]})
     assert predict(half, known) == pytest.approx(2)
     with pytest.raises(ValueError, match="of 5 executed steps, the policy for 6"):
-        predict(hurry(6, 2), known)
+        predict(hurry(6, 2, None), known)
 
 
 def test_the_best_predicted_schedule_has_no_better_neighbour():

@@ -73,7 +73,7 @@ def test_doctor_tells_what_is_there():
 
 def test_a_policy_file_is_used(tmp_path):
     path = tmp_path / "p.json"
-    hurry(4, 1).save(path)
+    hurry(4, 1, None).save(path)
     planned = json.loads(run("plan", "--steps", 4, "--policy", path, "--no-measure", "--json").stdout)
     assert planned["policy"]["name"] == "hurry(4,1)"
 
@@ -101,7 +101,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(args, said):
 
 
 def test_a_policy_of_the_wrong_length_is_refused(tmp_path):
-    hurry(5, 1).save(tmp_path / "p.json")
+    hurry(5, 1, None).save(tmp_path / "p.json")
     result = run("plan", "--steps", 4, "--policy", tmp_path / "p.json")
     assert result.exit_code == 2
     assert "is for 5 executed steps, this run executes 4" in result.output
@@ -112,3 +112,58 @@ def test_help_has_examples(command):
     result = run(command, "--help")
     assert result.exit_code == 0
     assert f"attnreuse {command}" in result.output
+
+
+def test_search_finds_a_policy_and_goes_on_from_its_cache(tmp_path):
+    args = ("--steps", 4, "--reuse", 2, "--images", 1, "--cache", tmp_path / "c.jsonl", "--out", tmp_path / "p.json")
+    first = run("search", *args, "--json")
+    assert first.exit_code == 0, first.output
+    found = json.loads(first.stdout)
+    assert sum(found["policy"]["reuse"]) == 2
+    assert found["policy"]["metrics"]["psnr_db"] >= found["start"] - 1e-4
+    judged = (tmp_path / "c.jsonl").read_text()
+    again = run("search", *args, "--method", "exhaustive")
+    assert again.exit_code == 0, again.output
+    assert "all evaluated" in " ".join(again.output.split())
+    assert (tmp_path / "c.jsonl").read_text().startswith(judged)
+    sampled = run("plan", "--steps", 4, "--policy", tmp_path / "p.json", "--no-measure", "--json")
+    assert json.loads(sampled.stdout)["policy"]["reuse"] == found["policy"]["reuse"]
+
+
+def test_layerwise_search(tmp_path):
+    args = ("--steps", 3, "--images", 1, "--method", "layerwise", "--saving", 0.3, "--cache", tmp_path / "c.jsonl")
+    result = run("search", *args, "--out", tmp_path / "p.json", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["saving"] >= 0.3
+    assert isinstance(found["policy"]["reuse"], dict)
+
+
+def test_analyze_writes_figures_and_seeds_a_search(tmp_path):
+    out = tmp_path / "a.json"
+    result = run("analyze", "--steps", 4, "--images", 1, "--schedules", 3, "--reuse", 2, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "rank correlation" in " ".join(result.output.split())
+    assert (tmp_path / "a.png").exists()
+    assert (tmp_path / "a-layers.png").exists()
+    args = ("--images", 1, "--cache", tmp_path / "c.jsonl", "--out", tmp_path / "p.json", "--analysis", out)
+    assert run("search", "--steps", 4, "--reuse", 2, *args, "--budget", 2).exit_code == 0
+    refused = run("search", "--steps", 5, "--reuse", 2, *args)
+    assert refused.exit_code == 2
+    assert "this run of ('DDIMScheduler', 5)" in " ".join(refused.output.split())
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("search", "--metric", "fid"), "metric must be one of psnr, ssim, lpips, got 'fid'"),
+        (("search", "--method", "random"), "--method must be one of phast, exhaustive, layerwise, got 'random'"),
+        (("search", "--out", "p.yaml"), "--out must end in .json, got p.yaml"),
+        (("search", "--model", "user/model"), "--model needs --prompt"),
+        (("compare", "--metric", "mse"), "--metric must be one of ssim, lpips, fid, clip, got 'mse'"),
+    ],
+)
+def test_bad_input_to_the_science_is_one_clear_line(args, said):
+    result = run(*args)
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())

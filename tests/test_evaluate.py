@@ -23,7 +23,12 @@ def setting(**changes):
 def policies(steps, layers):
     """Schedules with much in common, repeated, and some that differ between layers."""
     rng = random.Random(0)
-    rows = [hurry(steps, 2).reuse, hurry(steps, 3).reuse, hurry(steps, 2, 1).reuse, hurry(steps, 2).reuse]
+    rows = [
+        hurry(steps, 2, None).reuse,
+        hurry(steps, 3, None).reuse,
+        hurry(steps, 2, 1).reuse,
+        hurry(steps, 2, None).reuse,
+    ]
     rows += [tuple([False] + [rng.random() < 0.5 for _ in range(steps - 1)]) for _ in range(4)]
     mixed = {layers[0]: rows[1], layers[-1]: rows[4]}
     return [Policy(steps=steps, reuse=row) for row in [*rows, mixed, rows[1]]]
@@ -73,20 +78,20 @@ def test_a_forward_that_someone_else_bound_stays_bound():
 
 def test_scores_are_means_over_pictures():
     evaluator = Evaluator(captioned_pipeline(), setting())
-    policy = hurry(6, 3)
+    policy = hurry(6, 3, None)
     sampled, full = evaluator.sample(policy), evaluator.full
     each = [
         -10 * np.log10(np.mean((a.astype(float) - b) ** 2))
         for a, b in zip(sampled.pictures, full.pictures, strict=True)
     ]
     assert evaluator.scores(policy)["psnr"] == pytest.approx(np.mean(each))
-    assert evaluator.scores(hurry(6, 0))["psnr"] == 120  # equal
+    assert evaluator.scores(hurry(6, 0, None))["psnr"] == 120  # equal
 
 
 def test_map_bytes_are_what_a_run_allocates():
     pipe = captioned_pipeline()
     evaluator = Evaluator(pipe, setting(prompts=PROMPTS[:2], layers="all", map_format="u8"))
-    policy = hurry(6, 2)
+    policy = hurry(6, 2, None)
     with attnreuse.enable(pipe, policy, map_format="u8", layers="all") as session:
         pipe(list(PROMPTS[:2]), num_inference_steps=6, output_type="latent")
     assert evaluator.map_bytes(policy) == session.report().allocated_bytes > 0
@@ -107,4 +112,4 @@ def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         setting(steps=0)
     with pytest.raises(PolicyMismatchError, match="for 5 executed steps"):
-        Evaluator(captioned_pipeline(), setting()).sample(hurry(5, 2))
+        Evaluator(captioned_pipeline(), setting()).sample(hurry(5, 2, None))

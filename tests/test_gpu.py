@@ -34,7 +34,7 @@ def test_capture_and_reuse_agree_with_fp64(shape, name, dtype):
 def test_a_run_on_the_device():
     pipe = random_pipeline().to("cuda")
     full = sample(pipe, 6)
-    with attnreuse.enable(pipe, attnreuse.hurry(6, 3)) as session:
+    with attnreuse.enable(pipe, attnreuse.hurry(6, 3, None)) as session:
         first, second = sample(pipe, 6), sample(pipe, 6)
     assert torch.equal(first, second)
     assert (first - full).norm() / full.norm() < 0.05
@@ -43,7 +43,7 @@ def test_a_run_on_the_device():
 
 def test_maps_are_given_back_at_the_end_of_a_run():
     pipe = random_pipeline().to("cuda")
-    with attnreuse.enable(pipe, attnreuse.hurry(4, 2), map_format="fp32"):
+    with attnreuse.enable(pipe, attnreuse.hurry(4, 2, None), map_format="fp32"):
         sample(pipe, 4, height=128, width=128)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -122,7 +122,7 @@ def test_a_half_precision_run_uses_the_kernels_without_a_warning():
     pipe = random_pipeline().to("cuda", torch.float16)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="attnreuse")
-        with attnreuse.enable(pipe, attnreuse.hurry(6, 3), strict=True) as session:
+        with attnreuse.enable(pipe, attnreuse.hurry(6, 3, None), strict=True) as session:
             first, second = (sample(pipe, 6) for _ in range(2))
     assert torch.equal(first, second)
     assert session.report().allocated_bytes == session.report().predicted_bytes > 0

@@ -21,9 +21,11 @@ LAYERS = [
     {"processors"},
     {"planner", "clock", "bench"},
     {"session"},
-    {"evaluate", "forecast"},
-    {"search", "analysis", "comparison"},
+    {"evaluate", "forecast", "sampling"},
+    {"search", "analysis"},
+    {"compare"},
     {"plots"},
+    {"page"},
     {"cli"},
 ]
 
@@ -56,7 +58,7 @@ def test_importing_attnreuse_does_not_import_diffusers():
 def test_policies_know_no_tensors():
     code = "import sys; sys.modules['torch'] = None; import importlib.util as u\n"
     code += f"s = u.spec_from_file_location('policy', r'{PACKAGE / 'policy.py'}'); m = u.module_from_spec(s)\n"
-    code += "sys.modules['policy'] = m; s.loader.exec_module(m); print(m.hurry(4, 2).reuse)"
+    code += "sys.modules['policy'] = m; s.loader.exec_module(m); print(m.hurry(4, 2, None).reuse)"
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert made.stdout.strip() == "(False, False, True, True)"
 

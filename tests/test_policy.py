@@ -15,15 +15,28 @@ def strip(policy):
 
 
 def test_hurry_reuses_latest():
-    assert strip(hurry(10, 4)) == "......RRRR"
-    assert strip(hurry(10, 0)) == ".........."
-    assert strip(hurry(10, 9)) == ".RRRRRRRRR"
+    assert strip(hurry(10, 4, None)) == "......RRRR"
+    assert strip(hurry(10, 0, None)) == ".........."
+    assert strip(hurry(10, 9, None)) == ".RRRRRRRRR"
 
 
 def test_hurry_bounds_the_age_of_maps():
     assert strip(hurry(10, 5, max_age=1)) == ".R.R.R.R.R"
     assert strip(hurry(10, 3, max_age=1)) == ".....R.R.R"
     assert strip(hurry(10, 5, max_age=2)) == "...R.RR.RR"
+
+
+@pytest.mark.parametrize(("reuse", "age"), [(0, 1), (1, 1), (5, 1), (6, 2), (7, 3), (8, 4), (9, 9)])
+def test_hurry_keeps_maps_as_fresh_as_there_is_room_for(reuse, age):
+    assert hurry(10, reuse) == hurry(10, reuse, max_age=age)
+    if age > 1:
+        with pytest.raises(ValueError, match="reuse must be between"):
+            hurry(10, reuse, max_age=age - 1)
+
+
+def test_hurry_by_default_refuses_what_cannot_be():
+    with pytest.raises(ValueError, match="reuse must be between 0 and 9 for 10 steps, got 10"):
+        hurry(10, 10)
 
 
 @given(st.integers(1, 60), st.integers(0, 60), st.one_of(st.none(), st.integers(1, 8)))
@@ -77,7 +90,7 @@ def test_policies_that_make_no_sense_are_refused(fields, said):
 
 
 def test_a_file_gives_back_the_policy(tmp_path):
-    policy = hurry(20, 10).model_copy(
+    policy = hurry(20, 10, None).model_copy(
         update={"scheduler": "DDIMScheduler", "resolution": (128, 128), "metrics": {"psnr_db": 40.5}}
     )
     policy.save(tmp_path / "p.json")
@@ -119,5 +132,5 @@ def test_hub_round_trip(tmp_path, monkeypatch):
     monkeypatch.setattr(
         huggingface_hub, "hf_hub_download", lambda repo_id, name, revision: str(tmp_path / repo_id / name)
     )
-    assert hurry(20, 10).push_to_hub("user/name") == "commit of user/name"
-    assert load_policy("user/name") == hurry(20, 10)
+    assert hurry(20, 10, None).push_to_hub("user/name") == "commit of user/name"
+    assert load_policy("user/name") == hurry(20, 10, None)

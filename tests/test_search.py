@@ -61,7 +61,7 @@ def test_phast_ends_where_no_trade_is_better(variant):
         if row[i] and not row[j]:
             trade = tuple(r != (k in (i, j)) for k, r in enumerate(row))
             assert engine.score(trade) <= engine.score(row)
-    assert found.start == pytest.approx(engine.score(hurry(8, 3).reuse))
+    assert found.start == pytest.approx(engine.score(hurry(8, 3, None).reuse))
     assert found.policy.metrics["psnr_db"] == pytest.approx(engine.score(row), abs=1e-4)
 
 
@@ -139,7 +139,7 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="variant must be"):
         fake(variant="random")
     with pytest.raises(ValueError, match="starts must have one row of 8 executed steps"):
-        fake(starts=[hurry(9, 3)])
+        fake(starts=[hurry(9, 3, None)])
     with pytest.raises(ValueError, match="reuse must be between 0 and 7"):
         phast(None, 8, 8, ["p"], engine=FakeEngine(8))
     with pytest.raises(ValueError, match="engine must be"):
@@ -246,7 +246,7 @@ def test_layers_are_grouped_by_kind_level_and_name(evaluator):
 
 def test_layerwise_saves_what_was_asked_for(evaluator):
     engine, costs = InProcess(evaluator), map_costs(evaluator)
-    rows = [hurry(6, n).reuse for n in (1, 2, 3)]
+    rows = [hurry(6, n, None).reuse for n in (1, 2, 3)]
     found = layerwise(engine, by="level", saving=0.4, costs=costs, ladder=rows)
     total = sum(cost.total(Policy(steps=6, reuse=[0] * 6).actions("")) for cost in costs.values())
     spent = sum(cost.total(found.policy.actions(name)) for name, cost in costs.items())
@@ -260,12 +260,12 @@ def test_layerwise_saves_what_was_asked_for(evaluator):
 def test_layerwise_says_what_cannot_be_reached(evaluator):
     engine, costs = InProcess(evaluator), map_costs(evaluator)
     with pytest.raises(AttnReuseError, match="saving of 90% cannot be reached here: at most 33%"):
-        layerwise(engine, by="kind", saving=0.9, costs=costs, ladder=[hurry(6, 2).reuse])
+        layerwise(engine, by="kind", saving=0.9, costs=costs, ladder=[hurry(6, 2, None).reuse])
 
 
 def test_layerwise_keeps_a_memory_budget(evaluator):
     engine, costs = InProcess(evaluator), map_costs(evaluator)
-    rows = [hurry(6, 2).reuse]
+    rows = [hurry(6, 2, None).reuse]
     whole = layerwise(engine, by="level", saving=0.01, costs=costs, ladder=rows)
     needed = evaluator.map_bytes(whole.policy)
     found = layerwise(engine, by="level", saving=0.01, costs=costs, ladder=rows, memory_budget=needed - 1)

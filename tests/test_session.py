@@ -43,7 +43,7 @@ def processors(unet):
 def test_never_reusing_equals_the_stock_pipeline(pipe, scheduler):
     executed = with_scheduler(pipe, scheduler, 5)
     expected = sample(pipe, 5)
-    with attnreuse.enable(pipe, hurry(executed, 0), layers="all") as session:
+    with attnreuse.enable(pipe, hurry(executed, 0, None), layers="all") as session:
         actual = sample(pipe, 5)
     assert (actual - expected).abs().max() == 0  # measured; the promise is 1e-4
     assert session.report().steps == executed
@@ -56,7 +56,7 @@ def test_reuse_runs_with_every_scheduler(pipe, scheduler, stock):
     executed = with_scheduler(pipe, scheduler, 5)
     pipe.unet.set_attn_processor(stock())
     expected = sample(pipe, 5)
-    with attnreuse.enable(pipe, hurry(executed, executed // 2), layers="all", strict=True) as session:
+    with attnreuse.enable(pipe, hurry(executed, executed // 2, None), layers="all", strict=True) as session:
         actual = sample(pipe, 5)
     report = session.report()
     assert report.steps == executed
@@ -74,7 +74,7 @@ def test_capture_and_same_step_reuse_equal_the_stock_processor(stock, changes):
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 32)
     with torch.no_grad():
         expected = unet(x, 10, context).sample
-        with attnreuse.enable(unet, hurry(2, 1), map_format="fp32", layers="all") as session:
+        with attnreuse.enable(unet, hurry(2, 1, None), map_format="fp32", layers="all") as session:
             for step in range(2):
                 session.step(step, 2)
                 actual = unet(x, 10, context).sample
@@ -88,7 +88,7 @@ def test_masks_take_part_in_capture():
     with torch.no_grad():
         expected = unet(x, 10, context, **given).sample
         assert (expected - unet(x, 10, context).sample).abs().max() > 1e-4
-        with attnreuse.enable(unet, hurry(2, 1), map_format="fp32", layers="all") as session:
+        with attnreuse.enable(unet, hurry(2, 1, None), map_format="fp32", layers="all") as session:
             for step in range(2):
                 session.step(step, 2)
                 torch.testing.assert_close(unet(x, 10, context, **given).sample, expected, rtol=0, atol=1e-5)
@@ -100,7 +100,7 @@ def test_reuse_does_not_project_queries_and_keys(pipe):
     for projection in calls:
         module = pipe.unet.get_submodule(f"{name}.{projection}")
         module.register_forward_hook(lambda *a, p=projection: calls.__setitem__(p, calls[p] + 1))
-    with attnreuse.enable(pipe, hurry(6, 4)):
+    with attnreuse.enable(pipe, hurry(6, 4, None)):
         sample(pipe, 6)
     assert calls == {"to_q": 2, "to_k": 2, "to_v": 6}
 
@@ -117,7 +117,7 @@ def test_reused_maps_are_the_captured_ones_and_values_are_fresh(pipe):
             return kwargs
 
         saved = copy.deepcopy(attn.state_dict())
-        with attnreuse.enable(pipe, hurry(6, 2), layers=[name]):
+        with attnreuse.enable(pipe, hurry(6, 2, None), layers=[name]):
             out = sample(pipe, 6, callback_on_step_end=change)
         attn.load_state_dict(saved)
         return out
@@ -144,9 +144,9 @@ def test_reused_maps_are_the_captured_ones_and_values_are_fresh(pipe):
 )
 def test_batches_guidance_and_resolutions(pipe, call):
     expected = sample(pipe, 4, **call)
-    with attnreuse.enable(pipe, hurry(4, 0)):
+    with attnreuse.enable(pipe, hurry(4, 0, None)):
         assert torch.equal(sample(pipe, 4, **call), expected)
-    with attnreuse.enable(pipe, hurry(4, 2)) as session:
+    with attnreuse.enable(pipe, hurry(4, 2, None)) as session:
         actual = sample(pipe, 4, **call)
     assert actual.shape == expected.shape
     assert (actual - expected).norm() / expected.norm() < 0.05
@@ -167,7 +167,7 @@ def test_image_to_image_counts_executed_steps(pipe, scheduler, strength):
     given = {"image": image, "strength": strength, "output_type": "latent", "num_inference_steps": 10, **prompt()}
     expected = pipe(generator=torch.Generator().manual_seed(0), **given).images
     executed = len(calls)
-    with attnreuse.enable(pipe, hurry(executed, executed // 2)) as session:
+    with attnreuse.enable(pipe, hurry(executed, executed // 2, None)) as session:
         actual = pipe(generator=torch.Generator().manual_seed(0), **given).images
     assert session.report().steps == executed
     assert session.report().layers[0].reused == executed // 2
@@ -177,7 +177,7 @@ def test_image_to_image_counts_executed_steps(pipe, scheduler, strength):
 def test_a_sibling_pipeline_may_use_the_enabled_denoiser(pipe):
     sibling = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
     image = torch.rand(1, 3, 16, 16)
-    with attnreuse.enable(pipe, hurry(6, 2)) as session:
+    with attnreuse.enable(pipe, hurry(6, 2, None)) as session:
         sample(pipe, 6)
         sibling(image=image, strength=0.6, num_inference_steps=10, output_type="latent", **prompt())
     assert session.report().layers[0].reused == 2
@@ -198,7 +198,7 @@ def test_a_custom_loop_with_a_scheduler(pipe):
 
 
 def test_a_set_step_does_not_outlive_its_run(pipe):
-    with attnreuse.enable(pipe, hurry(4, 2)) as session:
+    with attnreuse.enable(pipe, hurry(4, 2, None)) as session:
         expected = sample(pipe, 4)
         with torch.no_grad():
             for step in range(4):
@@ -221,7 +221,7 @@ def test_sdxl_conditioning_and_controlnet_residuals():
     x = torch.randn(1, 4, 8, 8)
     with torch.no_grad():
         expected = unet(x, 10, **given).sample
-        with attnreuse.enable(unet, hurry(2, 1), map_format="fp32") as session:
+        with attnreuse.enable(unet, hurry(2, 1, None), map_format="fp32") as session:
             for step in range(2):
                 session.step(step, 2)
                 torch.testing.assert_close(unet(x, 10, **given).sample, expected, rtol=0, atol=1e-5)
@@ -232,7 +232,7 @@ def test_two_calls_of_a_step_keep_their_maps_apart():
     """Unbatched guidance: the second call must not read the first one's maps."""
     unet = random_unet()
     x, contexts = torch.randn(1, 4, 8, 8), torch.randn(2, 1, 7, 32)
-    with torch.no_grad(), attnreuse.enable(unet, hurry(2, 1), map_format="fp32", layers="all") as session:
+    with torch.no_grad(), attnreuse.enable(unet, hurry(2, 1, None), map_format="fp32", layers="all") as session:
         for step in range(2):
             session.step(step, 2)
             outs = [unet(x, 10, context).sample for context in contexts]
@@ -265,12 +265,12 @@ def test_one_buffer_is_allocated_before_the_first_step_and_none_later(pipe, monk
 
 
 def test_layers_that_do_not_fit_the_budget_only_compute_and_are_told(pipe):
-    with attnreuse.enable(pipe, hurry(4, 2)) as session:
+    with attnreuse.enable(pipe, hurry(4, 2, None)) as session:
         sample(pipe, 4)
     whole = session.report().allocated_bytes
     with (
         pytest.warns(UserWarning, match="does not fit the memory budget"),
-        attnreuse.enable(pipe, hurry(4, 2), memory_budget=whole // 2) as session,
+        attnreuse.enable(pipe, hurry(4, 2, None), memory_budget=whole // 2) as session,
     ):
         sample(pipe, 4)
     report = session.report()
@@ -283,7 +283,7 @@ def test_layers_that_do_not_fit_the_budget_only_compute_and_are_told(pipe):
 def test_maps_shrink_with_the_format(pipe):
     size = {}
     for name in ("fp32", "fp16", "u8", "u4"):
-        with attnreuse.enable(pipe, hurry(4, 2), map_format=name) as session:
+        with attnreuse.enable(pipe, hurry(4, 2, None), map_format=name) as session:
             sample(pipe, 4, height=64, width=64)
         size[name] = session.report().allocated_bytes
     assert size["fp32"] > 1.9 * size["fp16"] > 3.4 * size["u8"] > 5 * size["u4"]
@@ -306,35 +306,35 @@ def test_layer_wise_policies_share_the_buffer(pipe):
 
 def test_layers_self_cross_all_and_patterns(pipe):
     count = {
-        key: len(attnreuse.enable(pipe, hurry(4, 2), layers=key).report().layers)
+        key: len(attnreuse.enable(pipe, hurry(4, 2, None), layers=key).report().layers)
         for key in ("self", "cross", "all", "mid_block.*")
     }
     attnreuse.disable(pipe)
     assert count == {"self": 7, "cross": 7, "all": 14, "mid_block.*": 2}
     with pytest.raises(ValueError, match=r"'middle\.\*' matches none of the 14 layers"):
-        attnreuse.enable(pipe, hurry(4, 2), layers=["middle.*"])
+        attnreuse.enable(pipe, hurry(4, 2, None), layers=["middle.*"])
 
 
 def test_unsupported_processors_are_left_alone_and_told(pipe):
     theirs = SlicedAttnProcessor(slice_size=1)
     pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(theirs)
     with pytest.warns(UserWarning, match="leaves 1 of 7 layers alone.*SlicedAttnProcessor"):
-        session = attnreuse.enable(pipe, hurry(4, 2))
+        session = attnreuse.enable(pipe, hurry(4, 2, None))
     with session:
         sample(pipe, 4)
         assert pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor is theirs
     assert list(session.report().skipped) == ["mid_block.attentions.0.transformer_blocks.0.attn1"]
     assert "SlicedAttnProcessor" in str(session.report())
     with pytest.raises(attnreuse.UnsupportedLayerError, match="SlicedAttnProcessor"):
-        attnreuse.enable(pipe, hurry(4, 2), strict=True)
+        attnreuse.enable(pipe, hurry(4, 2, None), strict=True)
 
 
 def test_nothing_to_serve_is_an_error(pipe):
     pipe.unet.set_attn_processor(SlicedAttnProcessor(slice_size=1))
     with pytest.raises(attnreuse.UnsupportedLayerError, match="7 of 7 layers cannot be served"):
-        attnreuse.enable(pipe, hurry(4, 2))
+        attnreuse.enable(pipe, hurry(4, 2, None))
     with pytest.raises(attnreuse.UnsupportedLayerError, match="expected a pipeline with a UNet2DConditionModel"):
-        attnreuse.enable(torch.nn.Linear(2, 2), hurry(4, 2))
+        attnreuse.enable(torch.nn.Linear(2, 2), hurry(4, 2, None))
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_nothing_to_serve_is_an_error(pipe):
 )
 def test_bad_arguments(pipe, given, said):
     with pytest.raises(ValueError, match=said):
-        attnreuse.enable(pipe, hurry(4, 2), **given)
+        attnreuse.enable(pipe, hurry(4, 2, None), **given)
     assert not hasattr(pipe.unet, ATTRIBUTE)
 
 
@@ -356,7 +356,7 @@ def test_bad_arguments(pipe, given, said):
 def test_disable_restores_bit_exactly(pipe):
     before, expected = processors(pipe.unet), sample(pipe, 4)
     keys = set(pipe.unet.__dict__)
-    attnreuse.enable(pipe, hurry(4, 2))
+    attnreuse.enable(pipe, hurry(4, 2, None))
     assert not torch.equal(sample(pipe, 4), expected)
     attnreuse.disable(pipe)
     assert processors(pipe.unet) == before
@@ -375,7 +375,7 @@ def test_disable_after_an_exception_in_mid_run(pipe):
             raise KeyboardInterrupt
         return kwargs
 
-    with pytest.raises(KeyboardInterrupt), attnreuse.enable(pipe, hurry(4, 2)):
+    with pytest.raises(KeyboardInterrupt), attnreuse.enable(pipe, hurry(4, 2, None)):
         sample(pipe, 4, callback_on_step_end=stop)
     assert processors(pipe.unet) == before
     assert torch.equal(sample(pipe, 4), expected)
@@ -383,7 +383,7 @@ def test_disable_after_an_exception_in_mid_run(pipe):
 
 def test_an_exception_inside_the_denoiser_ends_the_run(pipe):
     expected = sample(pipe, 4)
-    session = attnreuse.enable(pipe, hurry(4, 2))
+    session = attnreuse.enable(pipe, hurry(4, 2, None))
     reused = sample(pipe, 4)
     armed = [True]
 
@@ -411,7 +411,7 @@ def test_lora_loaded_while_enabled(pipe, tmp_path):
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(donor))
 
     before, plain = processors(pipe.unet), sample(pipe, 4)
-    session = attnreuse.enable(pipe, hurry(4, 2))
+    session = attnreuse.enable(pipe, hurry(4, 2, None))
     pipe.load_lora_weights(tmp_path)
     with_lora = sample(pipe, 4)
     assert session.report().layers[0].reused == 2
@@ -425,7 +425,7 @@ def test_lora_loaded_while_enabled(pipe, tmp_path):
 
 
 def test_processors_that_others_set_stay_theirs(pipe):
-    session = attnreuse.enable(pipe, hurry(4, 2))
+    session = attnreuse.enable(pipe, hurry(4, 2, None))
     pipe.unet.set_attn_processor(AttnProcessor())
     theirs = processors(pipe.unet)
     with pytest.warns(UserWarning, match="replaced by AttnProcessor after enable"):
@@ -438,7 +438,7 @@ def test_processors_that_others_set_stay_theirs(pipe):
 
 def test_a_copied_denoiser_has_no_session(pipe):
     expected = sample(pipe, 4)
-    session = attnreuse.enable(pipe, hurry(4, 2))
+    session = attnreuse.enable(pipe, hurry(4, 2, None))
     twin = random_pipeline()
     twin.unet = copy.deepcopy(pipe.unet)
     assert {type(p) for p in twin.unet.attn_processors.values()} == {AttnProcessor2_0}
@@ -451,20 +451,20 @@ def test_a_copied_denoiser_has_no_session(pipe):
 def test_processors_that_diffusers_constructs_bare_compute_and_can_be_enabled_again(pipe):
     """`load_ip_adapter` and its inverse call ``processor.__class__()`` on the layers they keep."""
     expected = sample(pipe, 4)
-    attnreuse.enable(pipe, hurry(4, 2))
+    attnreuse.enable(pipe, hurry(4, 2, None))
     reused = sample(pipe, 4)
     pipe.unet.set_attn_processor({name: p.__class__() for name, p in pipe.unet.attn_processors.items()})
     with pytest.warns(UserWarning, match="replaced by ReuseAttnProcessor after enable"):
         assert torch.equal(sample(pipe, 4), expected)
-    with attnreuse.enable(pipe, hurry(4, 2)) as session:
+    with attnreuse.enable(pipe, hurry(4, 2, None)) as session:
         assert torch.equal(sample(pipe, 4), reused)
     assert not session.report().skipped
 
 
 def test_enabling_again_replaces_the_session(pipe):
     before = processors(pipe.unet)
-    first = attnreuse.enable(pipe, hurry(4, 2))
-    second = attnreuse.enable(pipe, hurry(4, 1))
+    first = attnreuse.enable(pipe, hurry(4, 2, None))
+    second = attnreuse.enable(pipe, hurry(4, 1, None))
     first.disable()  # no longer in force: nothing happens
     sample(pipe, 4)
     assert second.report().layers[0].reused == 1
@@ -474,7 +474,7 @@ def test_enabling_again_replaces_the_session(pipe):
 
 def test_state_dict_is_untouched(pipe):
     keys = set(pipe.unet.state_dict())
-    with attnreuse.enable(pipe, hurry(4, 2)):
+    with attnreuse.enable(pipe, hurry(4, 2, None)):
         assert set(pipe.unet.state_dict()) == keys
 
 
@@ -483,14 +483,14 @@ def test_state_dict_is_untouched(pipe):
 
 def test_a_policy_of_the_wrong_length(pipe):
     with (
-        attnreuse.enable(pipe, hurry(5, 2)),
+        attnreuse.enable(pipe, hurry(5, 2, None)),
         pytest.raises(attnreuse.PolicyMismatchError, match="is for 5 executed steps, this run executes 4"),
     ):
         sample(pipe, 4)
 
 
 def test_a_policy_made_for_something_else(pipe):
-    policy = hurry(4, 2).model_copy(update={"scheduler": "PNDMScheduler"})
+    policy = hurry(4, 2, None).model_copy(update={"scheduler": "PNDMScheduler"})
     said = "scheduler: policy 'PNDMScheduler', run 'DDIMScheduler'"
     with attnreuse.enable(pipe, policy), pytest.warns(UserWarning, match=said):
         sample(pipe, 4)
@@ -525,7 +525,7 @@ def test_a_changed_mask(change):
     unet = random_unet()
     x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
     mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0]])
-    with torch.no_grad(), attnreuse.enable(unet, hurry(2, 1), layers="all") as session:
+    with torch.no_grad(), attnreuse.enable(unet, hurry(2, 1, None), layers="all") as session:
         session.step(0, 2)
         unet(x, 1, context, encoder_attention_mask=mask)
         session.step(1, 2)
@@ -545,7 +545,7 @@ def test_a_batch_that_changes_in_mid_run(pipe):
         return kwargs
 
     with (
-        attnreuse.enable(pipe, hurry(4, 2)),
+        attnreuse.enable(pipe, hurry(4, 2, None)),
         pytest.raises(attnreuse.StaleMapError, match=r"expected .*\[2, 4, 8, 8\].*got .*\[1, 4, 8, 8\]"),
     ):
         sample(pipe, 4, callback_on_step_end=drop_guidance, callback_on_step_end_tensor_inputs=["prompt_embeds"])
@@ -555,7 +555,7 @@ def test_a_denoiser_without_a_scheduler_says_what_to_do():
     unet = random_unet()
     x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
     with (
-        attnreuse.enable(unet, hurry(2, 1)),
+        attnreuse.enable(unet, hurry(2, 1, None)),
         pytest.raises(attnreuse.AttnReuseError, match=r"pass scheduler= .* or call session\.step"),
     ):
         unet(x, 1, context)
@@ -564,7 +564,7 @@ def test_a_denoiser_without_a_scheduler_says_what_to_do():
 def test_a_timestep_from_nowhere_says_what_to_do(pipe):
     pipe.scheduler.set_timesteps(4)
     with (
-        attnreuse.enable(pipe, hurry(4, 2)),
+        attnreuse.enable(pipe, hurry(4, 2, None)),
         pytest.raises(attnreuse.AttnReuseError, match="timestep 3 is not among the scheduler's 4 timesteps"),
     ):
         pipe.unet(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 7, 32))
@@ -585,7 +585,7 @@ def test_a_second_thread_inside_the_denoiser(pipe):
             raised.append(error)
 
     expected = None
-    with attnreuse.enable(pipe, hurry(2, 1)):
+    with attnreuse.enable(pipe, hurry(2, 1, None)):
         expected = sample(pipe, 2)
         hook = pipe.unet.mid_block.register_forward_pre_hook(wait)
         first = threading.Thread(target=run, name="first")
@@ -616,7 +616,7 @@ def test_a_second_thread_between_the_steps(pipe):
         except attnreuse.AttnReuseError as error:
             raised.append(str(error))
 
-    with attnreuse.enable(pipe, hurry(4, 2)):
+    with attnreuse.enable(pipe, hurry(4, 2, None)):
         expected = sample(pipe, 4)
         assert torch.equal(sample(pipe, 4, callback_on_step_end=intrude), expected)  # the owner goes on unharmed
     assert len(raised) == 1
@@ -625,7 +625,7 @@ def test_a_second_thread_between_the_steps(pipe):
 
 def test_another_thread_may_begin_a_run_of_its_own_afterwards(pipe):
     results = []
-    with attnreuse.enable(pipe, hurry(4, 2)):
+    with attnreuse.enable(pipe, hurry(4, 2, None)):
         expected = sample(pipe, 4)
         thread = threading.Thread(target=lambda: results.append(sample(pipe, 4)))
         thread.start()
@@ -638,12 +638,12 @@ def test_another_thread_may_begin_a_run_of_its_own_afterwards(pipe):
 
 def test_torch_compile_keeps_one_graph_per_action_pattern(pipe):
     expected = {}
-    with attnreuse.enable(pipe, hurry(4, 2)):
+    with attnreuse.enable(pipe, hurry(4, 2, None)):
         expected["reuse"] = sample(pipe, 4)
     torch._dynamo.reset()
     unet = pipe.unet
     pipe.unet = torch.compile(unet, backend="eager", fullgraph=True)
-    with attnreuse.enable(pipe, hurry(4, 2)) as session, warnings.catch_warnings():
+    with attnreuse.enable(pipe, hurry(4, 2, None)) as session, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         actual = sample(pipe, 4)
     assert session.report().layers[0].reused == 2
@@ -654,12 +654,12 @@ def test_a_cpu_offloaded_pipeline(pipe):
     """accelerate replaces `forward`; hooks and shapes must survive it."""
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
-    with attnreuse.enable(pipe, hurry(4, 2)):
+    with attnreuse.enable(pipe, hurry(4, 2, None)):
         expected = sample(pipe, 4)
     for order in ("hook first", "enable first"):
         if order == "hook first":
             add_hook_to_module(pipe.unet, ModelHook())
-        with attnreuse.enable(pipe, hurry(4, 2)) as session:
+        with attnreuse.enable(pipe, hurry(4, 2, None)) as session:
             if order == "enable first":
                 add_hook_to_module(pipe.unet, ModelHook())
             assert torch.equal(sample(pipe, 4), expected)
@@ -672,7 +672,7 @@ def test_interrupted_runs_leave_nothing_behind(pipe):
         pipe._interrupt = step >= 2
         return kwargs
 
-    with attnreuse.enable(pipe, hurry(6, 4)) as session:
+    with attnreuse.enable(pipe, hurry(6, 4, None)) as session:
         expected = sample(pipe, 6)
         sample(pipe, 6, callback_on_step_end=interrupt)
         assert session.report().steps == 3
@@ -681,7 +681,7 @@ def test_interrupted_runs_leave_nothing_behind(pipe):
 
 
 def test_report_prints_and_serialises(pipe):
-    with attnreuse.enable(pipe, hurry(4, 2)) as session:
+    with attnreuse.enable(pipe, hurry(4, 2, None)) as session:
         sample(pipe, 4)
     data = session.report().to_dict()
     assert data["layers"][0] == {
@@ -698,7 +698,7 @@ def test_report_prints_and_serialises(pipe):
 def test_a_layer_that_no_kernel_serves_is_an_error_under_strict(pipe, monkeypatch):
     monkeypatch.setattr(attnreuse.ops, "fallback_reason", lambda *call: "no kernel for this" if call[3] == 8 else None)
     with (
-        attnreuse.enable(pipe, hurry(3, 1), strict=True),
+        attnreuse.enable(pipe, hurry(3, 1, None), strict=True),
         pytest.raises(
             attnreuse.UnsupportedLayerError, match=r"layer .*attn1 would run through plain torch: no kernel for this"
         ),

@@ -93,7 +93,7 @@ def test_reuse_stays_close_to_full_steps(shipped, reuse):
         return shipped(prompts, generator=[torch.Generator().manual_seed(i) for i in range(2)], **given).images
 
     full = run()
-    with attnreuse.enable(shipped, attnreuse.hurry(20, reuse)):
+    with attnreuse.enable(shipped, attnreuse.hurry(20, reuse, None)):
         reused = run()
     from attnreuse.metrics import psnr
 

@@ -46,7 +46,7 @@ class Row:
 
 @dataclass
 class Comparison:
-    """What :func:`compare` measured."""
+    """What :func:`sample` measured."""
 
     prompts: list[str]
     policy: Policy
@@ -82,7 +82,7 @@ class Comparison:
         }
 
 
-def compare(
+def sample(
     pipe: Any,
     prompts: list[str],
     *,

@@ -1,0 +1,179 @@
+"""The comparison: every method puts the pipeline back, figures are what they say, the page holds them all."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from tiny_random import captioned_pipeline, random_unet
+from typer.testing import CliRunner
+
+from attnreuse import Policy, compare, hurry, page
+from attnreuse.cli import app
+from attnreuse.evaluate import Setting
+
+for package in ("DeepCache", "tomesd", "scipy", "matplotlib", "jinja2", "torchmetrics"):
+    pytest.importorskip(package)
+PROMPTS = ("a red circle on gray", "a blue square on white", "a cyan triangle on black")
+
+
+def stock(pipe):
+    g = torch.Generator().manual_seed(0)
+    return pipe(PROMPTS[0], num_inference_steps=4, generator=g, output_type="np").images
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student")
+    torch.manual_seed(7)
+    random_unet().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(student):
+    pipe = captioned_pipeline()
+    mine = Policy(steps=8, reuse=[0, 1, 0, 0, 1, 0, 0, 1], name="mine")
+    elsewhere = Policy(steps=8, reuse=[0, 1, 1, 0, 0, 0, 0, 1], name="elsewhere", scheduler="PNDMScheduler")
+    before = stock(pipe)
+    found = compare.compare(
+        pipe, Setting(PROMPTS, 8, map_format="fp32", batch=2), policies=[mine, elsewhere], student=student,
+        judge=("ssim", "fid", "clip"), rounds=2,
+    )  # fmt: skip
+    assert np.array_equal(stock(pipe), before)
+    return found
+
+
+def row(measured, name):
+    return next(r for r in measured.groups[0].rows if r.method.name == name)
+
+
+@pytest.mark.parametrize("make", [compare._deepcache(2), compare._tomesd(0.5), compare._pab(2)])
+def test_other_caches_change_pictures_repeatably_and_leave_nothing(make):
+    pipe = captioned_pipeline()
+    before = stock(pipe)
+    with make(pipe):
+        changed = stock(pipe)
+    with make(pipe):
+        again = stock(pipe)
+    assert np.array_equal(changed, again)
+    assert not np.array_equal(changed, before)
+    assert np.array_equal(stock(pipe), before)
+
+
+def test_every_kind_of_method_is_there(measured):
+    assert {r.method.family for r in measured.groups[0].rows} == set(page.COLORS)
+    names = [r.method.name for r in measured.groups[0].rows]
+    assert len(set(names)) == len(names)
+    assert "mine" in names
+    assert "elsewhere" not in names
+    assert any(
+        "is the schedule of" in note for note in measured.groups[0].notes
+    )  # periodic(8,2) is hurry(8,4,max_age=1)
+
+
+def test_costs_are_counted_as_the_paper_does(measured):
+    assert row(measured, "full steps").maps_computed == 1
+    assert row(measured, "hurry(8,4)").maps_computed == pytest.approx(0.5)
+    assert row(measured, "mine").maps_computed == pytest.approx(5 / 8)
+    assert row(measured, "4 plain steps").maps_computed == 0.5
+    assert row(measured, "PAB(2)").maps_computed is None
+    equal = row(measured, "4 plain steps").scores["psnr"]
+    assert row(measured, "hurry(8,4)").equal_cost_psnr == equal
+
+
+def test_plain_steps_at_equal_latency_lie_between_their_neighbours(measured):
+    plain = {r.latency_s: r.scores["psnr"] for r in measured.groups[0].rows if r.method.family == "plain steps"}
+    for r in measured.groups[0].rows:
+        if r.plain_psnr is not None:
+            assert min(plain) <= r.latency_s <= measured.groups[0].full.latency_s
+            assert min(plain.values()) <= r.plain_psnr <= max(plain.values())
+
+
+def test_figures_belong_to_their_method(measured):
+    reuse = row(measured, "hurry(8,4)")
+    assert reuse.map_bytes > 0
+    assert row(measured, "tomesd(0.5)").map_bytes == 0
+    assert all(len(r.latencies_s) == 2 for r in measured.groups[0].rows)
+    assert "psnr" not in measured.groups[0].full.scores
+    assert {"psnr", "psnr_ci", "ssim", "fid", "clip_score", "shape"} <= set(reuse.scores)
+    student = next(r for r in measured.groups[0].rows if r.method.family == "student")
+    assert student.executed_steps == 4
+    assert student.scores["psnr"] < reuse.scores["psnr"]
+
+
+def test_a_method_that_cannot_run_is_a_note(monkeypatch):
+    monkeypatch.setattr(compare, "package_version", lambda name: None)
+    found = compare.compare(captioned_pipeline(), Setting(PROMPTS, 4, map_format="fp32"), rounds=1)
+    notes = " ".join(found.groups[0].notes)
+    assert "DeepCache(2) was left out: DeepCache is not installed" in notes
+    assert "tomesd(0.5) was left out" in notes
+
+
+def test_the_scheduler_is_put_back_and_groups_multiply():
+    pipe = captioned_pipeline()
+    own = pipe.scheduler
+    found = compare.compare(
+        pipe, Setting(PROMPTS[:1], 4), schedulers=["DPM", "Heun"], formats=["u8", "u4"], others=False, rounds=1
+    )
+    assert pipe.scheduler is own
+    titles = [(g.scheduler, g.map_format) for g in found.groups]
+    assert titles == [(s, f) for s in ("DPMSolverMultistepScheduler", "HeunDiscreteScheduler") for f in ("u8", "u4")]
+    assert found.groups[2].full.executed_steps == 7
+
+
+def test_the_page_and_its_table_hold_every_figure(measured, tmp_path):
+    written = page.write(measured, tmp_path / "c.html", "the command")
+    assert written == [tmp_path / "c.html", tmp_path / "c.csv"]
+    text = written[0].read_text()
+    for r in measured.groups[0].rows:
+        assert r.method.name in text
+    assert "the command" in text
+    assert text.count("<svg") == 2
+    assert text.count("data:image/png;base64") == 3 * len(measured.groups[0].rows)
+    assert not re.findall(r"(?:src|href)=[\"']?https?:", text)  # one file, read offline
+    with written[1].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["method"] for r in rows] == [r.method.name for r in measured.groups[0].rows]
+    by_name = {r["method"]: r for r in rows}
+    assert by_name["mine"]["reuse"] == ".R..R..R"
+    assert float(by_name["mine"]["psnr"]) == pytest.approx(row(measured, "mine").scores["psnr"], rel=1e-3)
+    assert float(by_name["mine"]["latency_s"]) == pytest.approx(row(measured, "mine").latency_s, rel=1e-3)
+    assert all(r["torch"] and r["device"] for r in rows)
+
+
+def test_the_summary_says_who_won(measured):
+    said = " ".join(page.summary(measured.groups[0]))
+    reuse = [r for r in measured.groups[0].rows if r.method.family == "reuse"]
+    best = max(reuse, key=lambda r: r.scores["psnr"])
+    assert f"{best.method.name}, {best.scores['psnr']:.1f} dB" in said
+    faster = sum(r.latency_s < measured.groups[0].full.latency_s for r in reuse)
+    assert f"{faster} of {len(reuse)} schedules took less time" in said
+
+
+def test_the_command(tmp_path):
+    hurry(4, 2, None).save(tmp_path / "p.json")
+    out = tmp_path / "c.html"
+    args = [
+        "compare",
+        "--steps",
+        "4",
+        "--images",
+        "1",
+        "--rounds",
+        "1",
+        "--no-others",
+        "--policy",
+        str(tmp_path / "p.json"),
+    ]
+    result = CliRunner().invoke(app, [*args, "--out", str(out), "--json"])
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert "hurry(4,2)" in [r["method"] for r in data["groups"][0]["rows"]]
+    assert out.exists()
+    assert out.with_suffix(".csv").exists()
+    refused = CliRunner().invoke(app, ["compare", "--out", str(tmp_path / "c.pdf")])
+    assert refused.exit_code == 2
+    assert "--out must end in .html" in refused.output
