@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attnreuse import planner
+from attnreuse.errors import AttnReuseError
 from attnreuse.formats import map_format
 from attnreuse.metrics import PAIRED
 from attnreuse.policy import Action, Policy
@@ -208,6 +209,8 @@ class Evaluator:
     def _replaying(self, session: Session, batch: int) -> Iterator[None]:
         """Within, the denoiser's forward answers from the memo as long as the schedule agrees with it."""
         denoiser = session.denoiser
+        if denoiser is not self.pipe.unet:
+            raise AttnReuseError("a compiled denoiser cannot be replayed: search and analyse before torch.compile")
         digests = _digests(session.actions)
         first_live = self._memo.first_live(batch, digests, session.actions)
         forward, bound = denoiser.forward, denoiser.__dict__.get("forward")  # bound: by offloading, such

@@ -194,12 +194,10 @@ class Judge:
     Args:
         engine: judges what the file does not hold.
         cache: the file; None keeps scores in memory only.
-        done: called after each schedule judged anew or read.
     """
 
     engine: Engine
     cache: Path | None = None
-    done: Callable[[Policy, Scores], None] = lambda policy, scores: None
     _held: dict[str, Scores] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -221,10 +219,7 @@ class Judge:
         new = list(missing.values())
         for i, scores in self.engine.run(new, metrics):
             self._keep(_text(new[i]), scores)
-        found = [self._held[_text(policy)] for policy in policies]
-        for policy, scores in zip(policies, found, strict=True):
-            self.done(policy, scores)
-        return found
+        return [self._held[_text(policy)] for policy in policies]
 
     def _keep(self, text: str, scores: Scores) -> None:
         self._held.setdefault(text, {}).update(scores)

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from attnreuse import hurry
 from attnreuse.cli import app
+from attnreuse.policy import shipped_policies
 
 runner = CliRunner()
 
@@ -50,6 +51,22 @@ def test_plan_measures_and_advises():
     assert re.search(
         r"attention, .* s computed, .* s with this policy; (it should pay|do not)", " ".join(result.stdout.split())
     )
+
+
+def planned_policy(*args):
+    return json.loads(run("plan", *args, "--no-measure", "--json").stdout)["policy"]["name"]
+
+
+def test_the_shipped_pipeline_comes_with_policies():
+    assert planned_policy() == "phast(20,10)"
+    assert planned_policy("--reuse", 5) == "phast(20,5)"
+    assert planned_policy("--reuse", 7) == "hurry(20,7,max_age=1)"
+    assert planned_policy("--max-age", 0) == "hurry(20,10)"
+    assert planned_policy("--max-age", 2) == "hurry(20,10,max_age=2)"
+    assert planned_policy("--scheduler", "Euler").startswith("hurry(20,10")
+    for policy in shipped_policies():
+        assert policy.model == "tiny-shapes"
+        assert policy.metrics["psnr_db"] > 0
 
 
 @pytest.mark.parametrize(("name", "executed"), [("heun", 7), ("PNDM", 5), ("ddim", 4)])

@@ -34,7 +34,7 @@ def policies(steps, layers):
     return [Policy(steps=steps, reuse=row) for row in [*rows, mixed, rows[1]]]
 
 
-@pytest.mark.parametrize("scheduler", ["DDIM", "DPM", "Euler", "PNDM", "UniPC", "Heun"])
+@pytest.mark.parametrize("scheduler", ["DDIM", "DPM", "PNDM", "Heun"])
 def test_replayed_beginnings_change_no_bit(scheduler):
     pipe = captioned_pipeline()
     pipe.scheduler = make_scheduler(pipe.scheduler.config, scheduler)

@@ -10,8 +10,10 @@ from safetensors import safe_open
 
 import attnreuse
 from attnreuse.caption_oracle import judge
+from attnreuse.evaluate import Evaluator, Setting
 from attnreuse.forecast import Blueprint
 from attnreuse.planner import map_shapes
+from attnreuse.policy import shipped_policies
 from attnreuse.tiny_shapes import draw, held_out_prompts, load_clip, parse, sample_scenes
 
 FOLDER = attnreuse.tiny_shapes_path()
@@ -85,16 +87,10 @@ def test_it_obeys_held_out_captions(obedience):
 
 
 @pytest.mark.parametrize("reuse", [5, 10])
-def test_reuse_stays_close_to_full_steps(shipped, reuse):
-    given = {"num_inference_steps": 20, "guidance_scale": attnreuse.TINY_SHAPES_GUIDANCE, "output_type": "np"}
-    prompts = held_out_prompts(2)
-
-    def run():
-        return shipped(prompts, generator=[torch.Generator().manual_seed(i) for i in range(2)], **given).images
-
-    full = run()
-    with attnreuse.enable(shipped, attnreuse.hurry(20, reuse, None)):
-        reused = run()
-    from attnreuse.metrics import psnr
-
-    assert 25 < psnr(reused, full) < 100
+def test_reuse_stays_close_and_the_shipped_policy_closest(shipped, reuse):
+    """On captions and seeds that neither training nor search have seen."""
+    evaluator = Evaluator(shipped, Setting(tuple(held_out_prompts(2)), 20, guidance=attnreuse.TINY_SHAPES_GUIDANCE))
+    late = evaluator.scores(attnreuse.hurry(20, reuse, max_age=None))["psnr"]
+    fresh = evaluator.scores(attnreuse.hurry(20, reuse))["psnr"]
+    found = next(p for p in shipped_policies("DDIMScheduler", 20) if p.reuse_steps == reuse)
+    assert 25 < late < fresh < evaluator.scores(found)["psnr"] < 100

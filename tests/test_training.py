@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import distill_tiny_shapes as distilling
 import pytest
 import torch
 import train_tiny_shapes as training
@@ -78,3 +79,20 @@ def test_every_word_of_the_grammar_is_one_token():
     ids = training.tokenize(tokenizer, [text])
     assert ids.shape == (1, training.MAX_TOKENS)
     assert (ids[0] != tokenizer.eos_token_id).sum() == 1 + len(text.split())
+
+
+@pytest.mark.parametrize("begin", [999, 99])
+def test_a_student_is_taught_where_two_guided_steps_lead(begin):
+    teacher = distilling.Teacher(20)
+    unet, scheduler = teacher.pipe.unet, teacher.pipe.scheduler
+    context, empty = teacher.context(["a red circle on gray"]), teacher.context([""])
+    start = led = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    scheduler.set_timesteps(20)
+    with torch.no_grad():
+        for time in (begin, begin - 50):
+            without, with_caption = unet(led.expand(2, -1, -1, -1), time, torch.cat([empty, context])).sample
+            led = scheduler.step((without + 2.5 * (with_caption - without))[None], time, led).prev_sample
+    taught = teacher.target(start, torch.tensor([begin]), context, empty, 2.5)
+    scheduler.set_timesteps(10)
+    assert begin in scheduler.timesteps
+    torch.testing.assert_close(scheduler.step(taught, begin, start).prev_sample, led, atol=1e-5, rtol=1e-5)
