@@ -9,12 +9,13 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
-CPP = ["csrc/bindings.cpp"]
+CPP = ["csrc/bindings.cpp", *(f"csrc/cpu/{path}.cpp" for path in ("portable", "avx2", "avx512"))]
 CUDA = ["csrc/cuda/devices.cu"]
 NVCC_FLAGS = ("-O3", "-std=c++17", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0")
 ARCHS = ("80", "86", "89", "90a", "100a")
@@ -72,7 +73,18 @@ class BuildExtension(build_ext):
         ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
 
 
+# torch's own libgomp serves where torch is imported first, as attnreuse does.
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+
+extension = Pybind11Extension(
+    "attnreuse._native",
+    CPP,
+    cxx_std=17,
+    optional=True,
+    extra_compile_args=["-O3", "-Wno-psabi", *OPENMP] if os.name == "posix" else [],
+    extra_link_args=OPENMP,
+)
 setup(
-    ext_modules=[Pybind11Extension("attnreuse._native", CPP, cxx_std=17, optional=True)],
+    ext_modules=[extension],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -1,19 +1,102 @@
-"""The compiled extension (`csrc/`); everything works without it, through torch."""
+"""The compiled extension (`csrc/`) as a backend of :mod:`attnreuse.ops`; everything works without it, through torch.
+
+Its CPU kernels serve maps of fp32, u8 and u4 with fp32 arithmetic (fp16 and bf16 tensors are converted),
+by the best instruction set that the CPU has; ``ATTNREUSE_CPU`` = portable, avx2 or avx512 forces one.
+"""
 
 from __future__ import annotations
 
-import torch
+import os
 
-from attnreuse.formats import MapFormat
+import torch
+from torch import Tensor
+
+from attnreuse.formats import AttentionMap, MapFormat
 
 try:
     import attnreuse._native as extension
 except ImportError as error:  # not built, or built for another Python or system
-    extension, INFO = None, f"not built: {error}"
+    extension, PATHS, INFO = None, [], f"not built: {error}"
 else:
-    INFO = extension.build_info()
+    PATHS = extension.cpu_paths()
+    INFO = f"{extension.build_info()}; CPU kernels: {', '.join(PATHS)}"
+
+FORMATS = ("fp32", "u8", "u4")
 
 
 def unserved(map_format: MapFormat, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the extension cannot serve such a call, or None."""
-    return INFO if extension is None else "this version of the extension holds no kernels"
+    if extension is None:
+        return INFO
+    if device.type != "cpu":
+        return f"the extension holds no kernel for {device.type} devices"
+    if map_format.name not in FORMATS:
+        return f"no CPU kernel for {map_format.name} maps ({', '.join(FORMATS)} have one)"
+    return None
+
+
+def path() -> str:
+    """The instruction set in use: the best, or the one that ``ATTNREUSE_CPU`` forces.
+
+    Raises:
+        ValueError: one that this CPU lacks.
+    """
+    forced = os.environ.get("ATTNREUSE_CPU")
+    if forced and forced not in PATHS:
+        raise ValueError(f"ATTNREUSE_CPU must be one of {', '.join(PATHS)} on this CPU, got {forced!r}")
+    return forced or PATHS[0]
+
+
+def capture(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, into: AttentionMap, out: Tensor
+) -> None:
+    """:func:`attnreuse.ops.capture`, its arguments checked; shapes as in :mod:`attnreuse.reference`."""
+    query, key, value = query.float(), key.float(), value.float()
+    sizes = (*into.shape, query.shape[-1], value.shape[-1])
+    threads, target = torch.get_num_threads(), _writable(out)
+    workspace = torch.empty(extension.cpu_workspace(sizes, threads)[0])
+    mask = None if mask is None else _additive(mask).expand(into.shape)
+    extension.cpu_capture(
+        path(), sizes, _strided(query), _strided(key), _strided(value), None if mask is None else _strided(mask),
+        scale, _slot(into), _strided(target)[:4], workspace.data_ptr(), threads,
+    )  # fmt: skip
+    if target is not out:
+        out.copy_(target)
+
+
+def reuse(attn_map: AttentionMap, value: Tensor, out: Tensor) -> None:
+    """:func:`attnreuse.ops.reuse`, its arguments checked; shapes as in :mod:`attnreuse.reference`."""
+    value = value.float()
+    sizes = (*attn_map.shape, value.shape[-1], value.shape[-1])
+    threads, target = torch.get_num_threads(), _writable(out)
+    workspace = torch.empty(extension.cpu_workspace(sizes, threads)[1])
+    extension.cpu_reuse(
+        path(), sizes, _slot(attn_map), _strided(value), _strided(target)[:4], workspace.data_ptr(), threads
+    )
+    if target is not out:
+        out.copy_(target)
+
+
+def _strided(tensor: Tensor) -> tuple[int, ...]:
+    """Address and strides in elements."""
+    return tensor.data_ptr(), *tensor.stride()
+
+
+def _slot(attn_map: AttentionMap) -> tuple[int, int, int, int]:
+    """Addresses of codes, block maxima and log-sum-exp, and bits per code."""
+    parts = (attn_map.codes, attn_map.block_max, attn_map.lse)
+    return *(part.data_ptr() for part in parts), attn_map.format.bits
+
+
+def _writable(out: Tensor) -> Tensor:
+    """`out` where the kernels can write to it: fp32 with rows of adjacent elements; else a stand-in."""
+    direct = out.dtype == torch.float32 and (out.stride(-1) == 1 or out.shape[-1] == 1)
+    return out if direct else torch.empty(out.shape)
+
+
+def _additive(mask: Tensor) -> Tensor:
+    """What is added to the scores, fp32, as in :mod:`attnreuse.reference`; broadcast axes stay."""
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+    mask = mask.float()
+    return mask - mask.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)

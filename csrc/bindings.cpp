@@ -3,13 +3,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "cpu/kernels.h"
 #ifdef ATTNREUSE_CUDA_ARCHS
 #include "cuda/devices.h"
 #endif
+
+namespace py = pybind11;
 
 namespace {
 
@@ -39,10 +44,78 @@ std::vector<std::string> cuda_devices() {
 #endif
 }
 
+// Kernels for the instruction sets of this CPU, best first.
+std::vector<const attnreuse::Kernels*> cpu_kernels() {
+  std::vector<const attnreuse::Kernels*> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    found.push_back(&attnreuse::avx512_kernels);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&attnreuse::avx2_kernels);
+#endif
+  found.push_back(&attnreuse::portable_kernels);
+  return found;
+}
+
+const attnreuse::Kernels& cpu_kernels_named(const std::string& name) {
+  for (const attnreuse::Kernels* kernels : cpu_kernels())
+    if (name == kernels->name) return *kernels;
+  throw std::invalid_argument("no CPU kernels named " + name + " run here");
+}
+
+using Strided = std::array<int64_t, 5>;  // address, strides of B, H, rows and D in elements
+using Output = std::array<int64_t, 4>;   // address, strides of B, H and M
+using Sizes = std::array<int64_t, 6>;    // B, H, M, N, D, Dv
+using Slot = std::array<int64_t, 4>;     // addresses of codes, block maxima and log-sum-exp; bits per code
+
+template <typename T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
+}
+attnreuse::Tensor4 tensor(const Strided& t) { return {pointer<const float>(t[0]), t[1], t[2], t[3], t[4]}; }
+attnreuse::Shape sizes(const Sizes& s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }
+attnreuse::Map slot(const Slot& s) {
+  const auto format = s[3] == 32 ? attnreuse::Format::fp32 : static_cast<attnreuse::Format>(s[3]);
+  return {pointer<uint8_t>(s[0]), pointer<float>(s[1]), pointer<float>(s[2]), format};
+}
+
+void capture(const std::string& path, const Sizes& shape, const Strided& query, const Strided& key,
+             const Strided& value, const std::optional<Strided>& mask, float scale, const Slot& map,
+             const Output& out, int64_t workspace, int threads) {
+  const attnreuse::CaptureArgs args{sizes(shape), tensor(query), tensor(key), tensor(value),
+                                    mask ? tensor(*mask) : attnreuse::Tensor4{}, scale * 1.44269504f, slot(map),
+                                    pointer<float>(out[0]), out[1], out[2], out[3], pointer<float>(workspace), threads};
+  const attnreuse::Kernels& kernels = cpu_kernels_named(path);
+  py::gil_scoped_release release;
+  kernels.capture(args);
+}
+
+void reuse(const std::string& path, const Sizes& shape, const Slot& map, const Strided& value, const Output& out,
+           int64_t workspace, int threads) {
+  const attnreuse::ReuseArgs args{sizes(shape), slot(map), tensor(value), pointer<float>(out[0]),
+                                  out[1], out[2], out[3], pointer<float>(workspace), threads};
+  const attnreuse::Kernels& kernels = cpu_kernels_named(path);
+  py::gil_scoped_release release;
+  kernels.reuse(args);
+}
+
+std::vector<std::string> cpu_paths() {
+  std::vector<std::string> names;
+  for (const attnreuse::Kernels* kernels : cpu_kernels()) names.emplace_back(kernels->name);
+  return names;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled part of attnreuse";
   m.def("build_info", &build_info, "Compiler and CUDA architectures of this build.");
+  m.def("cpu_paths", &cpu_paths, "Instruction sets of the CPU kernels that run here, best first.");
+  m.def("cpu_workspace", [](const Sizes& shape, int threads) {
+    return std::pair(attnreuse::capture_workspace(sizes(shape), threads), attnreuse::reuse_workspace(sizes(shape)));
+  }, "Floats of workspace that capture and reuse need.");
+  m.def("cpu_capture", &capture, "attnreuse.reference.capture on fp32 tensors, by address and strides.");
+  m.def("cpu_reuse", &reuse, "attnreuse.reference.reuse on fp32 tensors, by address and strides.");
   m.def("cuda_devices", &cuda_devices, "Names and compute capabilities of the CUDA devices this build can use.");
 }
