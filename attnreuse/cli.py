@@ -691,26 +691,17 @@ def _comparison_table(result: Any) -> Table:
 
 
 def _group_table(group: Any) -> Table:
-    table = Table(title=f"{group.scheduler}, {group.steps} steps, {group.map_format} maps")
-    for column in (
-        "method",
-        "latency",
-        "of full",
-        "maps",
-        "memory",
-        "PSNR",
-        "plain, equal latency",
-        "plain, equal cost",
-    ):
+    """One line per method, within 80 columns; the page and the CSV hold the rest."""
+    title = f"{group.scheduler}, {group.steps} steps, {group.map_format} maps; time as a ratio to the full run's"
+    table = Table(title=title, box=None)
+    for column in ("method", "time", "maps", "PSNR, dB", "plain, same time", "same maps"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
     for row in group.rows:
-        quality = "reference" if row is group.full else f"{row.scores['psnr']:.2f} ± {row.scores['psnr_ci']:.2f}"
+        quality = "reference" if row is group.full else f"{row.scores['psnr']:.1f} ± {row.scores['psnr_ci']:.1f}"
         table.add_row(
             row.method.name,
-            f"{row.latency_s:.2f} s",
             f"{row.latency_s / group.full.latency_s:.2f}",
             "" if row.maps_computed is None else f"{row.maps_computed:.0%}",
-            f"{row.map_bytes / 2**20:.0f} MiB" if row.map_bytes else "",
             quality,
             *("" if v is None else f"{v:.1f}" for v in (row.plain_psnr, row.equal_cost_psnr)),
         )

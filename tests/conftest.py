@@ -12,9 +12,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 
-from tiny_random import random_pipeline
+from tiny_random import THREADS, random_pipeline
 
-torch.set_num_threads(2)
+torch.set_num_threads(THREADS)
 
 
 def pytest_collection_modifyitems(items):

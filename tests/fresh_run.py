@@ -6,7 +6,7 @@ Imported by a process that has run nothing before, for comparison with one that 
 import hashlib
 
 import torch
-from tiny_random import random_pipeline, sample
+from tiny_random import THREADS, random_pipeline, sample
 
 import attnreuse
 from attnreuse import hurry, periodic
@@ -32,7 +32,7 @@ def digest(latents: torch.Tensor) -> str:
 
 def fresh(name: str) -> str:
     """The digest of that run alone, on a new pipeline."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     pipe, given = random_pipeline(), RUNS[name]
     with attnreuse.enable(pipe, policy_for(given["steps"]), layers="all"):
         return digest(sample(pipe, **given))

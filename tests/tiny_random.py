@@ -1,5 +1,7 @@
 """A Stable-Diffusion-shaped pipeline with random weights, made offline in a moment."""
 
+import os
+
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -7,6 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from attnreuse.tiny_shapes import FOLDER
 
 TOKENS, WIDTH = 7, 32
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # side by side, programs of two threads slow each other
 
 
 def random_unet(**changes) -> UNet2DConditionModel:

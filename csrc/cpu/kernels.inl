@@ -59,7 +59,7 @@ inline void accumulate_rows(const float* p, int64_t ldp, const float* v, int64_t
   for (; c < width; c += W) accumulate<R, 1>(p, ldp, v + c, ldv, n, out + c, ldo);
 }
 
-// out[rows, width] += p[rows, n] v[n, width]; width is a multiple of kAlign.
+// out[rows, width] += p[rows, n] v[n, width]; width is a multiple of W.
 void multiply(const float* p, int64_t ldp, const float* v, int64_t ldv, int64_t n, float* out, int64_t ldo,
               int64_t rows, int64_t width) {
   int64_t r = 0;
@@ -169,7 +169,8 @@ void write_out(const float* from, int64_t width, int64_t rows, int64_t dv, float
 
 void reuse(const ReuseArgs& a) {
   const Shape& s = a.shape;
-  const int64_t heads = s.B * s.H, width = padded(s.Dv, kAlign), tiles = (s.M + kTile - 1) / kTile;
+  const int64_t heads = s.B * s.H, width = padded(s.Dv, kAlign), used = padded(s.Dv, W);
+  const int64_t tiles = (s.M + kTile - 1) / kTile;
   const int64_t packed = padded(s.N, kBlock) * width, blocks = padded(s.N, kBlock) / kBlock;
   const int64_t bytes = row_bytes(a.map.format, s.N);
 #pragma omp parallel num_threads(a.threads)
@@ -190,7 +191,7 @@ void reuse(const ReuseArgs& a) {
         for (int64_t c = 0; c < blocks; ++c) {  // in blocks, so that values stay in the cache
           const int64_t n = c * kBlock + kBlock <= s.N ? kBlock : s.N - c * kBlock;
           multiply(reinterpret_cast<const float*>(codes) + c * kBlock, s.N, values + c * kBlock * width, width, n, out,
-                   width, rows, width);
+                   width, rows, used);
         }
       } else {
         const float levels = a.map.format == Format::u8 ? 255.0f : 15.0f;
@@ -201,7 +202,7 @@ void reuse(const ReuseArgs& a) {
             const float scale = __builtin_exp2f(maxima[r] - a.map.lse[i * s.M + first + r]) / (levels * levels);
             unpack(a.map.format, codes + r * bytes + c * step, scale, p + r * kBlock);
           }
-          multiply(p, kBlock, values + c * kBlock * width, width, kBlock, out, width, rows, width);
+          multiply(p, kBlock, values + c * kBlock * width, width, kBlock, out, width, rows, used);
         }
       }
       write_out(out, width, rows, s.Dv, a.out + i / s.H * a.out_b + i % s.H * a.out_h + first * a.out_m, a.out_m);
@@ -272,7 +273,8 @@ inline float block_softmax(Format format, float* scores, uint8_t* codes, float* 
 void capture_tile(const CaptureArgs& a, int64_t i, int64_t first, int64_t rows, const float* keys, const float* values,
                   Tile& t) {
   const Shape& s = a.shape;
-  const int64_t width = padded(s.Dv, kAlign), blocks = padded(s.N, kBlock) / kBlock, b = i / s.H, h = i % s.H;
+  const int64_t width = padded(s.Dv, kAlign), used = padded(s.Dv, W), blocks = padded(s.N, kBlock) / kBlock;
+  const int64_t b = i / s.H, h = i % s.H;
   const int64_t bytes = row_bytes(a.map.format, s.N);
   const bool plain = a.map.format == Format::fp32;
   uint8_t* codes = a.map.codes + (i * s.M + first) * bytes;
@@ -306,7 +308,7 @@ void capture_tile(const CaptureArgs& a, int64_t i, int64_t first, int64_t rows, 
       }
     }
     std::memset(t.partial, 0, rows * width * sizeof(float));
-    multiply(t.scores, kBlock, values + c * kBlock * width, width, kBlock, t.partial, width, rows, width);
+    multiply(t.scores, kBlock, values + c * kBlock * width, width, kBlock, t.partial, width, rows, used);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t d = 0; d < width; ++d)
         t.out[r * width + d] = t.out[r * width + d] * old[r] + t.partial[r * width + d] * now[r];

@@ -1,0 +1,65 @@
+"""CPU kernels: capture and reuse beside fused exact attention and a product with the ready map, then whole steps.
+
+    python -m benchmarks.cpu
+
+Everything is timed in turns, as checked by `attnreuse bench`; a copy's bandwidth and a matmul's rate of the
+same run are the roofline. Appends to `cpu_kernels.csv`, `cpu_ready_map.csv` and `cpu_steps.csv` in
+`benchmarks/results`.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from gpu import UNETS, measure_steps
+from rows import RESULTS, append, provenance
+
+import attnreuse
+from attnreuse import bench, native, ops
+from attnreuse.timing import interleaved
+
+FORMATS = ["fp32", "u8", "u4"]
+SHAPES = bench.CPU_SHAPES | {
+    name: shape for name, shape in bench.SHAPES.items() if name.startswith(("SD1.5", "SDXL 1024 self 4096"))
+}
+
+
+def with_ready_map(name: str, shape: bench.Shape, repeats: int) -> dict[str, object]:
+    """Times in milliseconds of a product with the ready fp32 map, of reuse in each format, and of exact attention."""
+    query, key, value = bench.inputs(shape, torch.float32, torch.device("cpu"))
+    maps = {f: ops.capture(query, key, value, map_format=f)[1] for f in FORMATS}
+    ready, out = maps["fp32"].dense(), torch.empty_like(query)
+    calls = {"sdpa": lambda: F.scaled_dot_product_attention(query, key, value), "bmm": lambda: ready @ value}
+    calls |= {f"reuse {f}": lambda f=f: ops.reuse(maps[f], value, out=out) for f in FORMATS}
+    times = interleaved(list(calls.values()), torch.device("cpu"), repeats)
+    found = {label: f"{1e3 * t.median:.3f}" for label, t in zip(calls, times, strict=True)}
+    return {"shape": name, "backend": ops.backend_for("u8", torch.device("cpu"), torch.float32, shape[-1]), **found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    args = parser.parse_args()
+    device = torch.device("cpu")
+    about = provenance(device) | {"instructions": native.path() if native.PATHS else "torch"}
+    limits = bench.ceilings(device, torch.float32)
+    rows, ready = [], []
+    for name, shape in SHAPES.items():
+        rows += bench.measure(name, shape, FORMATS, torch.float32, device, limits, args.repeats)
+        ready.append(with_ready_map(name, shape, args.repeats))
+        print(ready[-1], {(r.op, r.kind): round(1 / r.of_exact, 2) for r in rows[-7:] if r.of_exact}, flush=True)
+    append(args.out / "cpu_kernels.csv", [row | about for row in bench.to_dicts(rows, limits)])
+    append(args.out / "cpu_ready_map.csv", [row | about for row in ready])
+    steps = []
+    shipped = UNet2DConditionModel.load_config(attnreuse.tiny_shapes_path(), subfolder="unet")
+    tiny = {key: value for key, value in shipped.items() if not key.startswith("_")}
+    for model, config in {"tiny-shapes": tiny, "SD1.5 256": UNETS["SD1.5 512"] | {"sample_size": 32}}.items():
+        steps += measure_steps(model, config, "u8", device, "eager", args.repeats)
+    append(args.out / "cpu_steps.csv", [vars(row) | about for row in steps])
+
+
+if __name__ == "__main__":
+    main()
