@@ -172,10 +172,8 @@ def search(
         _one_of("--cost", cost, "maps", "seconds")
         objective = searching.Objective(metric, floor, parse_bytes(memory_budget))
         _suffix("--out", out_path, ".json")
-        evaluator = Evaluator(
-            _load_pipeline(model, scheduler),
-            _setting(model, prompt, images, steps, seed, guidance, map_format, layers, batch),
-        )
+        setting = _setting(model, prompt, images, steps, seed, guidance, map_format, layers, batch)
+        evaluator = Evaluator(_load_pipeline(model, scheduler), setting)
         chosen = searching.RayEngine(evaluator, workers, address) if engine == "ray" else searching.InProcess(evaluator)
         with _progress() as advance:
             given: dict[str, Any] = {"cache": cache, "progress": advance}

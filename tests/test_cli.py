@@ -167,7 +167,7 @@ def test_analyze_writes_figures_and_seeds_a_search(tmp_path):
     assert run("search", "--steps", 4, "--reuse", 2, *args, "--budget", 2).exit_code == 0
     refused = run("search", "--steps", 5, "--reuse", 2, *args)
     assert refused.exit_code == 2
-    assert "this run of ('DDIMScheduler', 5)" in " ".join(refused.output.split())
+    assert "this run: DDIMScheduler, 5" in " ".join(refused.output.split())
 
 
 @pytest.mark.parametrize(

@@ -199,11 +199,15 @@ def test_a_line_cut_short_is_judged_again(tmp_path, cut):
 
 
 @pytest.fixture(scope="module")
-def cluster(evaluator):
+def cluster(evaluator, tmp_path_factory):
+    """Workers import from the current folder first: not from the checkout, the installed package is tested."""
     ray = pytest.importorskip("ray")
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield RayEngine(evaluator, workers=2)
     ray.shutdown()
+    os.chdir(before)
 
 
 def test_ray_finds_what_one_process_finds(cluster, evaluator):
