@@ -25,7 +25,8 @@ from attnreuse.clock import StepClock
 from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Evaluator, Sampled
 from attnreuse.formats import AttentionMap, map_format
-from attnreuse.policy import Action, Policy, hurry
+from attnreuse.metrics import psnr_each
+from attnreuse.policy import Action, Policy, hurry, strip, trades
 from attnreuse.processors import ReuseAttnProcessor, attention_layers, stock_of
 from attnreuse.session import find_denoiser
 
@@ -180,17 +181,12 @@ def best_predicted(analysis: Analysis, reuse: int) -> Policy:
     row = hurry(analysis.steps, reuse, None).reuse
     error = predict(Policy(steps=analysis.steps, reuse=row), analysis)
     while True:
-        trades = [
-            tuple(r != (k in (i, j)) for k, r in enumerate(row))
-            for i in range(1, len(row))
-            for j in range(1, len(row))
-            if row[i] and not row[j]
-        ]
-        errors = [predict(Policy(steps=analysis.steps, reuse=trade), analysis) for trade in trades]
+        rows = trades(row)
+        errors = [predict(Policy(steps=analysis.steps, reuse=trade), analysis) for trade in rows]
         if not errors or min(errors) >= error:
             return Policy(steps=analysis.steps, reuse=row, name=f"predicted({analysis.steps},{reuse})")
         error = min(errors)
-        row = trades[errors.index(error)]
+        row = rows[errors.index(error)]
 
 
 # -- measurements
@@ -245,7 +241,7 @@ def growth(
         else:
             sampled = evaluator.run(lambda start, place=place: probing(evaluator, {place}, _noisy(noise, start)))
         distances.append(distance(sampled, full))
-        quality.append(float(np.mean(_psnr(sampled, full))))
+        quality.append(float(np.mean(psnr_each(sampled.pictures, full.pictures))))
         advance(distances[-1])
     x, y = [steps - place for place in places], np.log(np.maximum(distances, 1e-12))
     fit = linregress(x, y)
@@ -358,7 +354,7 @@ def check_prediction(
     grown = [sum(analysis.growth.fitted(step, steps) for step, on in enumerate(row) if on) for row in ordered]
     ranks = [float(spearmanr(scores, measured).statistic) for scores in (predicted, late, grown)]
     return Prediction(
-        schedules=["".join(".R"[on] for on in row) for row in ordered],
+        schedules=[strip(row) for row in ordered],
         measured=measured,
         predicted=predicted,
         rank=ranks[0],
@@ -444,12 +440,6 @@ def _stale(place: int, age: int) -> Visit:
         return None
 
     return visit
-
-
-def _psnr(sampled: Sampled, full: Sampled) -> np.ndarray:
-    from attnreuse.metrics import psnr_each
-
-    return psnr_each(sampled.pictures, full.pictures)
 
 
 def _scipy_fit() -> tuple[Any, Any]:

@@ -88,11 +88,12 @@ def sample(
     with _clear_errors():
         from rich.progress import Progress, SpinnerColumn, TextColumn
 
-        from attnreuse import TINY_SHAPES_GUIDANCE, sampling
+        from attnreuse import sampling
+        from attnreuse.clock import executed_steps
 
         _suffix("--out", out_path, ".png")
         pipe = _load_pipeline(model, scheduler)
-        chosen = _policy(policy, model, pipe.scheduler, _executed_steps(pipe.scheduler, steps), reuse, max_age)
+        chosen = _policy(policy, model, pipe.scheduler, executed_steps(pipe.scheduler, steps), reuse, max_age)
         with Progress(
             SpinnerColumn(), TextColumn("{task.description}"), console=err, transient=True, disable=not err.is_terminal
         ) as progress:
@@ -104,7 +105,7 @@ def sample(
                 policy=chosen,
                 map_format=map_format or _default_format(pipe.unet.device, pipe.unet.dtype),
                 seed=seed,
-                guidance=TINY_SHAPES_GUIDANCE if guidance is None and not model else guidance,
+                guidance=_guidance(model, guidance),
                 advance=lambda label, count: progress.update(task, description=f"timed {label} ({count} steps)"),
             )
         sampling.sheet(result).save(out_path)
@@ -517,11 +518,6 @@ def _load_pipeline(model: str, scheduler: str | None) -> Any:
     return pipe
 
 
-def _executed_steps(scheduler: Any, steps: int) -> int:
-    scheduler.set_timesteps(steps)
-    return len(scheduler.timesteps)
-
-
 def _policy(file: str | None, model: str, scheduler: Any, executed: int, reuse: int, max_age: int | None) -> Any:
     """The policy file; else, for the shipped model, the shipped policy that fits; else HURRY."""
     from attnreuse.policy import hurry, load_policy, shipped_policies
@@ -551,6 +547,13 @@ def _one_of(option: str, given: str, *known: str) -> None:
         raise ValueError(f"{option} must be one of {', '.join(known)}, got {given!r}")
 
 
+def _guidance(model: str, given: float | None) -> float | None:
+    """guidance_scale as given, or what suits the shipped model; None: the model's default."""
+    from attnreuse import TINY_SHAPES_GUIDANCE
+
+    return TINY_SHAPES_GUIDANCE if given is None and not model else given
+
+
 def _setting(
     model: str,
     prompts: list[str] | None,
@@ -564,7 +567,7 @@ def _setting(
     held_out: bool = False,
 ) -> Any:
     """What to sample: the prompts given, or `images` captions of the shipped pipeline's grammar."""
-    from attnreuse import TINY_SHAPES_GUIDANCE, tiny_shapes
+    from attnreuse import tiny_shapes
     from attnreuse.environment import default_device
     from attnreuse.evaluate import Setting
 
@@ -576,7 +579,7 @@ def _setting(
         tuple(prompts or draw(images)),
         steps,
         seed,
-        TINY_SHAPES_GUIDANCE if guidance is None and not model else guidance,
+        _guidance(model, guidance),
         map_format=map_format or _default_format(device, _default_dtype(device)),
         layers=layers,
         batch=batch,
@@ -609,6 +612,7 @@ def _progress() -> Iterator[Any]:
 
 def _search_table(found: Any, metric: str) -> Table:
     """Improvements of a step-wise search, or the groups of a layer-wise one."""
+    from attnreuse.policy import strip
     from attnreuse.search import LayerwiseResult
 
     if isinstance(found, LayerwiseResult):
@@ -618,7 +622,7 @@ def _search_table(found: Any, metric: str) -> Table:
         table.add_column("layer")
         table.add_column("reuse")
         for name, row in found.policy.reuse.items():
-            table.add_row(name, "".join(".R"[r] for r in row))
+            table.add_row(name, strip(row))
         return table
     table = Table(title=f"{found.policy.name}: {found.evaluations} schedules, stopped at: {found.stopped}; "
                   f"{found.calls.saved:.0%} of denoiser calls replayed")  # fmt: skip

@@ -17,6 +17,12 @@ from torch import Tensor
 from attnreuse.errors import AttnReuseError
 
 
+def executed_steps(scheduler: Any, steps: int) -> int:
+    """Denoiser steps that ``num_inference_steps`` of `steps` executes with this scheduler, which is set to them."""
+    scheduler.set_timesteps(steps)
+    return len(scheduler.timesteps)
+
+
 @dataclass(frozen=True)
 class Tick:
     """A denoiser call: number `call` within executed step `step` of `steps`; `new_run` at a run's first.

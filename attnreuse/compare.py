@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from attnreuse import metrics, tiny_shapes
+from attnreuse.clock import executed_steps
 from attnreuse.environment import environment, package_version
 from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Evaluator, Setting
 from attnreuse.forecast import make_scheduler
-from attnreuse.policy import Action, Policy, hurry, periodic
+from attnreuse.policy import Action, Policy, hurry, periodic, strip
 from attnreuse.session import enable
 
 
@@ -79,10 +80,10 @@ class Measured:
     def row(self) -> dict[str, Any]:
         """Flat, ready for CSV."""
         m, low_high = self.method, np.percentile(self.latencies_s, [20, 80])
-        strip = "".join(".R"[r] for r in m.policy.reuse) if m.policy and not isinstance(m.policy.reuse, dict) else ""
+        row = strip(m.policy.reuse) if m.policy and not isinstance(m.policy.reuse, dict) else ""
         return {
             "method": m.name, "family": m.family, "scheduler": self.scheduler, "steps": m.steps,
-            "executed_steps": self.executed_steps, "reuse": strip, "format": m.map_format,
+            "executed_steps": self.executed_steps, "reuse": row, "format": m.map_format,
             "map_bytes": self.map_bytes, "maps_computed": _short(self.maps_computed),
             "latency_s": _short(self.latency_s), "latency_p20_s": _short(low_high[0]),
             "latency_p80_s": _short(low_high[1]),
@@ -186,8 +187,7 @@ def methods(
     pipe: Any, setting: Setting, policies: list[Policy], student: Path | None, others: bool
 ) -> tuple[list[Method], list[str]]:
     """What is compared under a setting, the full run first; and notes on what cannot be."""
-    pipe.scheduler.set_timesteps(setting.steps)
-    executed, scheduler = len(pipe.scheduler.timesteps), type(pipe.scheduler).__name__
+    executed, scheduler = executed_steps(pipe.scheduler, setting.steps), type(pipe.scheduler).__name__
     half, quarter, notes = executed // 2, executed // 4, []
     found = [Method("full steps", "full", setting.steps)]
     schedules = [hurry(executed, half, None), hurry(executed, half, 1), hurry(executed, quarter, None)]
@@ -225,8 +225,7 @@ def _ladder(steps: int, wanted: set[int]) -> list[int]:
 
 
 def _on_fewer_steps(pipe: Any, setting: Setting, steps: int) -> Method:
-    pipe.scheduler.set_timesteps(steps)
-    executed = len(pipe.scheduler.timesteps)
+    executed = executed_steps(pipe.scheduler, steps)
     policy = hurry(executed, max(1, executed // 3), 1)
     return Method(f"{policy.name} on {steps} steps", "reuse + fewer steps", steps, policy, setting.map_format)
 
@@ -340,8 +339,7 @@ def _applied(pipe: Any, setting: Setting, method: Method) -> Iterator[Any]:
 
 def _map_sizes(pipe: Any, setting: Setting) -> dict[str, int]:
     """Map elements of each served layer, from a run of one picture and one step."""
-    one = Evaluator(pipe, replace(setting, prompts=setting.prompts[:1], steps=1))
-    return {name: math.prod(one.shapes()[name][0]) for name in one.served()}
+    return Evaluator(pipe, replace(setting, prompts=setting.prompts[:1], steps=1)).map_sizes()
 
 
 def _maps_computed(sizes: dict[str, int], setting: Setting, row: Measured) -> float | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from attnreuse import planner
+from attnreuse.clock import executed_steps
 from attnreuse.errors import AttnReuseError
 from attnreuse.formats import map_format
 from attnreuse.metrics import PAIRED
@@ -114,8 +116,7 @@ class Evaluator:
 
     def __init__(self, pipe: Any, setting: Setting, memo_bytes: int = 1 << 30):
         self.pipe, self.setting, self.calls = pipe, setting, Calls()
-        pipe.scheduler.set_timesteps(setting.steps)
-        self.executed_steps = len(pipe.scheduler.timesteps)
+        self.executed_steps = executed_steps(pipe.scheduler, setting.steps)
         self.scheduler, self.model = type(pipe.scheduler).__name__, model_name(pipe)
         self._memo = _Memo(memo_bytes)
         self._inputs: dict[str, Any] = {}  # the denoiser's, of the first call
@@ -195,6 +196,10 @@ class Evaluator:
         modules = attention_layers(denoiser)
         wanted = set(select_layers(layer_kinds(denoiser), self._layers()))
         return [name for name in self.shapes() if name in wanted and unsupported(name, modules[name]) is None]
+
+    def map_sizes(self) -> dict[str, int]:
+        """Elements of each served layer's map."""
+        return {name: math.prod(self.shapes()[name][0]) for name in self.served()}
 
     def map_bytes(self, policy: Policy) -> int:
         """Bytes of the buffer that `policy` needs here."""

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from attnreuse.clock import executed_steps
 from attnreuse.errors import UnsupportedLayerError
 from attnreuse.formats import map_format as format_named
-from attnreuse.planner import LayerCost, map_requests, map_shapes, measure_cost, parse_bytes
+from attnreuse.planner import LayerCost, map_requests, map_shapes, measure_costs, parse_bytes
 from attnreuse.policy import Policy
 from attnreuse.processors import layer_kinds, select_layers
 from attnreuse.ring import RingPlan, plan_ring
@@ -76,8 +77,7 @@ class Blueprint:
 
     def executed_steps(self, steps: int) -> int:
         """Denoiser steps that `num_inference_steps` executes with this scheduler."""
-        self.scheduler.set_timesteps(steps)
-        return len(self.scheduler.timesteps)
+        return executed_steps(self.scheduler, steps)
 
     def inputs(self, size: tuple[int, int], batch: int) -> dict[str, Any]:
         """Arguments of the denoiser's forward for pictures of `size` (height, width), on meta."""
@@ -187,8 +187,7 @@ def forecast(
     costs = {}
     if measure_on:
         device, dtype = measure_on
-        distinct = {shapes[name] for name in names}
-        costs = {key: measure_cost(*key, chosen, dtype, device) for key in distinct}
+        costs = measure_costs(names, shapes, chosen, dtype, device)
     rows = [
         LayerForecast(
             name,
@@ -196,7 +195,7 @@ def forecast(
             chosen.nbytes(shapes[name][0]),
             ring.offsets.get(name),
             (requests[name].first, requests[name].last) if name in requests else None,
-            costs.get(shapes[name]),
+            costs.get(name),
         )
         for name in names
     ]

@@ -56,7 +56,7 @@ def write(comparison: Comparison, path: Path, command: str) -> list[Path]:
 
 def summary(group: Group) -> list[str]:
     """What the group's figures say about reuse, in sentences."""
-    reuse = [r for r in group.rows if r.method.family == "reuse"]
+    reuse = _family(group, "reuse")
     if not reuse:
         return []
     best = max(reuse, key=lambda r: r.scores["psnr"])

@@ -121,6 +121,14 @@ def measure_cost(
     return LayerCost(*(times.median for times in interleaved(calls, device, repeats)))
 
 
+def measure_costs(
+    layers: list[str], shapes: Shapes, map_format: MapFormat, dtype: torch.dtype, device: torch.device
+) -> dict[str, LayerCost]:
+    """:func:`measure_cost` of each layer; layers of one shape are measured once."""
+    costs = {shape: measure_cost(*shape, map_format, dtype, device) for shape in {shapes[name] for name in layers}}
+    return {name: costs[shapes[name]] for name in layers}
+
+
 def _on_meta(value: Any) -> Any:
     if isinstance(value, Tensor):
         dtype = torch.float32 if value.is_floating_point() else value.dtype

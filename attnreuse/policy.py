@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import json
+from collections.abc import Iterable
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -107,7 +108,7 @@ class Policy(BaseModel):
 
     def __str__(self) -> str:
         rows = self._rows()
-        strips = {p: "".join("R" if r else "." for r in row) for p, row in rows.items()}
+        strips = {p: strip(row) for p, row in rows.items()}
         return f"{self.name} " + (strips["*"] if set(rows) == {"*"} else str(strips))
 
     def save(self, path: str | Path) -> None:
@@ -147,6 +148,18 @@ class Policy(BaseModel):
         return str(api.upload_file(path_or_fileobj=data, path_in_repo=FILE, repo_id=repo_id))
 
 
+def strip(row: Iterable[bool]) -> str:
+    """A row as text: "R" where a step reuses, "." where it does not."""
+    return "".join(".R"[reuse] for reuse in row)
+
+
+def trades(row: tuple[bool, ...]) -> list[tuple[bool, ...]]:
+    """The rows in which one reuse step and one computed step (not the first) trade places: Hamming distance two."""
+    on = [i for i, reuse in enumerate(row) if reuse]
+    off = [i for i, reuse in enumerate(row) if not reuse and i > 0]
+    return [tuple(r != (k in pair) for k, r in enumerate(row)) for pair in itertools.product(on, off)]
+
+
 def load_policy(source: Policy | str | Path) -> Policy:
     """A policy as it is, from a file, or by the name of a hub repository."""
     if isinstance(source, Policy):
@@ -178,11 +191,11 @@ def hurry(steps: int, reuse: int, max_age: int | Literal["least"] | None = "leas
     Source: arXiv 2401.01008; ``max_age`` is ours.
     """
     if max_age == "least":
-        max_age = next((age for age in range(1, steps) if reuse <= _room(steps, age)), steps)
+        max_age = next((age for age in range(1, steps) if reuse <= room_for(steps, age)), steps)
     age = steps if max_age is None else max_age
     if age < 1:
         raise ValueError(f"max_age must be at least 1, got {max_age}")
-    room = _room(steps, age)
+    room = room_for(steps, age)
     if not 0 <= reuse <= room:
         limit = "" if age >= steps else f" with max_age {max_age}"
         raise ValueError(f"reuse must be between 0 and {room} for {steps} steps{limit}, got {reuse}")
@@ -196,7 +209,7 @@ def hurry(steps: int, reuse: int, max_age: int | Literal["least"] | None = "leas
     return Policy(steps=steps, reuse=row, name=f"hurry({steps},{reuse}{suffix})")
 
 
-def _room(steps: int, age: int) -> int:
+def room_for(steps: int, age: int) -> int:
     """Most steps that can reuse maps at most `age` steps old."""
     return steps - -(-steps // (age + 1))
 

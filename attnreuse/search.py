@@ -26,7 +26,7 @@ from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Calls, Evaluator, Setting
 from attnreuse.formats import map_format as format_named
 from attnreuse.metrics import HIGHER_IS_BETTER
-from attnreuse.policy import Policy, hurry
+from attnreuse.policy import Policy, hurry, room_for, strip, trades
 from attnreuse.processors import layer_kinds
 
 Row = tuple[bool, ...]  # per executed step: reuse?
@@ -388,7 +388,7 @@ class _Climb:
             self.since += 1
             if not self.best or self.values[row] > self.values[self.best]:
                 self.best = row
-                self.history.append(Step(len(self.values), _strip(row), scores[self.objective.metric]))
+                self.history.append(Step(len(self.values), strip(row), scores[self.objective.metric]))
             self.progress(len(self.values), self.budget, self.scores[self.best][self.objective.metric])
         return sorted((r for r in rows if r in self.values), key=lambda r: self.values[r], reverse=True)
 
@@ -423,18 +423,15 @@ class _Climb:
             len(self.values),
             self.stopped,
             self.evaluator.calls,
-            {_strip(row): s[metric] for row, s in self.scores.items()},
+            {strip(row): s[metric] for row, s in self.scores.items()},
         )
 
     def _neighbours(self, rng: random.Random) -> list[Row]:
         """Rows that differ in one trade (with a floor: also in one flip), in the order to try them."""
-        row = self.here
-        on = [i for i, reuse in enumerate(row) if reuse]
-        off = [i for i, reuse in enumerate(row) if not reuse and i > 0]
-        changes: list[tuple[int, ...]] = [*itertools.product(on, off)]
+        row, rows = self.here, trades(self.here)
         if self.objective.floor is not None:
-            changes += [(i,) for i in (*on, *off)]
-        rows = [tuple(r != (i in change) for i, r in enumerate(row)) for change in changes]
+            steps = sorted(range(1, len(row)), key=lambda i: not row[i])  # first those that reuse
+            rows += [(*row[:i], not row[i], *row[i + 1 :]) for i in steps]
         rng.shuffle(rows)
         if self.rank is not None:
             rows.sort(key=lambda r: self.rank(self.evaluator.policy(r, "candidate")))
@@ -449,7 +446,7 @@ class _Climb:
         if self.objective.floor is None:
             return 0.0
         self._costs = self._costs or layer_costs(self.evaluator)
-        return sum(cost.total(policy.actions(name)) for name, cost in self._costs.items())
+        return _cost(self._costs, policy)
 
 
 # -- layer-wise allocation
@@ -478,7 +475,7 @@ class LayerwiseResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         found = asdict(self) | {"policy": self.policy.model_dump(mode="json", exclude_none=True)}
-        return found | {"scan": [asdict(r) | {"row": _strip(r.row)} for r in self.scan]}
+        return found | {"scan": [asdict(r) | {"row": strip(r.row)} for r in self.scan]}
 
 
 def layer_groups(evaluator: Evaluator, by: Literal["kind", "level", "layer"]) -> dict[str, list[str]]:
@@ -493,18 +490,13 @@ def layer_groups(evaluator: Evaluator, by: Literal["kind", "level", "layer"]) ->
 
 def layer_costs(evaluator: Evaluator) -> dict[str, planner.LayerCost]:
     """Measured seconds of each served layer by action, at the evaluator's shapes, on its device."""
-    unet, shapes = evaluator.pipe.unet, evaluator.shapes()
-    chosen = format_named(evaluator.setting.map_format)
-    names = evaluator.served()
-    distinct = {shapes[name] for name in names}
-    costs = {key: planner.measure_cost(*key, chosen, unet.dtype, unet.device) for key in distinct}
-    return {name: costs[shapes[name]] for name in names}
+    unet, chosen = evaluator.pipe.unet, format_named(evaluator.setting.map_format)
+    return planner.measure_costs(evaluator.served(), evaluator.shapes(), chosen, unet.dtype, unet.device)
 
 
 def map_costs(evaluator: Evaluator) -> dict[str, planner.LayerCost]:
     """The paper's cost: map elements computed (a reuse costs nothing, a capture no more than a compute)."""
-    sizes = {name: float(math.prod(evaluator.shapes()[name][0])) for name in evaluator.served()}
-    return {name: planner.LayerCost(size, size, 0.0) for name, size in sizes.items()}
+    return {name: planner.LayerCost(size, size, 0.0) for name, size in evaluator.map_sizes().items()}
 
 
 def layerwise(
@@ -587,7 +579,7 @@ def _rows_fit(
 def _ladder(steps: int) -> list[Row]:
     rows = []
     for age in (1, 2, 4, None):
-        room = steps - -(-steps // ((steps if age is None else age) + 1))
+        room = room_for(steps, steps if age is None else age)
         counts = {max(1, round(room * share)) for share in (0.25, 0.5, 0.75, 1)}
         rows += [hurry(steps, count, age).reuse for count in sorted(counts)]
     return rows
@@ -619,12 +611,8 @@ def _random_row(steps: int, reuse: int, rng: random.Random) -> Row:
     return _row(steps, rng.sample(range(1, steps), reuse))
 
 
-def _strip(row: Row) -> str:
-    return "".join("R" if reuse else "." for reuse in row)
-
-
 def _text(policy: Policy) -> str:
     """The schedule alone, as a cache's key."""
     if isinstance(policy.reuse, dict):
-        return json.dumps({name: _strip(row) for name, row in policy.reuse.items()}, sort_keys=True)
-    return _strip(policy.reuse)
+        return json.dumps({name: strip(row) for name, row in policy.reuse.items()}, sort_keys=True)
+    return strip(policy.reuse)
