@@ -44,7 +44,7 @@ PolicyFile = Annotated[
     str | None, typer.Option("--policy", help="Policy file or hub name. Default: one shipped, or HURRY.")
 ]
 Format = Annotated[
-    str | None, typer.Option("--format", help="fp32, fp16, bf16, u8, u4. Default: u8 where a kernel serves it.")
+    str | None, typer.Option("--format", help="fp32, fp16, bf16, u8, u7, u4. Default: u8 where a kernel serves it.")
 ]
 Guidance = Annotated[float | None, typer.Option(help="guidance_scale. Default: what suits the model.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Repeatable. Default (shipped model): captions.")]
@@ -260,7 +260,7 @@ def compare(
         list[str] | None, typer.Option(help="DDIM, DPM, Euler, PNDM, UniPC, Heun; repeatable. Default: the model's.")
     ] = None,
     map_format: Annotated[
-        list[str] | None, typer.Option("--format", help="fp32, fp16, bf16, u8, u4; repeatable.")
+        list[str] | None, typer.Option("--format", help="fp32, fp16, bf16, u8, u7, u4; repeatable.")
     ] = None,
     policy: Annotated[
         list[str] | None, typer.Option(help="Policy file or hub name; repeatable. Default: those shipped.")
@@ -372,7 +372,7 @@ def bench(
         list[str] | None, typer.Option(help="B,H,N,D (self-attention) or B,H,M,N,D; repeatable. Default: known layers.")
     ] = None,
     map_format: Annotated[
-        list[str] | None, typer.Option("--format", help="fp32, fp16, bf16, u8, u4; repeatable. Default: fp16, u8, u4.")
+        list[str] | None, typer.Option("--format", help="fp32, fp16, bf16, u8, u7, u4; repeatable. Default: fp16, u8, u4.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 10,
     tune: Annotated[bool, typer.Option(help="Time the Triton kernels' launch configurations instead.")] = False,

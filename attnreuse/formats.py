@@ -6,12 +6,14 @@ scales double as quantisation scales. With base-2 scores ``s = (q . k * scale + 
 
     block_max[b, h, m, c] = max of s over the block        lse[b, h, m] = log2(sum_n exp2(s))
     linear (fp16, bf16):   code = exp2(s - block_max),      P = code * exp2(block_max - lse)
+    linear (u7):           code = round(127 * exp2(s - block_max)),
+                           P = code / 127 * exp2(block_max - lse)
     square root (u8, u4):  code = round(L * exp2((s - block_max) / 2)),
                            P = (code / L)^2 * exp2(block_max - lse),   L = 255 or 15
 
 Codes of a row lie block by block, the last block filled up with zeros, so that tiles need no mask and
-start aligned. u8 and u4 codes lie in 16-bit words, so that the keys of each field of the words are a
-range of their own, which tensor cores want: word w of a block holds keys w and w + 64 (u8, low byte
+start aligned. Integer codes lie in 16-bit words, so that the keys of each field of the words are a
+range of their own, which tensor cores want: word w of a block holds keys w and w + 64 (u8, u7, low byte
 first) or w, w + 32, w + 64 and w + 96 (u4, low nibble first).
 
 Storing the root spends the codes where probabilities are small: a fourth to a sixth of the output
@@ -36,13 +38,15 @@ class MapFormat:
     """One way to store a map ``[B, H, M, N]``.
 
     Attributes:
-        name: "fp32", "fp16", "bf16", "u8" or "u4".
+        name: "fp32", "fp16", "bf16", "u8", "u7" or "u4".
         code_dtype: dtype of the stored codes.
-        bits: bits per code.
-        levels: ``L`` of the square-root formats; 0 for the others.
+        bits: bits that a code takes.
+        levels: largest integer code, ``L``; 0 where codes are floating.
         error: documented quantisation error: the largest relative Frobenius error of ``P V`` against
             the unquantised map for Gaussian q, k and V, over logits from flat (q as drawn) to peaky
-            (q times 4); flat rows are the hard case. ``tests/test_ops.py`` holds it.
+            (q times 4); flat rows are the hard case. It includes what a CPU rounds values to
+            (``attnreuse.native.VALUE_BITS``). ``tests/test_ops.py`` holds it.
+        root: whether codes are square roots.
     """
 
     name: str
@@ -50,6 +54,7 @@ class MapFormat:
     bits: int
     levels: int
     error: float
+    root: bool = False
 
     @property
     def scaled(self) -> bool:
@@ -82,8 +87,10 @@ class MapFormat:
             t: ``sqrt(P / block scale)`` for the square-root formats, ``P / block scale`` for the
                 linear ones, ``P`` for fp32; in [0, 1], any shape.
         """
-        if self.levels:
+        if self.root:
             return t / self.levels + 0.25 / self.levels**2
+        if self.levels:
+            return torch.full_like(t, 0.5 / self.levels)
         return t * torch.finfo(self.code_dtype).eps + torch.finfo(self.code_dtype).tiny
 
 
@@ -93,8 +100,9 @@ FORMATS = {
         MapFormat("fp32", torch.float32, 32, 0, 1e-6),
         MapFormat("fp16", torch.float16, 16, 0, 5e-4),
         MapFormat("bf16", torch.bfloat16, 16, 0, 4e-3),
-        MapFormat("u8", torch.uint8, 8, 255, 5e-3),
-        MapFormat("u4", torch.uint8, 4, 15, 9e-2),
+        MapFormat("u8", torch.uint8, 8, 255, 5e-3, root=True),
+        MapFormat("u7", torch.uint8, 8, 127, 2.5e-2),
+        MapFormat("u4", torch.uint8, 4, 15, 9e-2, root=True),
     )
 }
 
@@ -178,8 +186,9 @@ class AttentionMap:
             return self.codes
         scale = (self.block_max - self.lse[..., None]).exp2_()
         if self.format.levels:
-            scale /= self.format.levels**2
-            values = _unpack(self.format, self.codes).to(torch.float32).square_()
+            scale /= self.format.levels ** (2 if self.format.root else 1)
+            values = _unpack(self.format, self.codes).to(torch.float32)
+            values = values.square_() if self.format.root else values
         else:
             values = self.codes.to(torch.float32).unflatten(-1, (-1, BLOCK))
         return values.mul_(scale[..., None]).flatten(-2)[..., : self.shape[3]]
@@ -199,7 +208,7 @@ def encode(map_format: MapFormat, scores: Tensor, block_max: Tensor) -> Tensor:
     relative = filled.unflatten(-1, (-1, BLOCK)) - block_max[..., None]  # [..., C, BLOCK], at most 0
     if not map_format.levels:
         return relative.exp2_().to(map_format.code_dtype).flatten(-2)
-    codes = relative.mul_(0.5).exp2_().mul_(map_format.levels).round_().to(torch.uint8)
+    codes = relative.mul_(0.5 if map_format.root else 1.0).exp2_().mul_(map_format.levels).round_().to(torch.uint8)
     return _pack(map_format, codes)
 
 

@@ -1,7 +1,9 @@
 """The compiled extension (`csrc/`) as a backend of :mod:`attnreuse.ops`; everything works without it, through torch.
 
-Its CPU kernels serve maps of fp32, u8 and u4 with fp32 arithmetic (fp16 and bf16 tensors are converted),
-by the best instruction set that the CPU has; ``ATTNREUSE_CPU`` = portable, avx2 or avx512 forces one.
+Its CPU kernels take fp32 tensors (fp16 and bf16 ones are converted) and run by the best instruction set that
+the CPU has; ``ATTNREUSE_CPU`` = portable, avx2 or avx512 forces one. Capture calculates in fp32. So does reuse
+of fp32 and fp16 maps; reuse of integer codes rounds the values to integers of ``VALUE_BITS``, relative to the
+largest of 128 keys, and sums exactly.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from attnreuse.formats import AttentionMap, MapFormat
 try:
     import attnreuse._native as extension
 except ImportError as error:  # not built, or built for another Python or system
-    extension, PATHS, INFO = None, [], f"not built: {error}"
+    extension, PATHS, FORMATS, INFO = None, [], [], f"not built: {error}"
 else:
-    PATHS = extension.cpu_paths()
+    PATHS, FORMATS = extension.cpu_paths(), extension.cpu_formats()
     INFO = f"{extension.build_info()}; CPU kernels: {', '.join(PATHS)}"
 
-FORMATS = ("fp32", "u8", "u4")
+VALUE_BITS = {"u8": 11, "u7": 7, "u4": 16}  # sign included; what keeps every sum within its 32 (u7: 16) bits
 
 
 def unserved(map_format: MapFormat, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -58,7 +60,7 @@ def capture(
     mask = None if mask is None else _additive(mask).expand(into.shape)
     extension.cpu_capture(
         path(), sizes, _strided(query), _strided(key), _strided(value), None if mask is None else _strided(mask),
-        scale, _slot(into), _strided(target)[:4], workspace.data_ptr(), threads,
+        scale, into.format.name, _slot(into), _strided(target)[:4], workspace.data_ptr(), threads,
     )  # fmt: skip
     if target is not out:
         out.copy_(target)
@@ -71,8 +73,9 @@ def reuse(attn_map: AttentionMap, value: Tensor, out: Tensor) -> None:
     threads, target = torch.get_num_threads(), _writable(out)
     workspace = torch.empty(extension.cpu_workspace(sizes, threads)[1])
     extension.cpu_reuse(
-        path(), sizes, _slot(attn_map), _strided(value), _strided(target)[:4], workspace.data_ptr(), threads
-    )
+        path(), sizes, attn_map.format.name, _slot(attn_map), _strided(value), _strided(target)[:4],
+        workspace.data_ptr(), threads,
+    )  # fmt: skip
     if target is not out:
         out.copy_(target)
 
@@ -82,10 +85,9 @@ def _strided(tensor: Tensor) -> tuple[int, ...]:
     return tensor.data_ptr(), *tensor.stride()
 
 
-def _slot(attn_map: AttentionMap) -> tuple[int, int, int, int]:
-    """Addresses of codes, block maxima and log-sum-exp, and bits per code."""
-    parts = (attn_map.codes, attn_map.block_max, attn_map.lse)
-    return *(part.data_ptr() for part in parts), attn_map.format.bits
+def _slot(attn_map: AttentionMap) -> tuple[int, int, int]:
+    """Addresses of codes, block maxima and log-sum-exp."""
+    return attn_map.codes.data_ptr(), attn_map.block_max.data_ptr(), attn_map.lse.data_ptr()
 
 
 def _writable(out: Tensor) -> Tensor:

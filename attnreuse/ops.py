@@ -101,7 +101,7 @@ def capture(
         mask: bool (True: attend) or floating (added to the scores), broadcastable to
             ``[B, H, M, N]``. A row with every key masked gives zeros.
         scale: factor of the dot products; ``D ** -0.5`` by default.
-        map_format: "fp32", "fp16", "bf16", "u8" or "u4"; ignored where `into` is given.
+        map_format: "fp32", "fp16", "bf16", "u8", "u7" or "u4"; ignored where `into` is given.
         into: the map to overwrite, of shape ``(B, H, M, N)``; allocated by default.
         backend: "triton", "native" or "torch"; by default the first that serves the call.
 

@@ -400,7 +400,7 @@ def enable(
         pipe: a diffusers pipeline with a ``UNet2DConditionModel``, or such a denoiser.
         policy: which executed steps reuse; a :class:`Policy`, a policy file, or ``"user/name"`` on
             the Hugging Face Hub.
-        map_format: "fp32", "fp16", "bf16", "u8" or "u4".
+        map_format: "fp32", "fp16", "bf16", "u8", "u7" or "u4".
         memory_budget: most bytes the maps of a denoiser call may take, a number or like "4GiB"; layers
             that do not fit only compute, and are reported. None: whatever the policy needs.
         layers: "self", "cross", "all", or ``fnmatch`` patterns of layer names.

@@ -67,7 +67,7 @@ const attnreuse::Kernels& cpu_kernels_named(const std::string& name) {
 using Strided = std::array<int64_t, 5>;  // address, strides of B, H, rows and D in elements
 using Output = std::array<int64_t, 4>;   // address, strides of B, H and M
 using Sizes = std::array<int64_t, 6>;    // B, H, M, N, D, Dv
-using Slot = std::array<int64_t, 4>;     // addresses of codes, block maxima and log-sum-exp; bits per code
+using Slot = std::array<int64_t, 3>;     // addresses of codes, block maxima and log-sum-exp
 
 template <typename T>
 T* pointer(int64_t address) {
@@ -75,29 +75,42 @@ T* pointer(int64_t address) {
 }
 attnreuse::Tensor4 tensor(const Strided& t) { return {pointer<const float>(t[0]), t[1], t[2], t[3], t[4]}; }
 attnreuse::Shape sizes(const Sizes& s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }
-attnreuse::Map slot(const Slot& s) {
-  const auto format = s[3] == 32 ? attnreuse::Format::fp32 : static_cast<attnreuse::Format>(s[3]);
-  return {pointer<uint8_t>(s[0]), pointer<float>(s[1]), pointer<float>(s[2]), format};
+const std::vector<std::pair<std::string, attnreuse::Format>> cpu_formats = {{"fp32", attnreuse::Format::fp32},
+                                                                           {"fp16", attnreuse::Format::fp16},
+                                                                           {"u8", attnreuse::Format::u8},
+                                                                           {"u7", attnreuse::Format::u7},
+                                                                           {"u4", attnreuse::Format::u4}};
+
+attnreuse::Map slot(const std::string& format, const Slot& s) {
+  for (const auto& [name, known] : cpu_formats)
+    if (name == format) return {pointer<uint8_t>(s[0]), pointer<float>(s[1]), pointer<float>(s[2]), known};
+  throw std::invalid_argument("no CPU kernel for " + format + " maps");
 }
 
 void capture(const std::string& path, const Sizes& shape, const Strided& query, const Strided& key,
-             const Strided& value, const std::optional<Strided>& mask, float scale, const Slot& map,
-             const Output& out, int64_t workspace, int threads) {
+             const Strided& value, const std::optional<Strided>& mask, float scale, const std::string& format,
+             const Slot& map, const Output& out, int64_t workspace, int threads) {
   const attnreuse::CaptureArgs args{sizes(shape), tensor(query), tensor(key), tensor(value),
-                                    mask ? tensor(*mask) : attnreuse::Tensor4{}, scale * 1.44269504f, slot(map),
+                                    mask ? tensor(*mask) : attnreuse::Tensor4{}, scale, slot(format, map),
                                     pointer<float>(out[0]), out[1], out[2], out[3], pointer<float>(workspace), threads};
   const attnreuse::Kernels& kernels = cpu_kernels_named(path);
   py::gil_scoped_release release;
   kernels.capture(args);
 }
 
-void reuse(const std::string& path, const Sizes& shape, const Slot& map, const Strided& value, const Output& out,
-           int64_t workspace, int threads) {
-  const attnreuse::ReuseArgs args{sizes(shape), slot(map), tensor(value), pointer<float>(out[0]),
+void reuse(const std::string& path, const Sizes& shape, const std::string& format, const Slot& map,
+           const Strided& value, const Output& out, int64_t workspace, int threads) {
+  const attnreuse::ReuseArgs args{sizes(shape), slot(format, map), tensor(value), pointer<float>(out[0]),
                                   out[1], out[2], out[3], pointer<float>(workspace), threads};
   const attnreuse::Kernels& kernels = cpu_kernels_named(path);
   py::gil_scoped_release release;
   kernels.reuse(args);
+}
+
+std::vector<std::string> cpu_format_names() {
+  std::vector<std::string> names;
+  for (const auto& [name, format] : cpu_formats) names.push_back(name);
+  return names;
 }
 
 std::vector<std::string> cpu_paths() {
@@ -112,6 +125,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled part of attnreuse";
   m.def("build_info", &build_info, "Compiler and CUDA architectures of this build.");
   m.def("cpu_paths", &cpu_paths, "Instruction sets of the CPU kernels that run here, best first.");
+  m.def("cpu_formats", &cpu_format_names, "Map formats that the CPU kernels serve.");
   m.def("cpu_workspace", [](const Sizes& shape, int threads) {
     return std::pair(attnreuse::capture_workspace(sizes(shape), threads), attnreuse::reuse_workspace(sizes(shape)));
   }, "Floats of workspace that capture and reuse need.");

@@ -99,7 +99,7 @@ def test_a_policy_file_is_used(tmp_path):
     ("args", "said"),
     [
         (("plan", "--reuse", 20), "reuse must be between 0 and 19 for 20 steps, got 20"),
-        (("plan", "--format", "u2"), "map_format must be one of fp32, fp16, bf16, u8, u4, got 'u2'"),
+        (("plan", "--format", "u2"), "map_format must be one of fp32, fp16, bf16, u8, u7, u4, got 'u2'"),
         (("plan", "--scheduler", "magic"), "--scheduler must be one of DDIM, DPM, Euler, PNDM, UniPC, Heun"),
         (("plan", "--layers", "nothing*"), "matches none of the 20 layers"),
         (("plan", "--memory-budget", "100"), "holds no map at all"),

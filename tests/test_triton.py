@@ -84,8 +84,8 @@ def test_the_map_is_the_one_the_reference_writes(name):
     torch.testing.assert_close(attn_map.lse, expected.lse, rtol=1e-5, atol=1e-4)
     p, _ = oracle(q, k, v)
     scale = (attn_map.block_max - attn_map.lse[..., None]).exp2().double().repeat_interleave(128, -1)[..., :300]
-    t = (p / scale).clamp(0, 1).sqrt() if attn_map.format.levels else p / scale
-    step = attn_map.format.element_error(t) * (2.1 if attn_map.format.levels else 1) + 1e-3 * t
+    t = (p / scale).clamp(0, 1).sqrt() if attn_map.format.root else p / scale
+    step = attn_map.format.element_error(t) * (2.1 if attn_map.format.root else 1) + 1e-3 * t
     assert ((attn_map.dense() - p).abs() <= scale * step + 1e-5).all()
 
 

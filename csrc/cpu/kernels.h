@@ -5,7 +5,7 @@
 
 namespace attnreuse {
 
-enum class Format : int { fp32 = 0, u8 = 8, u4 = 4 };
+enum class Format { fp32, fp16, u8, u7, u4 };
 
 // A [B, H, rows, D] fp32 tensor: base and strides in elements.
 struct Tensor4 {
@@ -29,7 +29,7 @@ struct CaptureArgs {
   Shape shape;
   Tensor4 query, key, value;
   Tensor4 mask;  // additive, [B, H, M, N] with zero strides where it broadcasts; data null without
-  float scale;   // of the dot products, times log2(e)
+  float scale;   // of the dot products
   Map map;
   float* out;  // [B, H, M, Dv], strides below, last one 1
   int64_t out_b, out_h, out_m;
@@ -59,6 +59,7 @@ constexpr int64_t kTile = 24;    // query rows that a thread takes at a time
 
 constexpr int64_t padded(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+// Of values as floats, or as integers with their scales, which is less.
 inline int64_t reuse_workspace(const Shape& s) {
   return s.B * s.H * padded(s.N, kBlock) * padded(s.Dv, kAlign);
 }

@@ -1,10 +1,14 @@
 // The kernels, for vectors of VECTOR floats; included by one source per instruction set, which names it
-// in KERNELS. Vectors are GCC's and Clang's own, so the same lines serve every architecture.
+// in KERNELS. Vectors are GCC's and Clang's own, so the same lines serve every architecture; what they
+// cannot say is in "instructions" below.
 
 #include "kernels.h"
 
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -15,76 +19,400 @@ namespace {
 constexpr int W = VECTOR;
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
-typedef uint8_t vb __attribute__((vector_size(W)));
-typedef float unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
-typedef int16_t shorts __attribute__((vector_size(W * 2), aligned(2), may_alias));
-typedef uint8_t bytes __attribute__((vector_size(W), aligned(1), may_alias));
+typedef int16_t vs __attribute__((vector_size(W * 4)));
+typedef uint16_t halves __attribute__((vector_size(W * 2), aligned(2), may_alias));
+typedef float floats __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(W * 4), aligned(4), may_alias));
 
-constexpr int kRows = 6;  // query rows of a register tile
 constexpr float kNoKey = -1e30f;  // maximum of a block whose keys are all masked
+constexpr float kLog2e = 1.44269504f;
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is in the low bits
 
-inline vf load(const float* p) { return *reinterpret_cast<const unaligned*>(p); }
-inline void store(float* p, vf x) { *reinterpret_cast<unaligned*>(p) = x; }
+inline vf load(const float* p) { return *reinterpret_cast<const floats*>(p); }
+inline void store(float* p, vf x) { *reinterpret_cast<floats*>(p) = x; }
+inline vi load(const int32_t* p) { return *reinterpret_cast<const ints*>(p); }
+inline void store(int32_t* p, vi x) { *reinterpret_cast<ints*>(p) = x; }
 inline vf splat(float x) { return x - vf{}; }
+inline vi splat(int32_t x) { return x - vi{}; }
+inline vf larger(vf x, vf y) { return x > y ? x : y; }
 
-// out[r, c] += sum_i p[r, i] * v[i, c] for R (1 or 6) rows and C (1 or 2) vectors. Accumulators have names
-// of their own: GCC keeps an array of them in memory.
-#define EACH_ROW(DO) DO(0) if constexpr (R == 6) { DO(1) DO(2) DO(3) DO(4) DO(5) }
-template <int R, int C>
+// -- instructions
+
+// acc + p * v summed over the two 16-bit integers of each lane.
+inline vi dot2(vi acc, vi p, vi v) {
+#if VECTOR == 16
+  return acc + (vi)_mm512_madd_epi16((__m512i)p, (__m512i)v);
+#elif VECTOR == 8
+  return acc + (vi)_mm256_madd_epi16((__m256i)p, (__m256i)v);
+#elif defined(__SSE2__)
+  return acc + (vi)_mm_madd_epi16((__m128i)p, (__m128i)v);
+#else
+  return acc + (p << 16 >> 16) * (v << 16 >> 16) + (p >> 16) * (v >> 16);
+#endif
+}
+
+// acc + p * v summed over the four bytes of each lane of two pairs, p from 0 to 127, v from -63 to 63.
+inline vi dot4(vi acc, vi p0, vi v0, vi p1, vi v1) {
+#if VECTOR == 16
+  const __m512i pairs = _mm512_add_epi16(_mm512_maddubs_epi16((__m512i)p0, (__m512i)v0),
+                                         _mm512_maddubs_epi16((__m512i)p1, (__m512i)v1));  // at most 4 * 127 * 63
+  return acc + (vi)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#elif VECTOR == 8
+  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)p0, (__m256i)v0),
+                                         _mm256_maddubs_epi16((__m256i)p1, (__m256i)v1));
+  return acc + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+  const vi even = splat(0x00ff00ff);
+  acc = dot2(dot2(acc, p0 & even, (vi)((vs)v0 << 8 >> 8)), p0 >> 8 & even, (vi)((vs)v0 >> 8));
+  return dot2(dot2(acc, p1 & even, (vi)((vs)v1 << 8 >> 8)), p1 >> 8 & even, (vi)((vs)v1 >> 8));
+#endif
+}
+
+// The low 16 bits of each lane, which hold no more.
+inline halves to_words(vi x) {
+#if VECTOR == 16
+  return (halves)_mm512_maskz_cvtepi32_epi16(-1, (__m512i)x);
+#elif VECTOR == 8
+  return (halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)x, (__m256i)x), 8));
+#else
+  return __builtin_convertvector(x, halves);
+#endif
+}
+
+// fp16, round to nearest even; no infinities, no NaN.
+inline halves to_half(vf x) {
+#if VECTOR == 16
+  return (halves)_mm512_maskz_cvtps_ph(-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif VECTOR == 8
+  return (halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const vi bits = (vi)x;
+  const vi normal = (bits - (112 << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+  const vi subnormal = (vi)(x + splat(0.5f)) - (vi)splat(0.5f);  // 0.5's last bit is 2^-24
+  return __builtin_convertvector(x < splat(6.103515625e-5f) ? subnormal : normal, halves);
+#endif
+}
+inline vf from_half(halves x) {
+#if VECTOR == 16
+  return (vf)_mm512_maskz_cvtph_ps(-1, (__m256i)x);  // maskz: GCC warns of its own header without
+#elif VECTOR == 8
+  return (vf)_mm256_cvtph_ps((__m128i)x);
+#else
+  return (vf)(__builtin_convertvector(x, vi) << 13) * splat(0x1p112f);
+#endif
+}
+
+// -- products. GCC keeps an array of accumulators in registers only where every loop over it is unrolled.
+
+#define UNROLL _Pragma("GCC unroll 8")
+
+// out[r, c] (+)= sum_i p[r, i] * v[i, c] for R rows and C vectors; FRESH: what is there is overwritten.
+template <int R, int C, bool FRESH>
 __attribute__((noinline)) void accumulate(const float* p, int64_t ldp, const float* v, int64_t ldv, int64_t n,
                                           float* out, int64_t ldo) {
-  vf x0, x1, x2, x3, x4, x5, y0, y1, y2, y3, y4, y5;
-#define LOAD(r) x##r = load(out + r * ldo); if constexpr (C == 2) y##r = load(out + r * ldo + W);
-#define ADD(r) { const vf a = splat(p[r * ldp]); x##r += a * b0; if constexpr (C == 2) y##r += a * b1; }
-#define STORE(r) store(out + r * ldo, x##r); if constexpr (C == 2) store(out + r * ldo + W, y##r);
-  EACH_ROW(LOAD)
+  vf acc[R][C];
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int c = 0; c < C; ++c) acc[r][c] = FRESH ? vf{} : load(out + r * ldo + c * W);
   for (const float* end = p + n; p < end; ++p, v += ldv) {
-    const vf b0 = load(v);
-    vf b1 = b0;
-    if constexpr (C == 2) b1 = load(v + W);
-    EACH_ROW(ADD)
+    vf b[C];
+    UNROLL for (int c = 0; c < C; ++c) b[c] = load(v + c * W);
+    UNROLL for (int r = 0; r < R; ++r) {
+      const vf a = splat(p[r * ldp]);
+      UNROLL for (int c = 0; c < C; ++c) acc[r][c] += a * b[c];
+    }
   }
-  EACH_ROW(STORE)
-#undef LOAD
-#undef ADD
-#undef STORE
-}
-#undef EACH_ROW
-
-template <int R>
-inline void accumulate_rows(const float* p, int64_t ldp, const float* v, int64_t ldv, int64_t n,
-                            float* out, int64_t ldo, int64_t width) {
-  int64_t c = 0;
-  for (; c + 2 * W <= width; c += 2 * W) accumulate<R, 2>(p, ldp, v + c, ldv, n, out + c, ldo);
-  for (; c < width; c += W) accumulate<R, 1>(p, ldp, v + c, ldv, n, out + c, ldo);
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int c = 0; c < C; ++c) store(out + r * ldo + c * W, acc[r][c]);
 }
 
-// out[rows, width] += p[rows, n] v[n, width]; width is a multiple of W.
+// out[rows, width] (+)= p[rows, n] v[n, width]; width is a multiple of W.
+template <bool FRESH>
 void multiply(const float* p, int64_t ldp, const float* v, int64_t ldv, int64_t n, float* out, int64_t ldo,
               int64_t rows, int64_t width) {
-  int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows)
-    accumulate_rows<kRows>(p + r * ldp, ldp, v, ldv, n, out + r * ldo, ldo, width);
-  for (; r < rows; ++r) accumulate_rows<1>(p + r * ldp, ldp, v, ldv, n, out + r * ldo, ldo, width);
+  for (int64_t c = 0; c < width; c += 2 * W) {
+    const bool two = c + W < width;
+    int64_t r = 0;
+#define ROWS(R) \
+  for (; r + R <= rows; r += R) \
+    (two ? accumulate<R, 2, FRESH> : accumulate<R, 1, FRESH>)(p + r * ldp, ldp, v + c, ldv, n, out + r * ldo + c, ldo);
+    ROWS(6) ROWS(4) ROWS(2) ROWS(1)
+#undef ROWS
+  }
 }
 
-// 2^x for x <= 0, to 2 ulp; 0 below 2^-125.
+// How codes of a format are multiplied as integers: so many keys in each 32-bit lane, with values rounded to
+// at most `most`, so that the sum over a block fits into 32 bits whatever the codes.
+struct Lanes {
+  int keys;
+  float most;
+};
+inline Lanes lanes_of(Format format) {
+  if (format == Format::u7) return {4, 63.0f};
+  return {2, format == Format::u8 ? 1023.0f : 32767.0f};  // P: 255^2 / 4, and 15^2
+}
+
+// out[r, c] += row_scale[r] * scale[c] * sum_j p[r, j] . v[j, c] over n lanes (even for KEYS = 4), R rows, C vectors.
+template <int KEYS, int R, int C>
+__attribute__((noinline)) void accumulate(const int32_t* p, int64_t ldp, const int32_t* v, int64_t ldv, int64_t n,
+                                          const float* row_scale, const float* scale, float* out, int64_t ldo) {
+  vi acc[R][C];
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int c = 0; c < C; ++c) acc[r][c] = vi{};
+  constexpr int step = KEYS / 2;
+  for (const int32_t* end = p + n; p < end; p += step, v += step * ldv) {
+    vi a[R], a1[R];
+    UNROLL for (int r = 0; r < R; ++r) a[r] = splat(p[r * ldp]), a1[r] = splat(p[r * ldp + step - 1]);
+    UNROLL for (int c = 0; c < C; ++c) {
+      const vi b = load(v + c * W), b1 = load(v + (step - 1) * ldv + c * W);
+      UNROLL for (int r = 0; r < R; ++r)
+        acc[r][c] = KEYS == 2 ? dot2(acc[r][c], a[r], b) : dot4(acc[r][c], a[r], b, a1[r], b1);
+    }
+  }
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int c = 0; c < C; ++c) {
+      const vf factor = load(scale + c * W) * splat(row_scale[r]);
+      store(out + r * ldo + c * W, load(out + r * ldo + c * W) + __builtin_convertvector(acc[r][c], vf) * factor);
+    }
+}
+
+template <int KEYS, int R, int C>
+void multiply_rows(const int32_t* p, int64_t ldp, const int32_t* v, int64_t ldv, int64_t n, const float* row_scale,
+                   const float* scale, float* out, int64_t ldo, int64_t rows) {
+  int64_t r = 0;
+  for (; r + R <= rows; r += R)
+    accumulate<KEYS, R, C>(p + r * ldp, ldp, v, ldv, n, row_scale + r, scale, out + r * ldo, ldo);
+  for (; r < rows; ++r)
+    accumulate<KEYS, 1, C>(p + r * ldp, ldp, v, ldv, n, row_scale + r, scale, out + r * ldo, ldo);
+}
+
+// The same for any number of rows and a width that is a multiple of W, in near-equal groups of at most 5 vectors.
+template <int KEYS>
+void multiply(const int32_t* p, int64_t ldp, const int32_t* v, int64_t ldv, int64_t n, const float* row_scale,
+              const float* scale, float* out, int64_t ldo, int64_t rows, int64_t width) {
+  int64_t left = width / W;
+  for (int64_t groups = (left + 4) / 5; groups > 0; --groups) {
+    const int64_t vectors = (left + groups - 1) / groups;
+#define GROUP(C, R) \
+  if (vectors == C) multiply_rows<KEYS, R, C>(p, ldp, v, ldv, n, row_scale, scale, out, ldo, rows);
+    GROUP(1, 6) GROUP(2, 4) GROUP(3, 3) GROUP(4, 3) GROUP(5, 2)  // rows: what 16 registers hold
+#undef GROUP
+    left -= vectors;
+    v += vectors * W, scale += vectors * W, out += vectors * W;
+  }
+}
+
+// -- layouts
+
+inline int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
+inline int64_t keys_in(int64_t block, int64_t n) { return n - block * kBlock < kBlock ? n - block * kBlock : kBlock; }
+constexpr int bits_of(Format format) {
+  return format == Format::fp32 ? 32 : format == Format::fp16 ? 16 : format == Format::u4 ? 4 : 8;
+}
+inline int64_t row_bytes(Format format, int64_t n) {
+  return format == Format::fp32 ? 4 * n : blocks_of(n) * (kBlock / 8) * bits_of(format);
+}
+
+// A row of D elements, zeros up to width.
+inline void copy_row(const float* from, int64_t stride, int64_t d, int64_t width, float* to) {
+  if (stride == 1)
+    std::memcpy(to, from, d * sizeof(float));
+  else
+    for (int64_t i = 0; i < d; ++i) to[i] = from[i * stride];
+  for (int64_t i = d; i < width; ++i) to[i] = 0;
+}
+
+// Values of one head as [N, width].
+void pack_values(const Tensor4& value, int64_t b, int64_t h, const Shape& s, float* packed) {
+  const int64_t width = padded(s.Dv, kAlign);
+  for (int64_t n = 0; n < s.N; ++n)
+    copy_row(value.at(b, h) + n * value.row, value.d, s.Dv, width, packed + n * width);
+}
+
+// Values of one head as integers [C, 128 / keys, width], and the scales [C, width] that undo their rounding. The
+// scale of a column with a value that is not finite is NaN, as its products would be.
+void pack_integers(const Tensor4& value, int64_t b, int64_t h, const Shape& s, Format format, int32_t* packed,
+                   float* scales) {
+  const int64_t width = padded(s.Dv, kAlign);
+  const Lanes lanes = lanes_of(format);
+  const int bits = 32 / lanes.keys;
+  const vi field = splat((1 << bits) - 1);
+  float rows[4][256], inverse[256];
+  for (int64_t block = 0; block < blocks_of(s.N); ++block, scales += width) {
+    const int64_t n = keys_in(block, s.N);
+    const float* from = value.at(b, h) + block * kBlock * value.row;
+    float poison[256] = {};
+    std::memset(scales, 0, width * sizeof(float));
+    for (int64_t i = 0; i < n; ++i) {
+      copy_row(from + i * value.row, value.d, s.Dv, width, rows[0]);
+      for (int64_t d = 0; d < width; d += W) {
+        const vf x = load(rows[0] + d);
+        store(scales + d, larger(load(scales + d), larger(x, -x)));
+        store(poison + d, load(poison + d) + x * splat(0.0f));
+      }
+    }
+    for (int64_t d = 0; d < width; ++d) {
+      inverse[d] = scales[d] > 2e-34f ? lanes.most / scales[d] : 0;  // smaller ones would overflow
+      scales[d] = scales[d] / lanes.most + poison[d];
+    }
+    for (int64_t j = 0; j < kBlock / lanes.keys; ++j, packed += width) {
+      for (int k = 0; k < lanes.keys; ++k) {
+        // Codes of u7 are multiplied as they lie: two keys and those 64 further on.
+        const int64_t i = format == Format::u7 ? 2 * j + k / 2 + 64 * (k % 2) : 2 * j + k;
+        copy_row(from + i * value.row, value.d, i < n ? s.Dv : 0, width, rows[k]);
+      }
+      for (int64_t d = 0; d < width; d += W) {
+        vi lane{};
+        for (int k = 0; k < lanes.keys; ++k) {
+          const vf rounded = load(rows[k] + d) * load(inverse + d) + splat(kMagic);
+          lane |= (((vi)rounded - (vi)splat(kMagic)) & field) << bits * k;
+        }
+        store(packed + d, lane);
+      }
+    }
+  }
+}
+
+// Keys of one head as [C, D, 128], zero where none.
+void pack_keys(const Tensor4& key, int64_t b, int64_t h, const Shape& s, float* packed) {
+  constexpr int64_t kStrip = 16;  // columns at a time, so that the lines written to stay in the cache
+  for (int64_t block = 0; block < blocks_of(s.N); ++block, packed += s.D * kBlock) {
+    const int64_t n = keys_in(block, s.N);
+    const float* from = key.at(b, h) + block * kBlock * key.row;
+    if (n < kBlock) std::memset(packed, 0, s.D * kBlock * sizeof(float));
+    for (int64_t strip = 0; strip < s.D; strip += kStrip)
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t d = strip; d < strip + kStrip && d < s.D; ++d)
+          packed[d * kBlock + i] = from[i * key.row + d * key.d];
+  }
+}
+
+void write_out(const float* from, int64_t width, int64_t rows, int64_t dv, float* out, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * stride, from + r * width, dv * sizeof(float));
+}
+
+// -- reuse
+
+typedef uint16_t shorts __attribute__((aligned(1), may_alias));
+
+// 128 squares of u8 codes, a quarter of them (255^2 / 4 fits into 15 bits), or of u4 codes.
+inline void unpack_u8(const uint8_t* codes, int32_t* squares) {
+  const auto* words = reinterpret_cast<const shorts*>(codes);
+  auto* p = reinterpret_cast<shorts*>(squares);
+  for (int w = 0; w < 64; ++w) {
+    const uint16_t low = static_cast<uint16_t>(words[w] << 8), high = words[w] & 0xff00;
+    p[w] = static_cast<uint16_t>(uint32_t{low} * (low >> 2) >> 16);
+    p[w + 64] = static_cast<uint16_t>(uint32_t{high} * (high >> 2) >> 16);
+  }
+}
+inline void unpack_u4(const uint8_t* codes, int32_t* squares) {
+  const auto* words = reinterpret_cast<const shorts*>(codes);
+  auto* p = reinterpret_cast<shorts*>(squares);
+  for (int w = 0; w < 32; ++w) {
+    const uint16_t a = words[w] & 15, b = words[w] >> 4 & 15, c = words[w] >> 8 & 15, d = words[w] >> 12;
+    p[w] = a * a, p[w + 32] = b * b, p[w + 64] = c * c, p[w + 96] = d * d;
+  }
+}
+
+// A tile of query rows on its way over the keys.
+struct ReuseTile {
+  float out[kTile * 256];  // [rows, width]
+  float p[kTile * kBlock];
+  int32_t squares[kTile * kBlock / 2];
+  float scale[kTile];
+};
+
+// Of P / code (fp16), P / code^2 (u4), 4 P / code^2 (u8) or P / code (u7).
+inline float unit_of(Format format) {
+  if (format == Format::u8) return 4.0f / (255.0f * 255.0f);
+  if (format == Format::u4) return 1.0f / (15.0f * 15.0f);
+  return format == Format::u7 ? 1.0f / 127.0f : 1.0f;
+}
+
+void reuse_block(const ReuseArgs& a, int64_t i, int64_t block, int64_t first, int64_t rows, const float* packed,
+                 ReuseTile& t) {
+  const Shape& s = a.shape;
+  const Format format = a.map.format;
+  const int64_t width = padded(s.Dv, kAlign), used = padded(s.Dv, W), n = keys_in(block, s.N);
+  const int64_t stride = row_bytes(format, s.N), blocks = blocks_of(s.N);
+  const int64_t step = kBlock / 8 * bits_of(format);
+  const uint8_t* codes = a.map.codes + (i * s.M + first) * stride + block * step;
+  if (block + 1 < blocks)  // rows are too far apart for the hardware to see what comes next
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t at = 0; at < step; at += 64) __builtin_prefetch(codes + r * stride + step + at);
+  if (format == Format::fp32) {
+    multiply<false>(reinterpret_cast<const float*>(codes), s.N, packed + block * kBlock * width, width, n, t.out, width,
+                    rows, used);
+    return;
+  }
+  const float* maxima = a.map.block_max + (i * blocks + block) * s.M + first;
+  for (int64_t r = 0; r < rows; ++r)
+    t.scale[r] = __builtin_exp2f(maxima[r] - a.map.lse[i * s.M + first + r]) * unit_of(format);
+  if (format == Format::fp16) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < kBlock; j += W)
+        store(t.p + r * kBlock + j,
+              from_half(*reinterpret_cast<const halves*>(codes + r * stride + 2 * j)) * splat(t.scale[r]));
+    multiply<false>(t.p, kBlock, packed + block * kBlock * width, width, n, t.out, width, rows, used);
+    return;
+  }
+  const int64_t per_block = kBlock / lanes_of(format).keys * width;
+  const int32_t* values = reinterpret_cast<const int32_t*>(packed) + block * per_block;
+  const float* scales = packed + blocks * per_block + block * width;
+  if (format == Format::u7) {
+    multiply<4>(reinterpret_cast<const int32_t*>(codes), stride / 4, values, width, n < 63 ? padded((n + 1) / 2, 2) : 32, t.scale,
+                scales, t.out, width, rows, used);
+  } else {
+    const auto unpack = format == Format::u8 ? unpack_u8 : unpack_u4;
+    for (int64_t r = 0; r < rows; ++r) unpack(codes + r * stride, t.squares + r * kBlock / 2);
+    multiply<2>(t.squares, kBlock / 2, values, width, (n + 1) / 2, t.scale, scales, t.out, width, rows, used);
+  }
+}
+
+void reuse(const ReuseArgs& a) {
+  const Shape& s = a.shape;
+  const int64_t heads = s.B * s.H, width = padded(s.Dv, kAlign), tiles = (s.M + kTile - 1) / kTile;
+  const int64_t packed = reuse_workspace(s) / heads;
+  const bool integers = a.map.format != Format::fp32 && a.map.format != Format::fp16;
+#pragma omp parallel num_threads(a.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < heads; ++i) {
+      float* to = a.workspace + i * packed;
+      if (integers) {
+        const int64_t lanes = blocks_of(s.N) * kBlock / lanes_of(a.map.format).keys;
+        pack_integers(a.value, i / s.H, i % s.H, s, a.map.format, reinterpret_cast<int32_t*>(to), to + lanes * width);
+      } else {
+        pack_values(a.value, i / s.H, i % s.H, s, to);
+      }
+    }
+    ReuseTile tile;
+#pragma omp for schedule(dynamic)
+    for (int64_t job = 0; job < heads * tiles; ++job) {
+      const int64_t i = job / tiles, first = job % tiles * kTile;
+      const int64_t rows = first + kTile <= s.M ? kTile : s.M - first;
+      std::memset(tile.out, 0, rows * width * sizeof(float));
+      for (int64_t block = 0; block < blocks_of(s.N); ++block)  // in blocks, so that values stay in the cache
+        reuse_block(a, i, block, first, rows, a.workspace + i * packed, tile);
+      float* out = a.out + i / s.H * a.out_b + i % s.H * a.out_h + first * a.out_m;
+      write_out(tile.out, width, rows, s.Dv, out, a.out_m);
+    }
+  }
+}
+
+// -- capture. Scores are kept halved, so that exp2 gives the square roots that codes are made of.
+
+// 2^x for x <= 0, to 2 ulp; below 2^-125 some number whose square is 0.
 inline vf exp2_of(vf x) {
-  const vf floor = splat(-125.0f);
-  const vi tiny = x < floor;
-  x = (vf)(((vi)x & ~tiny) | ((vi)floor & tiny));
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const vf shifted = x + magic;
-  const vf f = x - (shifted - magic);  // in [-0.5, 0.5]
-  vf p = splat(1.5353362e-4f);
-  p = p * f + splat(1.3398874e-3f);
-  p = p * f + splat(9.6184373e-3f);
-  p = p * f + splat(5.5503324e-2f);
-  p = p * f + splat(2.4022652e-1f);
-  p = p * f + splat(6.9314718e-1f);
-  p = p * f + splat(1.0f);
-  const vi exponent = ((vi)shifted - (vi)magic) << 23;
-  return (vf)(((vi)p + exponent) & ~tiny);
+  x = larger(x, splat(-125.0f));
+  const vf shifted = x + splat(kMagic);
+  const vf f = x - (shifted - splat(kMagic));  // in [-0.5, 0.5]
+  vf p = splat(0.00132764701f);
+  p = p * f + splat(0.00967554096f);
+  p = p * f + splat(0.0555071309f);
+  p = p * f + splat(0.240221202f);
+  p = p * f + splat(0.693146944f);
+  p = p * f + splat(1.00000012f);
+  return (vf)((vi)p + ((vi)shifted << 23));
 }
 
 inline float max_of(vf x) {
@@ -98,127 +426,119 @@ inline float sum_of(vf x) {
   return s;
 }
 
-// The key whose code is the i-th to be unpacked from a block.
-inline int key_at(Format format, int i) {
-  if (format == Format::u8) return (i >> 1) + 64 * (i & 1);
-  if (format == Format::u4) return (i % 64 >> 1) + 64 * (i & 1) + 32 * (i / 64);  // low nibbles, then high ones
-  return i;
-}
+struct CaptureTile {
+  float query[kTile * 256];      // [rows, D], times scale
+  float scores[kTile * kBlock];  // of a block, halved, then its probabilities relative to the row's maximum so far
+  float out[kTile * 256];        // [rows, width]
+  float top[kTile], sum[kTile];  // maximum so far, halved, and sum relative to it
+  float* blocks;                 // [rows, C], halved maxima of the blocks of an fp32 map, which has no place for them
+};
 
-int64_t row_bytes(Format format, int64_t n) {
-  if (format == Format::fp32) return 4 * n;
-  return padded(n, kBlock) * (format == Format::u8 ? 8 : 4) / 8;
-}
-
-// Values of one head as [padded N, padded Dv], rows in the order in which codes are unpacked, zero where none.
-void pack_values(const Tensor4& value, int64_t b, int64_t h, const Shape& s, Format order, float* packed) {
-  const int64_t width = padded(s.Dv, kAlign);
-  const float* from = value.at(b, h);
-  for (int64_t i = 0; i < padded(s.N, kBlock); ++i, packed += width) {
-    const int64_t n = i / kBlock * kBlock + key_at(order, i % kBlock);
-    int64_t d = 0;
-    if (n < s.N)
-      for (; d < s.Dv; ++d) packed[d] = from[n * value.row + d * value.d];
-    for (; d < width; ++d) packed[d] = 0;
+void mask_scores(const CaptureArgs& a, int64_t b, int64_t h, int64_t m, int64_t first, int64_t n, float* scores) {
+  if (a.mask.data) {
+    const float* mask = a.mask.at(b, h) + m * a.mask.row + first * a.mask.d;
+    for (int64_t i = 0; i < n; ++i) scores[i] += 0.5f * kLog2e * mask[i * a.mask.d];
   }
+  for (int64_t i = n; i < kBlock; ++i) scores[i] = -__builtin_inff();
 }
 
-// Keys of one head as [C, D, 128], zero where none.
-void pack_keys(const Tensor4& key, int64_t b, int64_t h, const Shape& s, float* packed) {
-  const float* from = key.at(b, h);
-  for (int64_t first = 0; first < s.N; first += kBlock)
-    for (int64_t d = 0; d < s.D; ++d)
-      for (int64_t i = 0; i < kBlock; ++i)
-        *packed++ = first + i < s.N ? from[(first + i) * key.row + d * key.d] : 0;
+inline float block_top(const float* scores) {
+  vf most = load(scores);
+  for (int i = W; i < kBlock; i += W) most = larger(load(scores + i), most);
+  const float top = max_of(most);
+  return top > kNoKey / 2 ? top : kNoKey / 2;
 }
 
-inline vf squares(vb codes, float scale) {
-  const vf x = __builtin_convertvector(codes, vf);
-  return x * x * splat(scale);
-}
-
-// Probabilities of 128 codes, in the order of unpacking: code^2 * scale.
-inline void unpack(Format format, const uint8_t* codes, float scale, float* p) {
-  if (format == Format::u8) {
-    for (int i = 0; i < kBlock; i += W) store(p + i, squares(*reinterpret_cast<const bytes*>(codes + i), scale));
-    return;
-  }
-  for (int i = 0; i < kBlock / 2; i += W) {
-    const vb pair = *reinterpret_cast<const bytes*>(codes + i);
-    store(p + i, squares(pair & 15, scale));
-    store(p + 64 + i, squares(pair >> 4, scale));
-  }
-}
-
-// 16-bit words of 128 codes, one in each of `codes`.
-inline void pack_codes(Format format, const int16_t* codes, uint8_t* words) {
-  uint16_t made[kBlock / 2];
-  if (format == Format::u8) {
-    for (int w = 0; w < 64; ++w) made[w] = static_cast<uint16_t>(codes[w] | codes[w + 64] << 8);
-    std::memcpy(words, made, 128);
-  } else {
-    for (int w = 0; w < 32; ++w)
-      made[w] = static_cast<uint16_t>(codes[w] | codes[w + 32] << 4 | codes[w + 64] << 8 | codes[w + 96] << 12);
-    std::memcpy(words, made, 64);
-  }
-}
-
-void write_out(const float* from, int64_t width, int64_t rows, int64_t dv, float* out, int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * stride, from + r * width, dv * sizeof(float));
-}
-
-void reuse(const ReuseArgs& a) {
-  const Shape& s = a.shape;
-  const int64_t heads = s.B * s.H, width = padded(s.Dv, kAlign), used = padded(s.Dv, W);
-  const int64_t tiles = (s.M + kTile - 1) / kTile;
-  const int64_t packed = padded(s.N, kBlock) * width, blocks = padded(s.N, kBlock) / kBlock;
-  const int64_t bytes = row_bytes(a.map.format, s.N);
-#pragma omp parallel num_threads(a.threads)
-  {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < heads; ++i)
-      pack_values(a.value, i / s.H, i % s.H, s, a.map.format, a.workspace + i * packed);
-    float p[kTile * kBlock];
-    float out[kTile * 256];
-#pragma omp for schedule(dynamic)
-    for (int64_t job = 0; job < heads * tiles; ++job) {
-      const int64_t i = job / tiles, first = job % tiles * kTile;
-      const int64_t rows = first + kTile <= s.M ? kTile : s.M - first;
-      const uint8_t* codes = a.map.codes + (i * s.M + first) * bytes;
-      const float* values = a.workspace + i * packed;
-      std::memset(out, 0, rows * width * sizeof(float));
-      if (a.map.format == Format::fp32) {
-        for (int64_t c = 0; c < blocks; ++c) {  // in blocks, so that values stay in the cache
-          const int64_t n = c * kBlock + kBlock <= s.N ? kBlock : s.N - c * kBlock;
-          multiply(reinterpret_cast<const float*>(codes) + c * kBlock, s.N, values + c * kBlock * width, width, n, out,
-                   width, rows, used);
-        }
-      } else {
-        const float levels = a.map.format == Format::u8 ? 255.0f : 15.0f;
-        const int64_t step = bytes / blocks;
-        for (int64_t c = 0; c < blocks; ++c) {
-          const float* maxima = a.map.block_max + (i * blocks + c) * s.M + first;
-          for (int64_t r = 0; r < rows; ++r) {
-            const float scale = __builtin_exp2f(maxima[r] - a.map.lse[i * s.M + first + r]) / (levels * levels);
-            unpack(a.map.format, codes + r * bytes + c * step, scale, p + r * kBlock);
-          }
-          multiply(p, kBlock, values + c * kBlock * width, width, kBlock, out, width, rows, used);
-        }
+// Codes of a block's scores; the scores become probabilities times `factor`. Returns the sum before that factor.
+template <Format format>
+float block_softmax(float* scores, float top, float factor, uint8_t* codes) {
+  vf total{};
+  const auto probability = [&](int i) {
+    const vf t = exp2_of(load(scores + i) - splat(top)), p = t * t;
+    total += p;
+    store(scores + i, p * splat(factor));
+    return format == Format::u8 || format == Format::u4 ? t : p;
+  };
+  if constexpr (format == Format::fp32) {  // before the factor
+    for (int i = 0; i < kBlock; i += W) store(reinterpret_cast<float*>(codes) + i, probability(i));
+  } else if constexpr (format == Format::fp16) {
+    for (int i = 0; i < kBlock; i += W) *reinterpret_cast<halves*>(codes + 2 * i) = to_half(probability(i));
+  } else {  // in 16-bit words, of keys that are `words` apart
+    constexpr int bits = bits_of(format), words = kBlock * bits / 16;
+    const vf levels = splat(format == Format::u8 ? 255.0f : format == Format::u7 ? 127.0f : 15.0f);
+    for (int w = 0; w < words; w += W) {
+      vi word{};
+      UNROLL for (int k = 0; k < 16 / bits; ++k) {
+        const vf rounded = probability(w + k * words) * levels + splat(kMagic);
+        word |= ((vi)rounded & 255) << bits * k;
       }
-      write_out(out, width, rows, s.Dv, a.out + i / s.H * a.out_b + i % s.H * a.out_h + first * a.out_m, a.out_m);
+      *reinterpret_cast<halves*>(codes + 2 * w) = to_words(word);
     }
   }
+  return sum_of(total);
 }
 
-// A tile of query rows on its way over the keys.
-struct Tile {
-  float query[kTile * 256];     // [rows, D], times scale
-  float scores[kTile * kBlock];  // of a block, then its probabilities relative to the block's maximum
-  float partial[kTile * 256];   // of a block's output
-  float out[kTile * 256];
-  float top[kTile], sum[kTile];  // running maximum, and sum relative to it
-  float* blocks;                 // [rows, C], maxima of the blocks of an fp32 map, which has no place for them
-};
+template <Format format>
+void capture_block(const CaptureArgs& a, int64_t i, int64_t block, int64_t first, int64_t rows, const float* keys,
+                   const float* values, CaptureTile& t) {
+  const Shape& s = a.shape;
+  constexpr bool plain = format == Format::fp32;
+  const int64_t width = padded(s.Dv, kAlign), used = padded(s.Dv, W), blocks = blocks_of(s.N);
+  const int64_t n = keys_in(block, s.N), stride = row_bytes(format, s.N);
+  uint8_t* codes = a.map.codes + (i * s.M + first) * stride + block * (kBlock / 8) * bits_of(format);
+  for (int64_t r = 0; r < rows; ++r)  // rows are too far apart for the hardware to see what comes next
+    for (int64_t at = 0; at < kBlock / 8 * bits_of(format); at += 64) __builtin_prefetch(codes + r * stride + at, 1);
+  multiply<true>(t.query, s.D, keys + block * s.D * kBlock, kBlock, s.D, t.scores, kBlock, rows, padded(n, W));
+  for (int64_t r = 0; r < rows; ++r, codes += stride) {
+    float* scores = t.scores + r * kBlock;
+    if (a.mask.data || n < kBlock) mask_scores(a, i / s.H, i % s.H, first + r, block * kBlock, n, scores);
+    const float top = block_top(scores), most = top > t.top[r] ? top : t.top[r];
+    const float old = __builtin_exp2f(2 * (t.top[r] - most)), now = __builtin_exp2f(2 * (top - most));
+    float whole[kBlock];  // the end of an fp32 map's row has no place for a whole block
+    uint8_t* to = plain ? reinterpret_cast<uint8_t*>(whole) : codes;
+    t.sum[r] = t.sum[r] * old + block_softmax<format>(scores, top, now, to) * now;
+    t.top[r] = most;
+    if (old != 1)
+      for (int64_t d = 0; d < width; ++d) t.out[r * width + d] *= old;
+    if (plain) {
+      std::memcpy(codes, whole, n * sizeof(float));
+      t.blocks[r * blocks + block] = top;
+    } else {
+      a.map.block_max[(i * blocks + block) * s.M + first + r] = 2 * top;
+    }
+  }
+  multiply<false>(t.scores, kBlock, values + block * kBlock * width, width, n, t.out, width, rows, used);
+}
+
+template <Format format>
+void capture_tile(const CaptureArgs& a, int64_t i, int64_t first, int64_t rows, const float* keys, const float* values,
+                  CaptureTile& t) {
+  const Shape& s = a.shape;
+  constexpr bool plain = format == Format::fp32;
+  const int64_t b = i / s.H, h = i % s.H, width = padded(s.Dv, kAlign), blocks = blocks_of(s.N);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* query = a.query.at(b, h) + (first + r) * a.query.row;
+    for (int64_t d = 0; d < s.D; ++d) t.query[r * s.D + d] = 0.5f * kLog2e * a.scale * query[d * a.query.d];
+    t.top[r] = kNoKey / 2;
+    t.sum[r] = 0;
+  }
+  std::memset(t.out, 0, rows * width * sizeof(float));
+  for (int64_t block = 0; block < blocks; ++block) capture_block<format>(a, i, block, first, rows, keys, values, t);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float inverse = t.sum[r] > 0 ? 1 / t.sum[r] : 0;
+    for (int64_t d = 0; d < width; ++d) t.out[r * width + d] *= inverse;
+    if (!plain) {
+      a.map.lse[i * s.M + first + r] = t.sum[r] > 0 ? 2 * t.top[r] + __builtin_log2f(t.sum[r]) : __builtin_inff();
+      continue;
+    }
+    float* row = reinterpret_cast<float*>(a.map.codes) + (i * s.M + first + r) * s.N;
+    for (int64_t block = 0; block < blocks; ++block, row += kBlock) {
+      const float factor = inverse * __builtin_exp2f(2 * (t.blocks[r * blocks + block] - t.top[r]));
+      for (int64_t j = 0; j < keys_in(block, s.N); ++j) row[j] *= factor;
+    }
+  }
+  write_out(t.out, width, rows, s.Dv, a.out + b * a.out_b + h * a.out_h + first * a.out_m, a.out_m);
+}
 
 inline int thread_number() {
 #ifdef _OPENMP
@@ -228,129 +548,36 @@ inline int thread_number() {
 #endif
 }
 
-void mask_scores(const CaptureArgs& a, int64_t b, int64_t h, int64_t m, int64_t first, int64_t n, float* scores) {
-  constexpr float kLog2e = 1.44269504f;
-  if (a.mask.data) {
-    const float* mask = a.mask.at(b, h) + m * a.mask.row + first * a.mask.d;
-    for (int64_t i = 0; i < n; ++i) scores[i] += kLog2e * mask[i * a.mask.d];
-  }
-  for (int64_t i = n; i < kBlock; ++i) scores[i] = -__builtin_inff();
-}
-
-// Scores of a row to probabilities relative to their maximum, which is returned, with their sum; codes on the way.
-inline float block_softmax(Format format, float* scores, uint8_t* codes, float* sum) {
-  vf most = load(scores);
-  for (int i = W; i < kBlock; i += W) {
-    const vf x = load(scores + i);
-    const vi more = x > most;
-    most = (vf)(((vi)x & more) | ((vi)most & ~more));
-  }
-  float top = max_of(most);
-  top = top > kNoKey ? top : kNoKey;
-  vf total = splat(0.0f);
-  if (format == Format::fp32) {
-    for (int i = 0; i < kBlock; i += W) {
-      const vf t = exp2_of(load(scores + i) - splat(top));
-      total += t;
-      store(scores + i, t);
-    }
-  } else {
-    int16_t rounded[kBlock];
-    const vf levels = splat(format == Format::u8 ? 255.0f : 15.0f), half = splat(0.5f);
-    for (int i = 0; i < kBlock; i += W) {
-      const vf t = exp2_of((load(scores + i) - splat(top)) * half);
-      const vi code = __builtin_convertvector(t * levels + half, vi);
-      *reinterpret_cast<shorts*>(rounded + i) = __builtin_convertvector(code, shorts);
-      total += t * t;
-      store(scores + i, t * t);
-    }
-    pack_codes(format, rounded, codes);
-  }
-  *sum = sum_of(total);
-  return top;
-}
-
-void capture_tile(const CaptureArgs& a, int64_t i, int64_t first, int64_t rows, const float* keys, const float* values,
-                  Tile& t) {
-  const Shape& s = a.shape;
-  const int64_t width = padded(s.Dv, kAlign), used = padded(s.Dv, W), blocks = padded(s.N, kBlock) / kBlock;
-  const int64_t b = i / s.H, h = i % s.H;
-  const int64_t bytes = row_bytes(a.map.format, s.N);
-  const bool plain = a.map.format == Format::fp32;
-  uint8_t* codes = a.map.codes + (i * s.M + first) * bytes;
-  const float* query = a.query.at(b, h) + first * a.query.row;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t d = 0; d < s.D; ++d) t.query[r * s.D + d] = a.scale * query[r * a.query.row + d * a.query.d];
-    t.top[r] = kNoKey;
-    t.sum[r] = 0;
-  }
-  std::memset(t.out, 0, rows * width * sizeof(float));
-  for (int64_t c = 0; c < blocks; ++c) {
-    const int64_t n = c * kBlock + kBlock <= s.N ? kBlock : s.N - c * kBlock;
-    std::memset(t.scores, 0, rows * kBlock * sizeof(float));
-    multiply(t.query, s.D, keys + c * s.D * kBlock, kBlock, s.D, t.scores, kBlock, rows, kBlock);
-    float old[kTile], now[kTile];  // factors of what is there, and of what comes
-    for (int64_t r = 0; r < rows; ++r) {
-      float* scores = t.scores + r * kBlock;
-      if (a.mask.data || n < kBlock) mask_scores(a, b, h, first + r, c * kBlock, n, scores);
-      float sum;
-      const float top = block_softmax(a.map.format, scores, codes + r * bytes + (plain ? 0 : c * (bytes / blocks)), &sum);
-      const float most = top > t.top[r] ? top : t.top[r];
-      old[r] = __builtin_exp2f(t.top[r] - most);
-      now[r] = __builtin_exp2f(top - most);
-      t.top[r] = most;
-      t.sum[r] = t.sum[r] * old[r] + sum * now[r];
-      if (plain) {
-        std::memcpy(reinterpret_cast<float*>(codes + r * bytes) + c * kBlock, scores, n * sizeof(float));
-        t.blocks[r * blocks + c] = top;
-      } else {
-        a.map.block_max[(i * blocks + c) * s.M + first + r] = top;
-      }
-    }
-    std::memset(t.partial, 0, rows * width * sizeof(float));
-    multiply(t.scores, kBlock, values + c * kBlock * width, width, kBlock, t.partial, width, rows, used);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t d = 0; d < width; ++d)
-        t.out[r * width + d] = t.out[r * width + d] * old[r] + t.partial[r * width + d] * now[r];
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    const float inverse = t.sum[r] > 0 ? 1 / t.sum[r] : 0;
-    for (int64_t d = 0; d < width; ++d) t.out[r * width + d] *= inverse;
-    if (!plain) {
-      a.map.lse[i * s.M + first + r] = t.sum[r] > 0 ? t.top[r] + __builtin_log2f(t.sum[r]) : __builtin_inff();
-      continue;
-    }
-    float* row = reinterpret_cast<float*>(codes + r * bytes);
-    for (int64_t c = 0; c < blocks; ++c) {
-      const float factor = inverse * __builtin_exp2f(t.blocks[r * blocks + c] - t.top[r]);
-      const int64_t n = c * kBlock + kBlock <= s.N ? kBlock : s.N - c * kBlock;
-      for (int64_t j = 0; j < n; ++j) row[c * kBlock + j] *= factor;
-    }
-  }
-  write_out(t.out, width, rows, s.Dv, a.out + b * a.out_b + h * a.out_h + first * a.out_m, a.out_m);
-}
-
+template <Format format>
 void capture(const CaptureArgs& a) {
   const Shape& s = a.shape;
   const int64_t heads = s.B * s.H, tiles = (s.M + kTile - 1) / kTile;
-  const int64_t values = padded(s.N, kBlock) * padded(s.Dv, kAlign), keys = padded(s.N, kBlock) * s.D;
+  const int64_t values = reuse_workspace(s) / heads, keys = padded(s.N, kBlock) * s.D;
   float* packed_keys = a.workspace + heads * values;
 #pragma omp parallel num_threads(a.threads)
   {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < heads; ++i) {
-      pack_values(a.value, i / s.H, i % s.H, s, Format::fp32, a.workspace + i * values);
+      pack_values(a.value, i / s.H, i % s.H, s, a.workspace + i * values);
       pack_keys(a.key, i / s.H, i % s.H, s, packed_keys + i * keys);
     }
-    Tile tile;
-    tile.blocks = packed_keys + heads * keys + thread_number() * kTile * (padded(s.N, kBlock) / kBlock);
+    CaptureTile tile;
+    tile.blocks = packed_keys + heads * keys + thread_number() * kTile * blocks_of(s.N);
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < heads * tiles; ++job) {
       const int64_t i = job / tiles, first = job % tiles * kTile;
       const int64_t rows = first + kTile <= s.M ? kTile : s.M - first;
-      capture_tile(a, i, first, rows, packed_keys + i * keys, a.workspace + i * values, tile);
+      capture_tile<format>(a, i, first, rows, packed_keys + i * keys, a.workspace + i * values, tile);
     }
   }
+}
+
+void capture(const CaptureArgs& a) {
+  if (a.map.format == Format::fp32) capture<Format::fp32>(a);
+  if (a.map.format == Format::fp16) capture<Format::fp16>(a);
+  if (a.map.format == Format::u8) capture<Format::u8>(a);
+  if (a.map.format == Format::u7) capture<Format::u7>(a);
+  if (a.map.format == Format::u4) capture<Format::u4>(a);
 }
 
 }  // namespace
