@@ -16,7 +16,7 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
 CPP = ["csrc/bindings.cpp", *(f"csrc/cpu/{path}.cpp" for path in ("portable", "avx2", "avx512"))]
-CUDA = ["csrc/cuda/devices.cu"]
+CUDA = ["csrc/cuda/devices.cu", "csrc/cuda/kernels.cu"]
 NVCC_FLAGS = ("-O3", "-std=c++17", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0")
 ARCHS = ("80", "86", "89", "90a", "100a")
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnreuse import ops
+from attnreuse import native, ops
 from attnreuse.formats import FORMATS, AttentionMap, MapFormat
 from attnreuse.formats import map_format as format_named
 from attnreuse.timing import Times, interleaved
@@ -41,7 +41,10 @@ CHECKED_QUERIES = 128  # of one head, held against fp64
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this device reached in this run: bytes per second of a large copy, FLOP per second of a large product."""
+    """What this device reached in this run: bytes per second of a large copy, FLOP per second of a large product.
+
+    On a CPU with the extension the latter are those of chained FMAs, which no fp32 product can pass.
+    """
 
     bytes_per_s: float
     flop_per_s: float
@@ -99,7 +102,11 @@ def ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> Cei
     target = torch.empty_like(source)
     a, b = (torch.randn(8192 if cuda else 1024, 8192 if cuda else 1024, device=device).to(dtype) for _ in range(2))
     copy, product = interleaved([lambda: target.copy_(source), lambda: a @ b], device, repeats)
-    return Ceilings(2 * source.numel() / copy.median, 2 * a.shape[0] ** 3 / product.median)
+    flop_per_s = 2 * a.shape[0] ** 3 / product.median
+    if not cuda and native.PATHS:
+        flop = native.multiply_add()
+        flop_per_s = max(flop_per_s, flop / interleaved([native.multiply_add], device, repeats)[0].p20)
+    return Ceilings(2 * source.numel() / copy.median, flop_per_s)
 
 
 def exact_kinds(device: torch.device, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -159,21 +166,26 @@ def measure(
     for kind, slot in maps.items():
         calls["capture", kind] = lambda slot=slot: ops.capture(query, key, value, into=slot)[0]
         calls["reuse", kind] = lambda slot=slot: ops.reuse(slot, value, out=out)
+        if native.Cuda.unserved(slot.format, device, dtype, d) is None:
+            calls["reuse", f"{kind} cuda"] = lambda slot=slot: ops.reuse(slot, value, out=out, backend="cuda")
     errors = {which: check(call(), query, key, value) for which, call in calls.items()}
     plain = check(_plain(query, key, value), query, key, value)
-    allowed = {(op, kind): 2 * plain + (FORMATS[kind].error if op == "reuse" else 0.0) for op, kind in calls}
+    rounding = {kind: FORMATS[kind.split()[0]].error for op, kind in calls if op == "reuse"}
+    allowed = {(op, kind): 2 * plain + (rounding[kind] if op == "reuse" else 0.0) for op, kind in calls}
     allowed |= {which: max(limit, 2e-2) for which, limit in allowed.items() if "Sage" in which[1]}  # 8-bit by design
     green = {which: call for which, call in calls.items() if errors[which] <= allowed[which]}
     times = dict(zip(green, interleaved(list(green.values()), device, repeats), strict=True))
     io = query.element_size() * b * h * d
     rows = []
     for op, kind in calls:
-        held = maps[kind].nbytes if op != "exact" else 0
+        stored, _, backend = ("", "", "") if op == "exact" else kind.partition(" ")
+        held = maps[stored].nbytes if stored else 0
         nbytes = held + io * (n + m if op == "reuse" else 2 * (n + m))
-        backend = "" if op == "exact" else ops.backend_for(kind, device, dtype, d)
+        if stored and not backend:
+            backend = ops.backend_for(stored, device, dtype, d)
         rows.append(
             Row(
-                name, *shape, str(dtype).removeprefix("torch."), op, kind, backend,
+                name, *shape, str(dtype).removeprefix("torch."), op, stored or kind, backend,
                 errors[op, kind], allowed[op, kind],
                 nbytes=nbytes, map_bytes=held, flop=(2 if op == "reuse" else 4) * b * h * m * n * d,
                 **_speeds(op, kind, times, limits, nbytes, (2 if op == "reuse" else 4) * b * h * m * n * d),
@@ -197,7 +209,7 @@ def _speeds(
         "of_roofline": limits.seconds(nbytes, flop) / own.median,
         "of_exact": own.median / exact if exact else None,
     }
-    capture = times.get(("capture", kind))
+    capture = times.get(("capture", kind.split()[0]))
     if op == "reuse" and exact and capture:
         gain = exact - own.median
         speeds["break_even"] = max(0.0, capture.median - exact) / gain if gain > 0 else math.inf

@@ -711,13 +711,19 @@ def _group_table(group: Any) -> Table:
 
 
 def _verdict(result: Any) -> str:
-    """One honest line about what was measured."""
+    """Honest lines about what was measured."""
+    share = result.attention_s / result.baseline.latency_s
+    limit = (
+        f"Attention with its Q and K projections is {share:.0%} of full steps' time in the layers with maps; reuse could "
+        f"save {result.at_most_s:.2f} s at most, and saved {result.saved_s:.2f} s."
+    )
     ratio = result.baseline.latency_s / result.reuse.latency_s
     speed = f"Reuse ran {ratio:.2f} times as fast as full steps" if ratio >= 1 else (
         f"Reuse did not pay here: it took {1 / ratio:.2f} times as long as full steps"
     )  # fmt: skip
     ours, theirs = result.reuse.mean_psnr_db, result.fewer.mean_psnr_db
     if ours is None or theirs is None:
-        return speed + "."
+        return f"{speed}. {limit}"
     better = "above" if ours > theirs else "below"
-    return f"{speed}; its PSNR is {abs(ours - theirs):.2f} dB {better} that of {result.fewer.steps} plain steps."
+    gap = f"its PSNR is {abs(ours - theirs):.2f} dB {better} that of {result.fewer.steps} plain steps"
+    return f"{speed}; {gap}. {limit}"

@@ -206,10 +206,14 @@ def encode(map_format: MapFormat, scores: Tensor, block_max: Tensor) -> Tensor:
     """
     filled = torch.nn.functional.pad(scores, (0, -scores.shape[-1] % BLOCK), value=-math.inf)
     relative = filled.unflatten(-1, (-1, BLOCK)) - block_max[..., None]  # [..., C, BLOCK], at most 0
+    return codes_of(map_format, relative.mul_(0.5 if map_format.root else 1.0).exp2_())
+
+
+def codes_of(map_format: MapFormat, t: Tensor) -> Tensor:
+    """Codes ``[..., row_codes(N)]`` of exact ones: fp32 `t` ``[..., C, BLOCK]`` in [0, 1], overwritten."""
     if not map_format.levels:
-        return relative.exp2_().to(map_format.code_dtype).flatten(-2)
-    codes = relative.mul_(0.5 if map_format.root else 1.0).exp2_().mul_(map_format.levels).round_().to(torch.uint8)
-    return _pack(map_format, codes)
+        return t.to(map_format.code_dtype).flatten(-2)
+    return _pack(map_format, t.mul_(map_format.levels).round_().to(torch.uint8))
 
 
 def _pack(map_format: MapFormat, codes: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""The compiled extension (`csrc/`) as a backend of :mod:`attnreuse.ops`; everything works without it, through torch.
+"""The compiled extension (`csrc/`) as backends of :mod:`attnreuse.ops`; everything works without it, through torch.
 
 Its CPU kernels take fp32 tensors (fp16 and bf16 ones are converted) and run by the best instruction set that
 the CPU has; ``ATTNREUSE_CPU`` = portable, avx2 or avx512 forces one. Capture calculates in fp32. So does reuse
 of fp32 and fp16 maps; reuse of integer codes rounds the values to integers of ``VALUE_BITS``, relative to the
-largest of 128 keys, and sums exactly.
+largest of 128 keys, and sums exactly. :class:`Cuda` is its part for CUDA devices.
 """
 
 from __future__ import annotations
@@ -80,6 +80,11 @@ def reuse(attn_map: AttentionMap, value: Tensor, out: Tensor) -> None:
         out.copy_(target)
 
 
+def multiply_add() -> float:
+    """FLOP of some milliseconds of chained FMAs on all of torch's threads, to be timed: the CPU's fp32 peak."""
+    return extension.cpu_multiply_add(path(), 1 << 20, torch.get_num_threads())
+
+
 def _strided(tensor: Tensor) -> tuple[int, ...]:
     """Address and strides in elements."""
     return tensor.data_ptr(), *tensor.stride()
@@ -102,3 +107,72 @@ def _additive(mask: Tensor) -> Tensor:
         return torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
     mask = mask.float()
     return mask - mask.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+
+
+class Cuda:
+    """The CUDA kernels: reuse of u8 and u4 maps on fp16 tensors (`csrc/cuda/reuse.cuh`), conversion, drift.
+
+    They do not capture, and no row says yet that their reuse is faster than Triton's: it serves where it is named.
+    """
+
+    FORMATS = ("fp16", "u8", "u7", "u4")  # of conversion and drift
+
+    @staticmethod
+    def present(device: torch.device) -> bool:
+        """Whether kernels were built that such a device can run."""
+        return device.type == "cuda" and hasattr(extension, "cuda_reuse") and not torch.version.hip
+
+    @classmethod
+    def unserved(cls, map_format: MapFormat, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why reuse cannot serve such a call, or None."""
+        if not cls.present(device):
+            return f"the extension holds no CUDA kernel, or {device.type} is no CUDA device ({INFO})"
+        if not map_format.root or dtype != torch.float16:
+            return f"no CUDA kernel for {map_format.name} maps of {dtype} tensors (u8 and u4 of fp16 have one)"
+        with torch.cuda.device(device):
+            return extension.cuda_reuse_unserved(head_dim, map_format.bits) or None
+
+    @staticmethod
+    def reuse(attn_map: AttentionMap, value: Tensor, out: Tensor) -> None:
+        """:func:`attnreuse.ops.reuse`, its arguments checked; shapes as in :mod:`attnreuse.reference`."""
+        value = value if _rows_at(value, 8) else value.contiguous()
+        target = out if _rows_at(out, 2) else torch.empty_like(out, memory_format=torch.contiguous_format)
+        sizes = (*attn_map.shape, value.shape[-1], value.shape[-1])
+        with torch.cuda.device(value.device):
+            extension.cuda_reuse(
+                sizes, attn_map.format.bits, _slot(attn_map), _strided(value), _strided(target)[:4], _stream(value)
+            )
+        if target is not out:
+            out.copy_(target)
+
+    @staticmethod
+    def convert(attn_map: AttentionMap, into: AttentionMap) -> None:
+        """:func:`attnreuse.ops.convert` from fp16, its arguments checked."""
+        blocks = attn_map.block_max.numel()
+        with torch.cuda.device(into.storage.device):
+            extension.cuda_convert(
+                attn_map.codes.data_ptr(), into.codes.data_ptr(), blocks, into.format.name, _stream(into.storage)
+            )
+        into.block_max.copy_(attn_map.block_max)
+        into.lse.copy_(attn_map.lse)
+
+    @staticmethod
+    def drift(first: AttentionMap, second: AttentionMap, total_variation: Tensor, distance: Tensor) -> None:
+        """:func:`attnreuse.ops.drift`, its arguments checked."""
+        b, h, m, n = first.shape
+        with torch.cuda.device(distance.device):
+            extension.cuda_drift(
+                _slot(first), _slot(second), total_variation.data_ptr(), distance.data_ptr(), b * h * m, m,
+                first.format.blocks(n), first.format.name, _stream(distance),
+            )  # fmt: skip
+
+
+def _rows_at(tensor: Tensor, elements: int) -> bool:
+    """Whether rows are of adjacent elements and start at multiples of so many."""
+    starts = (tensor.data_ptr() // tensor.element_size(), *tensor.stride()[:-1])
+    return tensor.stride(-1) == 1 and all(at % elements == 0 for at in starts)
+
+
+def _stream(tensor: Tensor) -> int:
+    """Address of the current stream of its device."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream

@@ -56,6 +56,7 @@ def _pieces(shape: tuple[int, int, int, int]) -> list[tuple[slice, slice, slice]
 
 BEST = "best"  # what the ops are told where the caller names no backend
 _BACKENDS = {"triton": triton_kernels, "native": native, "torch": _TorchBackend}  # best first
+_NAMED = {"cuda": native.Cuda}  # they reuse, where a caller names them
 
 
 def backend_for(map_format: str | MapFormat, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -137,10 +138,12 @@ def reuse(
         attn_map: map of ``(B, H, M, N)`` in any format.
         value: ``[B, H, N, Dv]`` fp32, fp16 or bf16; any strides; ``Dv <= 256``.
         out: ``[B, H, M, Dv]``, ``value.dtype``, to write to; allocated by default.
-        backend: "triton", "native" or "torch"; by default the first that serves the call.
+        backend: "triton", "native" or "torch", by default the first that serves the call; or "cuda", the
+            extension's CUDA kernel.
 
     Returns:
-        ``[B, H, M, Dv]``, ``value.dtype``, accumulated in fp32.
+        ``[B, H, M, Dv]``, ``value.dtype``, accumulated in fp32 (by integer codes on a CPU: see
+        :mod:`attnreuse.native`).
 
     Raises:
         ValueError: shapes or devices do not fit, or `backend` cannot serve the call.
@@ -184,7 +187,7 @@ def _capture(query, key, value, mask, scale, map_format, backend, storage, out):
 def _reuse(storage, queries, value, map_format, backend, out):
     b, h, n, d = value.shape
     attn_map = AttentionMap.view(format_named(map_format), (b, h, queries, n), storage)
-    _chosen(backend, map_format, value.device, value.dtype, d).reuse(attn_map, value, out)
+    _chosen(backend, map_format, value.device, value.dtype, d, reuse=True).reuse(attn_map, value, out)
 
 
 @_capture.register_fake
@@ -204,7 +207,9 @@ def _output(value: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
 
 
 @functools.cache
-def _chosen(backend: str, map_format: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Any:
+def _chosen(
+    backend: str, map_format: str, device: torch.device, dtype: torch.dtype, head_dim: int, reuse: bool = False
+) -> Any:
     """The backend of that name, or the best; that plain torch serves a CUDA device is said, once per call's kind.
 
     The ops ask for it, not the door, so that tracing a call under ``torch.compile`` chooses nothing.
@@ -219,12 +224,71 @@ def _chosen(backend: str, map_format: str, device: torch.device, dtype: torch.dt
                 stacklevel=2,
             )
         return _BACKENDS[backend_for(*call)]
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
-    reason = unserved_reasons(*call).get(backend)
+    known = _BACKENDS | (_NAMED if reuse else {})
+    if backend not in known:
+        raise ValueError(f"backend must be one of {', '.join(known)}, got {backend!r}")
+    reason = known[backend].unserved(format_named(map_format), device, dtype, head_dim)
     if reason:
         raise ValueError(f"backend {backend!r} cannot serve this call: {reason}; leave backend=None to fall back")
-    return _BACKENDS[backend]
+    return known[backend]
+
+
+def convert(attn_map: AttentionMap, map_format: str | MapFormat, *, into: AttentionMap | None = None) -> AttentionMap:
+    """A map in fewer bits, without its queries and keys.
+
+    Args:
+        attn_map: an fp16 or bf16 map ``(B, H, M, N)``.
+        map_format: "u8", "u7" or "u4"; ignored where `into` is given.
+        into: the map to overwrite, of the same shape; allocated by default.
+
+    Returns:
+        The converted map; it shares nothing with `attn_map`.
+
+    Raises:
+        ValueError: the formats, shapes or devices do not fit.
+    """
+    device = attn_map.storage.device
+    _check_map(attn_map, attn_map.shape, device)
+    if into is None:
+        into = AttentionMap.empty(format_named(map_format), attn_map.shape, device)
+    _check_map(into, attn_map.shape, device)
+    if not attn_map.format.scaled or attn_map.format.levels or not into.format.levels:
+        raise ValueError(
+            f"convert goes from fp16 or bf16 to u8, u7 or u4, got {attn_map.format.name} to {into.format.name}"
+        )
+    if native.Cuda.present(device) and attn_map.format.name == "fp16":
+        native.Cuda.convert(attn_map, into)
+    else:
+        for part in _pieces(attn_map.shape):
+            reference.convert(attn_map.part(*part), into.part(*part))
+    return into
+
+
+def drift(first: AttentionMap, second: AttentionMap) -> tuple[Tensor, Tensor]:
+    """How far two maps of one format are apart, row by row.
+
+    Args:
+        first: ``(B, H, M, N)``; second: the same shape, format and device.
+
+    Returns:
+        Total variation ``[B, H, M]`` fp32, half the sum over keys of ``|P - P'|``, in [0, 1]; and the
+        Euclidean distance ``[B, H, M]`` fp32.
+
+    Raises:
+        ValueError: the maps do not fit each other.
+    """
+    device = first.storage.device
+    _check_map(first, first.shape, device)
+    _check_map(second, first.shape, device)
+    if first.format != second.format:
+        raise ValueError(f"both maps must be {first.format.name} maps, got {second.format.name}")
+    found = torch.empty(2, *first.shape[:3], device=device)
+    if native.Cuda.present(device) and first.format.name in native.Cuda.FORMATS:
+        native.Cuda.drift(first, second, *found)
+    else:
+        for part in _pieces(first.shape):
+            reference.drift(first.part(*part), second.part(*part), found[0][part], found[1][part])
+    return found[0], found[1]
 
 
 def _check_capture(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[int, int, int, int]:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from attnreuse.formats import BLOCK, NO_KEY, AttentionMap, encode
+from attnreuse.formats import BLOCK, NO_KEY, AttentionMap, codes_of, encode
 
 LOG2_E = math.log2(math.e)
 
@@ -57,6 +57,21 @@ def capture(
 def reuse(attn_map: AttentionMap, value: Tensor, out: Tensor) -> None:
     """``out = P V`` of the stored map `attn_map` ``(B, H, M, N)`` and value ``[B, H, N, Dv]``."""
     out.copy_(attn_map.dense() @ value.float())
+
+
+def convert(attn_map: AttentionMap, into: AttentionMap) -> None:
+    """The floating block-scaled map `attn_map` in the format of `into`; both ``(B, H, M, N)``."""
+    t = attn_map.codes.float().unflatten(-1, (-1, BLOCK))
+    into.codes.copy_(codes_of(into.format, t.sqrt_() if into.format.root else t))
+    into.block_max.copy_(attn_map.block_max)
+    into.lse.copy_(attn_map.lse)
+
+
+def drift(first: AttentionMap, second: AttentionMap, total_variation: Tensor, distance: Tensor) -> None:
+    """Row by row, to ``[B, H, M]``: half the sum over keys of ``|P - P'|``, and the root of that of its squares."""
+    off = first.dense() - second.dense()
+    total_variation.copy_(0.5 * off.abs().sum(dim=-1))
+    distance.copy_(off.norm(dim=-1))
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass
 class LayerReport:
-    """What one layer did in a run: numbers of denoiser calls, and the bytes of its map."""
+    """What one layer did in a run: numbers of denoiser calls, and its map: bytes, ``(B, H, M, N)``, head dim."""
 
     name: str
     kind: str  # "self" or "cross"
@@ -17,6 +17,8 @@ class LayerReport:
     captured: int = 0
     reused: int = 0
     map_bytes: int = 0
+    shape: tuple[int, int, int, int] | None = None
+    head_dim: int | None = None
 
 
 @dataclass

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from attnreuse import planner
 from attnreuse.environment import environment
+from attnreuse.formats import map_format as format_named
 from attnreuse.metrics import psnr
 from attnreuse.policy import Policy
 from attnreuse.report import Report
@@ -46,7 +48,12 @@ class Row:
 
 @dataclass
 class Comparison:
-    """What :func:`sample` measured."""
+    """What :func:`sample` measured.
+
+    Attributes:
+        attention_s: seconds that the layers with maps spend on attention in the full run, Q and K projections included.
+        at_most_s: those of them that the policy's reusing calls stand for: no reuse can save more (Amdahl).
+    """
 
     prompts: list[str]
     policy: Policy
@@ -54,7 +61,14 @@ class Comparison:
     reuse: Row
     fewer: Row
     report: Report
+    attention_s: float
+    at_most_s: float
     environment: dict[str, Any]
+
+    @property
+    def saved_s(self) -> float:
+        """Seconds that reuse took less than full steps; negative where it took more."""
+        return self.baseline.latency_s - self.reuse.latency_s
 
     @property
     def rows(self) -> list[Row]:
@@ -77,6 +91,7 @@ class Comparison:
                 **_latency(self.reuse),
                 **quality[self.reuse.label],
             },
+            "attention": {"seconds": self.attention_s, "at_most_s": self.at_most_s, "saved_s": self.saved_s},
             "fewer_steps": {"steps": self.fewer.steps, **_latency(self.fewer), **quality[self.fewer.label]},
             "environment": self.environment,
         }
@@ -138,7 +153,20 @@ def sample(
         row.psnr_db = [psnr(picture, target) for picture, target in zip(row.pictures, full, strict=True)]
     about = {"model": model_name(pipe), "scheduler": type(pipe.scheduler).__name__, "seed": seed}
     measured_on = {**about, **environment(pipe.unet.device), "dtype": str(pipe.unet.dtype)}
-    return Comparison(prompts, policy, *rows, reports[-1], measured_on)
+    attention = _attention(reports[-1], pipe.unet)
+    return Comparison(prompts, policy, *rows, reports[-1], *attention, measured_on)
+
+
+def _attention(report: Report, unet: Any) -> tuple[float, float]:
+    """Seconds of computed attention in all calls of the layers with maps, and in those calls that reused."""
+    held = {layer.name: layer for layer in report.layers if layer.map_bytes}
+    shapes = {name: (layer.shape, layer.head_dim) for name, layer in held.items()}
+    costs = planner.measure_costs(list(held), shapes, format_named(report.map_format), unet.dtype, unet.device)
+    calls = {name: layer.computed + layer.captured + layer.reused for name, layer in held.items()}
+    return (
+        sum(cost.compute * calls[name] for name, cost in costs.items()),
+        sum(cost.compute * held[name].reused for name, cost in costs.items()),
+    )
 
 
 def sheet(comparison: Comparison) -> Image.Image:

@@ -292,6 +292,7 @@ class Session:
         self._report.allocated_bytes += ring.nbytes
         for layer in self._report.layers:
             layer.map_bytes += ring.slots[layer.name].nbytes if layer.name in ring.slots else 0
+            layer.shape, layer.head_dim = shapes.get(layer.name, (None, None))
         self._only_compute(
             {
                 name: f"its map of {nbytes:,} bytes does not fit the memory budget of {self._budget:,}"

@@ -2,8 +2,8 @@
 
     python -m benchmarks.cpu
 
-Everything is timed in turns, as checked by `attnreuse bench`; a copy's bandwidth and a matmul's rate of the
-same run are the roofline. Appends to `cpu_kernels.csv`, `cpu_ready_map.csv` and `cpu_steps.csv` in
+Everything is timed in turns, as checked by `attnreuse bench`; a copy's bandwidth and the rate of chained FMAs of
+the same run are the roofline. Appends to `cpu_kernels.csv`, `cpu_ready_map.csv` and `cpu_steps.csv` in
 `benchmarks/results`.
 """
 
@@ -20,18 +20,23 @@ import attnreuse
 from attnreuse import bench, native, ops
 from attnreuse.timing import interleaved
 
-FORMATS = ["fp32", "u8", "u4"]
+FORMATS = ["fp32", "fp16", "u8", "u7", "u4"]
 SHAPES = bench.CPU_SHAPES | {
     name: shape for name, shape in bench.SHAPES.items() if name.startswith(("SD1.5", "SDXL 1024 self 4096"))
 }
 
 
 def with_ready_map(name: str, shape: bench.Shape, repeats: int) -> dict[str, object]:
-    """Times in milliseconds of a product with the ready fp32 map, of reuse in each format, and of exact attention."""
+    """Milliseconds of exact attention in fp32 and bf16, a product with the ready fp32 map, and reuse in each format."""
     query, key, value = bench.inputs(shape, torch.float32, torch.device("cpu"))
     maps = {f: ops.capture(query, key, value, map_format=f)[1] for f in FORMATS}
     ready, out = maps["fp32"].dense(), torch.empty_like(query)
-    calls = {"sdpa": lambda: F.scaled_dot_product_attention(query, key, value), "bmm": lambda: ready @ value}
+    half = [x.bfloat16() for x in (query, key, value)]
+    calls = {
+        "sdpa": lambda: F.scaled_dot_product_attention(query, key, value),
+        "sdpa bf16": lambda: F.scaled_dot_product_attention(*half),
+        "bmm": lambda: ready @ value,
+    }
     calls |= {f"reuse {f}": lambda f=f: ops.reuse(maps[f], value, out=out) for f in FORMATS}
     times = interleaved(list(calls.values()), torch.device("cpu"), repeats)
     found = {label: f"{1e3 * t.median:.3f}" for label, t in zip(calls, times, strict=True)}
@@ -50,7 +55,7 @@ def main() -> None:
     for name, shape in SHAPES.items():
         rows += bench.measure(name, shape, FORMATS, torch.float32, device, limits, args.repeats)
         ready.append(with_ready_map(name, shape, args.repeats))
-        print(ready[-1], {(r.op, r.kind): round(1 / r.of_exact, 2) for r in rows[-7:] if r.of_exact}, flush=True)
+        print(ready[-1], {(r.op, r.kind): round(1 / r.of_exact, 2) for r in rows[-2 * len(FORMATS) :] if r.of_exact}, flush=True)
     append(args.out / "cpu_kernels.csv", [row | about for row in bench.to_dicts(rows, limits)])
     append(args.out / "cpu_ready_map.csv", [row | about for row in ready])
     steps = []

@@ -12,6 +12,7 @@
 #include "cpu/kernels.h"
 #ifdef ATTNREUSE_CUDA_ARCHS
 #include "cuda/devices.h"
+#include "cuda/kernels.h"
 #endif
 
 namespace py = pybind11;
@@ -107,6 +108,38 @@ void reuse(const std::string& path, const Sizes& shape, const std::string& forma
   kernels.reuse(args);
 }
 
+#ifdef ATTNREUSE_CUDA_ARCHS
+attnreuse::Codes cuda_codes(const std::string& format) {
+  if (format == "fp16") return attnreuse::Codes::fp16;
+  if (format == "u8") return attnreuse::Codes::u8;
+  if (format == "u7") return attnreuse::Codes::u7;
+  if (format == "u4") return attnreuse::Codes::u4;
+  throw std::invalid_argument("no CUDA kernel for " + format + " maps");
+}
+
+void* stream_at(int64_t address) { return pointer<void>(address); }
+
+void cuda_reuse(const Sizes& s, int bits, const Slot& map, const Strided& value, const Output& out, int64_t stream) {
+  attnreuse::launch_reuse({pointer<uint8_t>(map[0]), pointer<float>(map[1]), pointer<float>(map[2]),
+                           pointer<void>(value[0]), pointer<void>(out[0]), value[1], value[2], value[3], out[1], out[2],
+                           out[3], s[1], s[2], s[3]},
+                          s[0], static_cast<int>(s[5]), bits, stream_at(stream));
+}
+
+void cuda_convert(int64_t from, int64_t to, int64_t blocks, const std::string& format, int64_t stream) {
+  attnreuse::launch_convert(pointer<uint16_t>(from), pointer<uint16_t>(to), blocks, cuda_codes(format),
+                            stream_at(stream));
+}
+
+void cuda_drift(const Slot& first, const Slot& second, int64_t variation, int64_t distance, int64_t rows, int64_t m,
+                int64_t blocks, const std::string& format, int64_t stream) {
+  attnreuse::launch_drift({pointer<uint16_t>(first[0]), pointer<uint16_t>(second[0]), pointer<float>(first[1]),
+                           pointer<float>(second[1]), pointer<float>(first[2]), pointer<float>(second[2]),
+                           pointer<float>(variation), pointer<float>(distance), m, blocks, rows},
+                          cuda_codes(format), stream_at(stream));
+}
+#endif
+
 std::vector<std::string> cpu_format_names() {
   std::vector<std::string> names;
   for (const auto& [name, format] : cpu_formats) names.push_back(name);
@@ -131,5 +164,16 @@ PYBIND11_MODULE(_native, m) {
   }, "Floats of workspace that capture and reuse need.");
   m.def("cpu_capture", &capture, "attnreuse.reference.capture on fp32 tensors, by address and strides.");
   m.def("cpu_reuse", &reuse, "attnreuse.reference.reuse on fp32 tensors, by address and strides.");
+  m.def("cpu_multiply_add", [](const std::string& path, int64_t steps, int threads) {
+    const attnreuse::Kernels& kernels = cpu_kernels_named(path);
+    py::gil_scoped_release release;
+    return kernels.multiply_add(steps, threads);
+  }, "FLOP done by independent chains of FMAs, to be timed.");
+#ifdef ATTNREUSE_CUDA_ARCHS
+  m.def("cuda_reuse_unserved", &attnreuse::reuse_unserved, "Why the current device cannot reuse such maps, or ''.");
+  m.def("cuda_reuse", &cuda_reuse, "attnreuse.reference.reuse of u8 or u4 maps on fp16 tensors, on a stream.");
+  m.def("cuda_convert", &cuda_convert, "attnreuse.reference.convert of fp16 codes, on a stream.");
+  m.def("cuda_drift", &cuda_drift, "attnreuse.reference.drift, on a stream.");
+#endif
   m.def("cuda_devices", &cuda_devices, "Names and compute capabilities of the CUDA devices this build can use.");
 }

@@ -34,6 +34,9 @@ def test_sample_writes_picture_and_json(tmp_path):
     assert 15 < data["reuse"]["psnr_db"] < 100
     assert 1 <= data["fewer_steps"]["steps"] <= 3
     assert data["reuse"]["map_bytes"] == data["reuse"]["predicted_map_bytes"] > 0
+    attention = data["attention"]
+    assert 0 < attention["at_most_s"] < attention["seconds"] < data["baseline"]["latency_s"]
+    assert attention["saved_s"] == data["baseline"]["latency_s"] - data["reuse"]["latency_s"]
     assert {"device", "torch", "diffusers", "threads"} <= set(data["environment"])
     assert "full steps" in result.output
 

@@ -10,7 +10,7 @@ import torch
 from tiny_random import random_pipeline, sample
 
 import attnreuse
-from attnreuse import ops
+from attnreuse import native, ops
 from attnreuse.formats import FORMATS
 
 pytestmark = pytest.mark.gpu
@@ -56,6 +56,40 @@ def inputs(shape, dtype=torch.float16):
     """q, k, v as views [B, H, N, D] of [B, N, H, D]."""
     b, h, m, n, d = shape
     return [torch.randn(b, length, h, d, device="cuda", dtype=dtype).transpose(1, 2) for length in (m, n, n)]
+
+
+@pytest.fixture
+def cuda_kernels():
+    if not native.Cuda.present(torch.device("cuda")):
+        pytest.skip(f"the extension was built without CUDA ({native.INFO})")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 63, 77, 40), (1, 2, 150, 300, 64), (1, 2, 128, 1024, 80), (1, 1, 1, 1, 128)])
+@pytest.mark.parametrize("name", ["u8", "u4"])
+def test_reuse_of_the_extension_agrees_with_the_reference(name, shape, cuda_kernels):
+    q, k, v = inputs(shape)
+    attn_map = ops.capture(q, k, v, map_format=name)[1]
+    expected = attn_map.dense().double() @ v.double()
+    into = torch.full((*shape[:3], shape[4] + 8), 7.0, device="cuda", dtype=torch.float16)
+    out = ops.reuse(attn_map, v, out=into[..., 4:-4], backend="cuda")
+    assert (out.double() - expected).norm() / expected.norm() < 2e-3
+    assert (into[..., :4] == 7).all()
+    assert (into[..., -4:] == 7).all()
+    assert torch.equal(out, ops.reuse(attn_map, v, backend="cuda"))
+
+
+@pytest.mark.parametrize("name", ["u8", "u7", "u4"])
+def test_conversion_and_drift_of_the_extension_agree_with_the_reference(name, cuda_kernels, monkeypatch):
+    maps = [ops.capture(*inputs((2, 3, 63, 300, 40)), map_format="fp16")[1] for _ in range(2)]
+    made = [ops.convert(attn_map, name) for attn_map in maps]
+    drifts = [ops.drift(*maps), ops.drift(*made)]
+    monkeypatch.setattr(native.Cuda, "present", staticmethod(lambda device: False))
+    for attn_map, ours in zip(maps, made, strict=True):
+        off = ops.convert(attn_map, name).dense() - ours.dense()
+        assert off.norm() < 1e-3 * ours.dense().norm()  # roots on the edge between two codes
+    for pair, found in zip((maps, made), drifts, strict=True):
+        for theirs, ours in zip(ops.drift(*pair), found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["fp16", "u8", "u4"])

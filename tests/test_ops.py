@@ -350,6 +350,39 @@ def test_a_value_that_is_not_finite_reaches_the_output(name, bad):
     assert out[..., [*range(3), *range(4, 16)]].isfinite().all()
 
 
+@pytest.mark.parametrize("peak", PEAKS)
+@pytest.mark.parametrize("start", ["fp16", "bf16"])
+@pytest.mark.parametrize("name", ["u8", "u7", "u4"])
+def test_a_converted_map_reuses_as_if_captured_so(name, start, peak):
+    q, k, v = tensors((2, 2, 63, 300, 40), PEAKS[peak])
+    _, expected = oracle(q, k, v)
+    source = ops.capture(q, k, v, map_format=start)[1]
+    before = source.storage.clone()
+    made = ops.convert(source, name)
+    assert made.format.name == name
+    assert error(ops.reuse(made, v), expected) <= FORMATS[name].error + FORMATS[start].error
+    assert torch.equal(source.storage, before)
+    with pytest.raises(ValueError, match=f"convert goes from fp16 or bf16 to u8, u7 or u4, got {name} to u8"):
+        ops.convert(made, "u8")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_drift_is_the_distance_of_the_maps(name, monkeypatch):
+    monkeypatch.setattr(ops, "SLICE_BYTES", 4 * 50 * 300)
+    first, second = (
+        ops.capture(*tensors((2, 2, 63, 300, 40), seed=seed), map_format=name)[1] for seed in (0, 1)
+    )
+    off = first.dense().double() - second.dense().double()
+    variation, distance = ops.drift(first, second)
+    torch.testing.assert_close(variation.double(), off.abs().sum(-1) / 2, rtol=1e-5, atol=0)
+    torch.testing.assert_close(distance.double(), off.norm(dim=-1), rtol=1e-5, atol=0)
+    assert (variation <= 1 + FORMATS[name].error).all()
+    assert not any(x.any() for x in ops.drift(first, first))
+    other = AttentionMap.empty(FORMATS["u8" if name != "u8" else "u4"], first.shape, torch.device("cpu"))
+    with pytest.raises(ValueError, match=f"both maps must be {name} maps"):
+        ops.drift(first, other)
+
+
 def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
     if native.extension is None:
         pytest.skip("the extension was not built")

@@ -51,6 +51,7 @@ struct Kernels {
   const char* name;
   void (*capture)(const CaptureArgs&);
   void (*reuse)(const ReuseArgs&);
+  double (*multiply_add)(int64_t steps, int threads);  // FLOP done by independent chains of FMAs, to be timed
 };
 
 constexpr int64_t kBlock = 128;  // keys that share a block maximum

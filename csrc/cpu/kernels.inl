@@ -580,8 +580,23 @@ void capture(const CaptureArgs& a) {
   if (a.map.format == Format::u4) capture<Format::u4>(a);
 }
 
+double multiply_add(int64_t steps, int threads) {
+  constexpr int kChains = 12;
+  float sink = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : sink)
+  {
+    vf acc[kChains];
+    const vf a = splat(0.5f), b = splat(1.0f);
+    _Pragma("GCC unroll 12") for (int i = 0; i < kChains; ++i) acc[i] = splat(static_cast<float>(i));
+    for (int64_t step = 0; step < steps; ++step)
+      _Pragma("GCC unroll 12") for (int i = 0; i < kChains; ++i) acc[i] = acc[i] * a + b;
+    for (int i = 0; i < kChains; ++i) sink += sum_of(acc[i]);
+  }
+  return 2.0 * kChains * W * steps * threads + 0 * sink;
+}
+
 }  // namespace
 
-const Kernels KERNELS = {NAME, capture, reuse};
+const Kernels KERNELS = {NAME, capture, reuse, multiply_add};
 
 }  // namespace attnreuse

@@ -1,0 +1,97 @@
+"""Resources of the CUDA kernels for every architecture, as ptxas reports them; needs nvcc and no GPU.
+
+    python -m benchmarks.compile_cuda [--record]
+
+Compares with `results/compile_cuda.csv` and fails where a kernel spills or needs more registers than recorded.
+"""
+
+import argparse
+import csv
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rows import RESULTS
+
+SOURCE = Path(__file__).parent.parent / "csrc/cuda/kernels.cu"
+REPORT = RESULTS / "compile_cuda.csv"
+ARCHS = ("80", "86", "89", "90a", "100a")
+CODES = ("fp16", "u8", "u7", "u4")  # in the order of `Codes`
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas says of one kernel on one architecture."""
+
+    nvcc: str
+    kernel: str
+    arch: str
+    registers: int
+    spill_bytes: int
+
+
+def version() -> str:
+    """Release of the nvcc on PATH, such as "13.0"."""
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([\d.]+)", said)[1]
+
+
+def build() -> list[Kernel]:
+    """Compile for every architecture that this nvcc knows."""
+    known = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    archs = [arch for arch in ARCHS if f"compute_{arch.rstrip('a')}" in known]
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", "-c", SOURCE, "-o", Path(folder) / "kernels.o", "-O3", "-std=c++17", "-Xptxas=-v", *flags]
+        log = subprocess.run([*command, "--threads=0"], capture_output=True, text=True, check=True).stderr
+    found, nvcc = [], version()
+    entry = r"entry function '(\S+)' for '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    for symbol, arch, stores, loads, registers in re.findall(entry, log, flags=re.DOTALL):
+        found.append(Kernel(nvcc, name_of(symbol), arch, int(registers), max(int(stores), int(loads))))
+    return sorted(found, key=lambda kernel: (kernel.kernel, kernel.arch))
+
+
+def name_of(symbol: str) -> str:
+    """ "reuse u8 D=64" of a mangled name."""
+    reuse = re.search(r"reuse_kernelILi(\d+)ELi(\d)E", symbol)
+    if reuse:
+        return f"reuse u{reuse[2]} D={reuse[1]}"
+    op, index = re.search(r"(convert|drift)_kernelI\S*?CodesE(\d)E", symbol).groups()
+    return f"{op} {CODES[int(index)]}"
+
+
+def recorded() -> dict[tuple[str, ...], int]:
+    """Registers by (nvcc, kernel, arch)."""
+    with REPORT.open(newline="") as file:
+        return {(row["nvcc"], row["kernel"], row["arch"]): int(row["registers"]) for row in csv.DictReader(file)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help="write the figures instead of comparing them")
+    args = parser.parse_args()
+    if shutil.which("nvcc") is None:
+        raise SystemExit("nvcc is not on PATH")
+    kernels = build()
+    if args.record:
+        with REPORT.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(asdict(kernels[0])))
+            writer.writeheader()
+            writer.writerows(map(asdict, kernels))
+    limits = recorded()
+    wrong = [
+        k
+        for k in kernels
+        if k.spill_bytes or k.registers > limits.get((k.nvcc, k.kernel, k.arch), 255)
+    ]  # fmt: skip
+    for kernel in kernels:
+        print(*asdict(kernel).values(), "WRONG" if kernel in wrong else "")
+    print(f"nvcc {version()}: {len(kernels)} kernels, {len(wrong)} wrong")
+    raise SystemExit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

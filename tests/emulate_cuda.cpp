@@ -1,0 +1,140 @@
+// The CUDA kernels on a CPU (see emulate.h), against what their formats say.
+
+#define ATTNREUSE_EMULATE "../../tests/emulate.h"
+#include "../csrc/cuda/maps.cuh"
+#include "../csrc/cuda/reuse.cuh"
+
+#include <cstdio>
+#include <random>
+
+using namespace attnreuse;
+
+namespace {
+
+std::mt19937 random_bits(0);
+bool good = true;
+
+void expect(double actual, double most, const char* what, int a, int b) {
+  if (actual <= most) return;  // NaN fails
+  std::printf("%s (%d, %d): %g, expected at most %g\n", what, a, b, actual, most);
+  good = false;
+}
+
+uint16_t half(float x) { return static_cast<uint16_t>(emulated::pair_of(x, 0)); }
+
+// A map of random codes with its scales; `p` as the format says, [rows, N].
+struct Map {
+  std::vector<uint16_t> words;
+  std::vector<float> block_max, lse;
+  std::vector<double> p;
+};
+
+template <Codes FORMAT>
+Map random_map(int heads, int m, int n) {
+  using F = CodesOf<FORMAT>;
+  const int blocks = (n + 127) / 128;
+  Map map{std::vector<uint16_t>(heads * m * blocks * F::words), std::vector<float>(heads * blocks * m),
+          std::vector<float>(heads * m), std::vector<double>(heads * m * n)};
+  std::uniform_real_distribution<float> exponent(-8, 0), t(0, 1);
+  for (float& x : map.block_max) x = exponent(random_bits);
+  for (float& x : map.lse) x = 3 + exponent(random_bits) / 8;
+  for (int row = 0; row < heads * m; ++row)
+    for (int key = 0; key < n; ++key) {
+      const int block = key / 128, i = key % 128, word = i % F::words, field = i / F::words;
+      uint16_t& to = map.words[(row * blocks + block) * F::words + word];
+      const float drawn = t(random_bits);
+      double value;
+      if (FORMAT == Codes::fp16) {
+        to = half(drawn), value = float_of(to);
+      } else {
+        const int code = static_cast<int>(drawn * F::levels);
+        to = static_cast<uint16_t>(to | code << F::bits * field);
+        value = code / F::levels;
+        if (F::root) value *= value;
+      }
+      const float scale = map.block_max[(row / m * blocks + block) * m + row % m] - map.lse[row];
+      map.p[row * n + key] = value * std::exp2(double(scale));
+    }
+  return map;
+}
+
+template <int D, int BITS>
+void check_reuse(int m, int n) {
+  constexpr int H = 2;
+  const Map map = random_map<BITS == 8 ? Codes::u8 : Codes::u4>(H, m, n);
+  std::normal_distribution<float> normal;
+  std::vector<uint16_t> value(n * H * D), out(m * H * D, 0x7e00);  // [N, H, D] and [M, H, D]; NaN
+  for (uint16_t& x : value) x = half(normal(random_bits));
+  const ReuseParams params{reinterpret_cast<const uint8_t*>(map.words.data()), map.block_max.data(), map.lse.data(),
+                           value.data(), out.data(), 0, D, H * D, 0, D, H * D, H, m, n};
+  emulated::launch({unsigned(m + kQueries - 1) / kQueries, H}, kThreads<D>, kSharedBytes<D, BITS>,
+                   [&] { reuse_kernel<D, BITS>(params); });
+  double off = 0, size = 0;
+  for (int h = 0; h < H; ++h)
+    for (int row = 0; row < m; ++row)
+      for (int d = 0; d < D; ++d) {
+        double expected = 0;
+        for (int key = 0; key < n; ++key)
+          expected += map.p[(h * m + row) * n + key] * float_of(value[(key * H + h) * D + d]);
+        off += std::pow(expected - float_of(out[(row * H + h) * D + d]), 2);
+        size += expected * expected;
+      }
+  expect(std::sqrt(off / size), 1.5e-3, "reuse", D, BITS);
+}
+
+template <Codes FORMAT>
+void check_convert(int blocks) {
+  using F = CodesOf<FORMAT>;
+  std::vector<uint16_t> from(blocks * 128), to(blocks * F::words);
+  std::uniform_real_distribution<float> t(0, 1);
+  for (uint16_t& x : from) x = half(t(random_bits));
+  emulated::launch({unsigned(to.size() + 63) / 64}, 64, 0, [&] { convert_kernel<FORMAT>(from.data(), to.data(), blocks); });
+  double worst = 0;
+  for (int i = 0; i < blocks * 128; ++i) {
+    const uint16_t word = to[i / 128 * F::words + i % 128 % F::words];
+    const double code = word >> F::bits * (i % 128 / F::words) & ((1 << F::bits) - 1), t = float_of(from[i]);
+    worst = std::max(worst, std::abs(code - F::levels * (F::root ? std::sqrt(t) : t)));
+  }
+  expect(worst, 0.5001, "convert", F::bits, int(F::levels));
+}
+
+template <Codes FORMAT>
+void check_drift(int m, int n) {
+  constexpr int H = 2;
+  const Map one = random_map<FORMAT>(H, m, n), two = random_map<FORMAT>(H, m, n);
+  std::vector<float> variation(H * m, NAN), distance(H * m, NAN);
+  const DriftParams params{one.words.data(), two.words.data(), one.block_max.data(), two.block_max.data(),
+                           one.lse.data(), two.lse.data(), variation.data(), distance.data(),
+                           m, (n + 127) / 128, H * m};
+  emulated::launch({unsigned(H * m * 32 + 63) / 64}, 64, 0, [&] { drift_kernel<FORMAT>(params); });
+  double worst = 0;
+  for (int row = 0; row < H * m; ++row) {
+    double absolute = 0, square = 0;
+    for (int key = 0; key < n; ++key) {
+      const double off = one.p[row * n + key] - two.p[row * n + key];
+      absolute += std::abs(off) / 2, square += off * off;
+    }
+    worst = std::max({worst, std::abs(variation[row] / absolute - 1), std::abs(distance[row] / std::sqrt(square) - 1)});
+    if (std::isnan(variation[row] + distance[row])) worst = NAN;
+  }
+  expect(worst, 1e-4, "drift", CodesOf<FORMAT>::bits, n);
+}
+
+template <int D>
+void check_head_dim() {
+  check_reuse<D, 8>(150, 200);
+  check_reuse<D, 4>(63, 77);
+}
+
+}  // namespace
+
+int main() {
+  check_head_dim<40>(), check_head_dim<64>(), check_head_dim<80>();
+  check_head_dim<96>(), check_head_dim<128>(), check_head_dim<160>();
+  check_reuse<40, 8>(1, 1), check_reuse<64, 4>(129, 257);
+  check_convert<Codes::u8>(3), check_convert<Codes::u7>(3), check_convert<Codes::u4>(3);
+  check_drift<Codes::fp16>(5, 200), check_drift<Codes::u8>(5, 77), check_drift<Codes::u7>(5, 129);
+  check_drift<Codes::u4>(5, 200);
+  std::puts(good ? "good" : "wrong");
+  return good ? 0 : 1;
+}
