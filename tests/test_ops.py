@@ -339,6 +339,18 @@ def test_any_shape_stride_and_offset(sizes, name, order, offset):
     assert ((ops.reuse(attn_map, v) - held @ v.double()).abs() <= allowed).all()
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_query_or_key_that_is_not_a_number_reaches_the_output(name):
+    q, k, v = tensors((1, 2, 7, 300, 16))
+    q[0, 0, 3, 5] = math.nan
+    k[0, 1, 200, 0] = math.nan
+    out, attn_map = ops.capture(q, k, v, map_format=name)
+    for found in (out, ops.reuse(attn_map, v)):
+        assert found[0, 0, 3].isnan().all()
+        assert found[0, 0, [0, 1, 2, 4, 5, 6]].isfinite().all()
+        assert found[0, 1].isnan().all()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_value_that_is_not_finite_reaches_the_output(name, bad):

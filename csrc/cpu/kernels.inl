@@ -34,7 +34,7 @@ inline vi load(const int32_t* p) { return *reinterpret_cast<const ints*>(p); }
 inline void store(int32_t* p, vi x) { *reinterpret_cast<ints*>(p) = x; }
 inline vf splat(float x) { return x - vf{}; }
 inline vi splat(int32_t x) { return x - vi{}; }
-inline vf larger(vf x, vf y) { return x > y ? x : y; }
+inline vf larger(vf x, vf y) { return x > y ? x : y; }  // y where one is NaN
 
 // -- instructions
 
@@ -401,9 +401,9 @@ void reuse(const ReuseArgs& a) {
 
 // -- capture. Scores are kept halved, so that exp2 gives the square roots that codes are made of.
 
-// 2^x for x <= 0, to 2 ulp; below 2^-125 some number whose square is 0.
+// 2^x for x <= 0, to 2 ulp; below 2^-125 some number whose square is 0; NaN of NaN.
 inline vf exp2_of(vf x) {
-  x = larger(x, splat(-125.0f));
+  x = larger(splat(-125.0f), x);
   const vf shifted = x + splat(kMagic);
   const vf f = x - (shifted - splat(kMagic));  // in [-0.5, 0.5]
   vf p = splat(0.00132764701f);
@@ -525,10 +525,11 @@ void capture_tile(const CaptureArgs& a, int64_t i, int64_t first, int64_t rows, 
   std::memset(t.out, 0, rows * width * sizeof(float));
   for (int64_t block = 0; block < blocks; ++block) capture_block<format>(a, i, block, first, rows, keys, values, t);
   for (int64_t r = 0; r < rows; ++r) {
-    const float inverse = t.sum[r] > 0 ? 1 / t.sum[r] : 0;
+    const bool none = t.sum[r] == 0;  // no key is open to this query; NaN is not none
+    const float inverse = none ? 0 : 1 / t.sum[r];
     for (int64_t d = 0; d < width; ++d) t.out[r * width + d] *= inverse;
     if (!plain) {
-      a.map.lse[i * s.M + first + r] = t.sum[r] > 0 ? 2 * t.top[r] + __builtin_log2f(t.sum[r]) : __builtin_inff();
+      a.map.lse[i * s.M + first + r] = none ? __builtin_inff() : 2 * t.top[r] + __builtin_log2f(t.sum[r]);
       continue;
     }
     float* row = reinterpret_cast<float*>(a.map.codes) + (i * s.M + first + r) * s.N;
