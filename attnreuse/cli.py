@@ -372,7 +372,8 @@ def bench(
         list[str] | None, typer.Option(help="B,H,N,D (self-attention) or B,H,M,N,D; repeatable. Default: known layers.")
     ] = None,
     map_format: Annotated[
-        list[str] | None, typer.Option("--format", help="fp32, fp16, bf16, u8, u7, u4; repeatable. Default: fp16, u8, u4.")
+        list[str] | None,
+        typer.Option("--format", help="fp32, fp16, bf16, u8, u7, u4; repeatable. Default: fp16, u8, u4."),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 10,
     tune: Annotated[bool, typer.Option(help="Time the Triton kernels' launch configurations instead.")] = False,

@@ -48,7 +48,9 @@ def build() -> list[Kernel]:
         command = ["nvcc", "-c", SOURCE, "-o", Path(folder) / "kernels.o", "-O3", "-std=c++17", "-Xptxas=-v", *flags]
         log = subprocess.run([*command, "--threads=0"], capture_output=True, text=True, check=True).stderr
     found, nvcc = [], version()
-    entry = r"entry function '(\S+)' for '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    entry = (
+        r"entry function '(\S+)' for '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    )
     for symbol, arch, stores, loads, registers in re.findall(entry, log, flags=re.DOTALL):
         found.append(Kernel(nvcc, name_of(symbol), arch, int(registers), max(int(stores), int(loads))))
     return sorted(found, key=lambda kernel: (kernel.kernel, kernel.arch))

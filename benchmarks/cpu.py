@@ -55,7 +55,11 @@ def main() -> None:
     for name, shape in SHAPES.items():
         rows += bench.measure(name, shape, FORMATS, torch.float32, device, limits, args.repeats)
         ready.append(with_ready_map(name, shape, args.repeats))
-        print(ready[-1], {(r.op, r.kind): round(1 / r.of_exact, 2) for r in rows[-2 * len(FORMATS) :] if r.of_exact}, flush=True)
+        print(
+            ready[-1],
+            {(r.op, r.kind): round(1 / r.of_exact, 2) for r in rows[-2 * len(FORMATS) :] if r.of_exact},
+            flush=True,
+        )
     append(args.out / "cpu_kernels.csv", [row | about for row in bench.to_dicts(rows, limits)])
     append(args.out / "cpu_ready_map.csv", [row | about for row in ready])
     steps = []

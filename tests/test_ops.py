@@ -17,6 +17,7 @@ SHAPES = [  # B, H, M, N, D
     (1, 3, 111, 129, 80),
     (1, 2, 64, 256, 160),
     (1, 1, 33, 1024, 64),
+    (1, 1, 17, 4096, 40),
 ]
 PEAKS = {"flat": 1.0, "peaky": 4.0}
 NATIVE_ERROR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of rounding the output
@@ -381,9 +382,7 @@ def test_a_converted_map_reuses_as_if_captured_so(name, start, peak):
 @pytest.mark.parametrize("name", FORMATS)
 def test_drift_is_the_distance_of_the_maps(name, monkeypatch):
     monkeypatch.setattr(ops, "SLICE_BYTES", 4 * 50 * 300)
-    first, second = (
-        ops.capture(*tensors((2, 2, 63, 300, 40), seed=seed), map_format=name)[1] for seed in (0, 1)
-    )
+    first, second = (ops.capture(*tensors((2, 2, 63, 300, 40), seed=seed), map_format=name)[1] for seed in (0, 1))
     off = first.dense().double() - second.dense().double()
     variation, distance = ops.drift(first, second)
     torch.testing.assert_close(variation.double(), off.abs().sum(-1) / 2, rtol=1e-5, atol=0)

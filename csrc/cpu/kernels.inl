@@ -106,13 +106,13 @@ inline vf from_half(halves x) {
 
 #define UNROLL _Pragma("GCC unroll 8")
 
-// out[r, c] (+)= sum_i p[r, i] * v[i, c] for R rows and C vectors; FRESH: what is there is overwritten.
-template <int R, int C, bool FRESH>
+// out[r, c] = sum_i p[r, i] * v[i, c] for R rows and C vectors.
+template <int R, int C>
 __attribute__((noinline)) void accumulate(const float* p, int64_t ldp, const float* v, int64_t ldv, int64_t n,
                                           float* out, int64_t ldo) {
   vf acc[R][C];
   UNROLL for (int r = 0; r < R; ++r)
-    UNROLL for (int c = 0; c < C; ++c) acc[r][c] = FRESH ? vf{} : load(out + r * ldo + c * W);
+    UNROLL for (int c = 0; c < C; ++c) acc[r][c] = vf{};
   for (const float* end = p + n; p < end; ++p, v += ldv) {
     vf b[C];
     UNROLL for (int c = 0; c < C; ++c) b[c] = load(v + c * W);
@@ -125,8 +125,7 @@ __attribute__((noinline)) void accumulate(const float* p, int64_t ldp, const flo
     UNROLL for (int c = 0; c < C; ++c) store(out + r * ldo + c * W, acc[r][c]);
 }
 
-// out[rows, width] (+)= p[rows, n] v[n, width]; width is a multiple of W.
-template <bool FRESH>
+// out[rows, width] = p[rows, n] v[n, width]; width is a multiple of W.
 void multiply(const float* p, int64_t ldp, const float* v, int64_t ldv, int64_t n, float* out, int64_t ldo,
               int64_t rows, int64_t width) {
   for (int64_t c = 0; c < width; c += 2 * W) {
@@ -134,10 +133,19 @@ void multiply(const float* p, int64_t ldp, const float* v, int64_t ldv, int64_t 
     int64_t r = 0;
 #define ROWS(R) \
   for (; r + R <= rows; r += R) \
-    (two ? accumulate<R, 2, FRESH> : accumulate<R, 1, FRESH>)(p + r * ldp, ldp, v + c, ldv, n, out + r * ldo + c, ldo);
+    (two ? accumulate<R, 2> : accumulate<R, 1>)(p + r * ldp, ldp, v + c, ldv, n, out + r * ldo + c, ldo);
     ROWS(6) ROWS(4) ROWS(2) ROWS(1)
 #undef ROWS
   }
+}
+
+// out[r] = factor[r] * out[r] + sum_i p[r, i] * v[i]: the sum on its own, for the errors of long sums. `used` columns.
+void add_product(const float* p, int64_t ldp, const float* v, int64_t n, const float* factor, float* out, int64_t width,
+                 int64_t rows, int64_t used) {
+  float sum[kTile * 256];
+  multiply(p, ldp, v, width, n, sum, width, rows, used);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r * width; c < r * width + used; c += W) store(out + c, load(out + c) * splat(factor[r]) + load(sum + c));
 }
 
 // How codes of a format are multiplied as integers: so many keys in each 32-bit lane, with values rounded to
@@ -318,7 +326,7 @@ struct ReuseTile {
   float out[kTile * 256];  // [rows, width]
   float p[kTile * kBlock];
   int32_t squares[kTile * kBlock / 2];
-  float scale[kTile];
+  float scale[kTile], one[kTile];
 };
 
 // Of P / code (fp16), P / code^2 (u4), 4 P / code^2 (u8) or P / code (u7).
@@ -340,8 +348,8 @@ void reuse_block(const ReuseArgs& a, int64_t i, int64_t block, int64_t first, in
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t at = 0; at < step; at += 64) __builtin_prefetch(codes + r * stride + step + at);
   if (format == Format::fp32) {
-    multiply<false>(reinterpret_cast<const float*>(codes), s.N, packed + block * kBlock * width, width, n, t.out, width,
-                    rows, used);
+    add_product(reinterpret_cast<const float*>(codes), s.N, packed + block * kBlock * width, n, t.one, t.out, width, rows,
+                used);
     return;
   }
   const float* maxima = a.map.block_max + (i * blocks + block) * s.M + first;
@@ -352,15 +360,16 @@ void reuse_block(const ReuseArgs& a, int64_t i, int64_t block, int64_t first, in
       for (int64_t j = 0; j < kBlock; j += W)
         store(t.p + r * kBlock + j,
               from_half(*reinterpret_cast<const halves*>(codes + r * stride + 2 * j)) * splat(t.scale[r]));
-    multiply<false>(t.p, kBlock, packed + block * kBlock * width, width, n, t.out, width, rows, used);
+    add_product(t.p, kBlock, packed + block * kBlock * width, n, t.one, t.out, width, rows, used);
     return;
   }
   const int64_t per_block = kBlock / lanes_of(format).keys * width;
   const int32_t* values = reinterpret_cast<const int32_t*>(packed) + block * per_block;
   const float* scales = packed + blocks * per_block + block * width;
   if (format == Format::u7) {
-    multiply<4>(reinterpret_cast<const int32_t*>(codes), stride / 4, values, width, n < 63 ? padded((n + 1) / 2, 2) : 32, t.scale,
-                scales, t.out, width, rows, used);
+    const int64_t count = n < 63 ? padded((n + 1) / 2, 2) : 32;
+    multiply<4>(reinterpret_cast<const int32_t*>(codes), stride / 4, values, width, count, t.scale, scales, t.out, width,
+                rows, used);
   } else {
     const auto unpack = format == Format::u8 ? unpack_u8 : unpack_u4;
     for (int64_t r = 0; r < rows; ++r) unpack(codes + r * stride, t.squares + r * kBlock / 2);
@@ -386,6 +395,7 @@ void reuse(const ReuseArgs& a) {
       }
     }
     ReuseTile tile;
+    for (float& x : tile.one) x = 1;
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < heads * tiles; ++job) {
       const int64_t i = job / tiles, first = job % tiles * kTile;
@@ -488,18 +498,18 @@ void capture_block(const CaptureArgs& a, int64_t i, int64_t block, int64_t first
   uint8_t* codes = a.map.codes + (i * s.M + first) * stride + block * (kBlock / 8) * bits_of(format);
   for (int64_t r = 0; r < rows; ++r)  // rows are too far apart for the hardware to see what comes next
     for (int64_t at = 0; at < kBlock / 8 * bits_of(format); at += 64) __builtin_prefetch(codes + r * stride + at, 1);
-  multiply<true>(t.query, s.D, keys + block * s.D * kBlock, kBlock, s.D, t.scores, kBlock, rows, padded(n, W));
+  multiply(t.query, s.D, keys + block * s.D * kBlock, kBlock, s.D, t.scores, kBlock, rows, padded(n, W));
+  float old[kTile];  // factors of what is there
   for (int64_t r = 0; r < rows; ++r, codes += stride) {
     float* scores = t.scores + r * kBlock;
     if (a.mask.data || n < kBlock) mask_scores(a, i / s.H, i % s.H, first + r, block * kBlock, n, scores);
     const float top = block_top(scores), most = top > t.top[r] ? top : t.top[r];
-    const float old = __builtin_exp2f(2 * (t.top[r] - most)), now = __builtin_exp2f(2 * (top - most));
+    const float now = __builtin_exp2f(2 * (top - most));
+    old[r] = __builtin_exp2f(2 * (t.top[r] - most));
     float whole[kBlock];  // the end of an fp32 map's row has no place for a whole block
     uint8_t* to = plain ? reinterpret_cast<uint8_t*>(whole) : codes;
-    t.sum[r] = t.sum[r] * old + block_softmax<format>(scores, top, now, to) * now;
+    t.sum[r] = t.sum[r] * old[r] + block_softmax<format>(scores, top, now, to) * now;
     t.top[r] = most;
-    if (old != 1)
-      for (int64_t d = 0; d < width; ++d) t.out[r * width + d] *= old;
     if (plain) {
       std::memcpy(codes, whole, n * sizeof(float));
       t.blocks[r * blocks + block] = top;
@@ -507,7 +517,7 @@ void capture_block(const CaptureArgs& a, int64_t i, int64_t block, int64_t first
       a.map.block_max[(i * blocks + block) * s.M + first + r] = 2 * top;
     }
   }
-  multiply<false>(t.scores, kBlock, values + block * kBlock * width, width, n, t.out, width, rows, used);
+  add_product(t.scores, kBlock, values + block * kBlock * width, n, old, t.out, width, rows, used);
 }
 
 template <Format format>
