@@ -715,8 +715,8 @@ def _verdict(result: Any) -> str:
     """Honest lines about what was measured."""
     share = result.attention_s / result.baseline.latency_s
     limit = (
-        f"Attention with its Q and K projections is {share:.0%} of full steps' time in the layers with maps; reuse could "
-        f"save {result.at_most_s:.2f} s at most, and saved {result.saved_s:.2f} s."
+        f"Attention with its Q and K projections takes {share:.0%} of full steps' time in the layers with maps; reuse "
+        f"could save {result.at_most_s:.2f} s at most, and saved {result.saved_s:.2f} s."
     )
     ratio = result.baseline.latency_s / result.reuse.latency_s
     speed = f"Reuse ran {ratio:.2f} times as fast as full steps" if ratio >= 1 else (

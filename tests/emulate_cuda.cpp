@@ -88,7 +88,8 @@ void check_convert(int blocks) {
   std::vector<uint16_t> from(blocks * 128), to(blocks * F::words);
   std::uniform_real_distribution<float> t(0, 1);
   for (uint16_t& x : from) x = half(t(random_bits));
-  emulated::launch({unsigned(to.size() + 63) / 64}, 64, 0, [&] { convert_kernel<FORMAT>(from.data(), to.data(), blocks); });
+  emulated::launch({unsigned(to.size() + 63) / 64}, 64, 0,
+                   [&] { convert_kernel<FORMAT>(from.data(), to.data(), blocks); });
   double worst = 0;
   for (int i = 0; i < blocks * 128; ++i) {
     const uint16_t word = to[i / 128 * F::words + i % 128 % F::words];

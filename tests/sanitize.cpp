@@ -53,7 +53,8 @@ bool call(const Kernels& kernels, const Case& chosen) {
   const int64_t row = chosen.format == Format::fp32 ? 4 * s.N : blocks * kBlock * chosen.bits / 8;
   std::vector<uint32_t> codes((rows * row + 3) / 4);  // aligned for floats
   const bool scaled = chosen.format != Format::fp32;
-  std::vector<float> maxima(scaled ? rows * blocks : 0), lse(scaled ? rows : 0), exact(rows * s.Dv), reused(rows * s.Dv);
+  std::vector<float> maxima(scaled ? rows * blocks : 0), lse(scaled ? rows : 0);
+  std::vector<float> exact(rows * s.Dv), reused(rows * s.Dv);
   const Map map{reinterpret_cast<uint8_t*>(codes.data()), maxima.data(), lse.data(), chosen.format};
   const int threads = static_cast<int>(between(1, 3));
   std::vector<float> workspace(capture_workspace(s, threads));

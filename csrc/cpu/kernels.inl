@@ -145,7 +145,8 @@ void add_product(const float* p, int64_t ldp, const float* v, int64_t n, const f
   float sum[kTile * 256];
   multiply(p, ldp, v, width, n, sum, width, rows, used);
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = r * width; c < r * width + used; c += W) store(out + c, load(out + c) * splat(factor[r]) + load(sum + c));
+    for (int64_t c = r * width; c < r * width + used; c += W)
+      store(out + c, load(out + c) * splat(factor[r]) + load(sum + c));
 }
 
 // How codes of a format are multiplied as integers: so many keys in each 32-bit lane, with values rounded to
@@ -348,8 +349,8 @@ void reuse_block(const ReuseArgs& a, int64_t i, int64_t block, int64_t first, in
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t at = 0; at < step; at += 64) __builtin_prefetch(codes + r * stride + step + at);
   if (format == Format::fp32) {
-    add_product(reinterpret_cast<const float*>(codes), s.N, packed + block * kBlock * width, n, t.one, t.out, width, rows,
-                used);
+    const float* p = reinterpret_cast<const float*>(codes);
+    add_product(p, s.N, packed + block * kBlock * width, n, t.one, t.out, width, rows, used);
     return;
   }
   const float* maxima = a.map.block_max + (i * blocks + block) * s.M + first;
@@ -368,8 +369,8 @@ void reuse_block(const ReuseArgs& a, int64_t i, int64_t block, int64_t first, in
   const float* scales = packed + blocks * per_block + block * width;
   if (format == Format::u7) {
     const int64_t count = n < 63 ? padded((n + 1) / 2, 2) : 32;
-    multiply<4>(reinterpret_cast<const int32_t*>(codes), stride / 4, values, width, count, t.scale, scales, t.out, width,
-                rows, used);
+    const int32_t* lanes = reinterpret_cast<const int32_t*>(codes);
+    multiply<4>(lanes, stride / 4, values, width, count, t.scale, scales, t.out, width, rows, used);
   } else {
     const auto unpack = format == Format::u8 ? unpack_u8 : unpack_u4;
     for (int64_t r = 0; r < rows; ++r) unpack(codes + r * stride, t.squares + r * kBlock / 2);

@@ -76,8 +76,8 @@ __device__ int key_of(int step, int part, int k, int i) {
   return 8 * step + i + 32 * (2 * part + k);
 }
 
-// Lane (g, q) = (lane / 4, lane % 4) of a warp holds rows g, g + 8, ... of the warp's, and of each step's keys those whose codes lie in 32-bit word q + 4 step of a row: the order of keys is free, as long as values
-// come in the same.
+// Lane (g, q) = (lane / 4, lane % 4) of a warp holds rows g, g + 8, ... of the warp's, and of each step's keys those
+// whose codes lie in 32-bit word q + 4 step of a row: the order of keys is free, as long as values come in the same.
 template <int D, int BITS>
 __global__ void __launch_bounds__(kThreads<D>) reuse_kernel(const ReuseParams p) {
   using T = Tile<D, BITS>;
