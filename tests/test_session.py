@@ -691,6 +691,8 @@ def test_report_prints_and_serialises(pipe):
         "captured": 1,
         "reused": 2,
         "map_bytes": session.report().layers[0].map_bytes,
+        "shape": (2, 2, 64, 64),
+        "head_dim": 8,
     }
     assert "mid_block.attentions.0.transformer_blocks.0.attn1" in str(session.report())
 
