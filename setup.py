@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
@@ -17,6 +18,7 @@ from setuptools import setup
 
 CPP = ["csrc/bindings.cpp", *(f"csrc/cpu/{path}.cpp" for path in ("portable", "avx2", "avx512"))]
 CUDA = ["csrc/cuda/devices.cu", "csrc/cuda/kernels.cu"]
+HOPPER = "csrc/cuda/hopper.cu"  # for 90a alone
 NVCC_FLAGS = ("-O3", "-std=c++17", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0")
 ARCHS = ("80", "86", "89", "90a", "100a")
 
@@ -59,18 +61,22 @@ class BuildExtension(build_ext):
 
     def _add_cuda(self, ext: Pybind11Extension, nvcc: str, library_dir: Path) -> None:
         archs = wanted_archs(nvcc)
-        flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-        for source in CUDA:
-            target = Path(self.build_temp) / Path(source).with_suffix(".o")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run(
-                [nvcc, "-c", source, "-o", target, *NVCC_FLAGS, *flags],
-                check=True,
-            )
-            ext.extra_objects.append(str(target))
         ext.define_macros.append(("ATTNREUSE_CUDA_ARCHS", f'"{";".join(archs)}"'))
+        sources = dict.fromkeys(CUDA, archs)
+        if "90a" in archs:
+            ext.define_macros.append(("ATTNREUSE_HOPPER", "1"))
+            sources[HOPPER] = ["90a"]
+        with ThreadPoolExecutor() as pool:
+            ext.extra_objects += pool.map(lambda source: self._compile_cuda(nvcc, source, sources[source]), sources)
         ext.library_dirs.append(str(library_dir))
         ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+
+    def _compile_cuda(self, nvcc: str, source: str, archs: list[str]) -> str:
+        target = Path(self.build_temp) / Path(source).with_suffix(".o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        subprocess.run([nvcc, "-c", source, "-o", target, *NVCC_FLAGS, *flags], check=True)
+        return str(target)
 
 
 # torch's own libgomp serves where torch is imported first, as attnreuse does.

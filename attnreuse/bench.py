@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,14 @@ class Ceilings:
     def seconds(self, nbytes: int, flop: int) -> float:
         """The least time for that much of either: the roofline."""
         return max(nbytes / self.bytes_per_s, flop / self.flop_per_s)
+
+
+class Call(NamedTuple):
+    """An op that is measured; its fields as in :class:`Row`."""
+
+    op: str
+    kind: str
+    backend: str = ""
 
 
 @dataclass(frozen=True)
@@ -158,48 +166,50 @@ def measure(
     """Exact attention, capture and reuse at one shape, checked and timed in turns."""
     b, h, m, n, d = shape
     query, key, value = inputs(shape, dtype, device)
-    calls: dict[tuple[str, str], Callable[[], Tensor]] = {
-        ("exact", kind): call for kind, call in exact_kinds(device, query, key, value).items()
+    calls: dict[Call, Callable[[], Tensor]] = {
+        Call("exact", kind): call for kind, call in exact_kinds(device, query, key, value).items()
     }
     maps = {f: AttentionMap.empty(format_named(f), (b, h, m, n), device) for f in formats}
     out = torch.empty_like(query)
     for kind, slot in maps.items():
-        calls["capture", kind] = lambda slot=slot: ops.capture(query, key, value, into=slot)[0]
-        calls["reuse", kind] = lambda slot=slot: ops.reuse(slot, value, out=out)
-        if native.Cuda.unserved(slot.format, device, dtype, d) is None:
-            calls["reuse", f"{kind} cuda"] = lambda slot=slot: ops.reuse(slot, value, out=out, backend="cuda")
+        best = ops.backend_for(kind, device, dtype, d)
+        calls[Call("capture", kind, best)] = lambda slot=slot: ops.capture(query, key, value, into=slot)[0]
+        named = [name for name, backend in ops.NAMED.items() if not backend.unserved(slot.format, device, dtype, d)]
+        for name in (best, *named):
+            calls[Call("reuse", kind, name)] = lambda slot=slot, name=name: ops.reuse(
+                slot, value, out=out, backend=name
+            )
     errors = {which: check(call(), query, key, value) for which, call in calls.items()}
     plain = check(_plain(query, key, value), query, key, value)
-    rounding = {kind: FORMATS[kind.split()[0]].error for op, kind in calls if op == "reuse"}
-    allowed = {(op, kind): 2 * plain + (rounding[kind] if op == "reuse" else 0.0) for op, kind in calls}
-    allowed |= {which: max(limit, 2e-2) for which, limit in allowed.items() if "Sage" in which[1]}  # 8-bit by design
+    allowed = {which: _budget(which, plain) for which in calls}
     green = {which: call for which, call in calls.items() if errors[which] <= allowed[which]}
     times = dict(zip(green, interleaved(list(green.values()), device, repeats), strict=True))
     io = query.element_size() * b * h * d
     rows = []
-    for op, kind in calls:
-        stored, _, backend = ("", "", "") if op == "exact" else kind.partition(" ")
-        held = maps[stored].nbytes if stored else 0
-        nbytes = held + io * (n + m if op == "reuse" else 2 * (n + m))
-        if stored and not backend:
-            backend = ops.backend_for(stored, device, dtype, d)
+    for which in calls:
+        held = 0 if which.op == "exact" else maps[which.kind].nbytes
+        nbytes = held + io * (n + m if which.op == "reuse" else 2 * (n + m))
+        flop = (2 if which.op == "reuse" else 4) * b * h * m * n * d
         rows.append(
             Row(
-                name, *shape, str(dtype).removeprefix("torch."), op, stored or kind, backend,
-                errors[op, kind], allowed[op, kind],
-                nbytes=nbytes, map_bytes=held, flop=(2 if op == "reuse" else 4) * b * h * m * n * d,
-                **_speeds(op, kind, times, limits, nbytes, (2 if op == "reuse" else 4) * b * h * m * n * d),
+                name, *shape, str(dtype).removeprefix("torch."), *which, errors[which], allowed[which],
+                nbytes=nbytes, map_bytes=held, flop=flop, **_speeds(which, times, limits, nbytes, flop),
             )
         )  # fmt: skip
     return rows
 
 
-def _speeds(
-    op: str, kind: str, times: dict[tuple[str, str], Times], limits: Ceilings, nbytes: int, flop: int
-) -> dict[str, float | None]:
+def _budget(which: Call, plain: float) -> float:
+    """Of an op's error, where plain torch in the same dtype has error `plain`."""
+    if "Sage" in which.kind:  # 8-bit by design
+        return max(2 * plain, 2e-2)
+    return 2 * plain + (FORMATS[which.kind].error if which.op == "reuse" else 0.0)
+
+
+def _speeds(which: Call, times: dict[Call, Times], limits: Ceilings, nbytes: int, flop: int) -> dict[str, float | None]:
     """Times and ratios of one op, from all that were measured."""
-    own = times.get((op, kind))
-    exact = min((t.median for (o, k), t in times.items() if o == "exact" and "Sage" not in k), default=None)
+    own = times.get(which)
+    exact = min((t.median for w, t in times.items() if w.op == "exact" and "Sage" not in w.kind), default=None)
     if own is None:
         return {}
     speeds: dict[str, float | None] = {
@@ -209,8 +219,8 @@ def _speeds(
         "of_roofline": limits.seconds(nbytes, flop) / own.median,
         "of_exact": own.median / exact if exact else None,
     }
-    capture = times.get(("capture", kind.split()[0]))
-    if op == "reuse" and exact and capture:
+    capture = next((t for w, t in times.items() if w[:2] == ("capture", which.kind)), None)
+    if which.op == "reuse" and exact and capture:
         gain = exact - own.median
         speeds["break_even"] = max(0.0, capture.median - exact) / gain if gain > 0 else math.inf
     return speeds

@@ -429,6 +429,9 @@ def doctor(as_json: AsJson = False) -> None:
             backend = ops.backend_for(name, device, dtype, 64)
             reasons = ops.unserved_reasons(name, device, dtype, 64)
             found[f"{name} maps on {device.type}"] = backend + "".join(f"; {b}: {why}" for b, why in reasons.items())
+    for name, named in ops.NAMED.items():
+        reason = named.unserved(FORMATS["u8"], devices[-1], torch.float16, 64)
+        found[f"reuse by the {name} kernel"] = reason or "u8 and u4 maps of fp16 tensors, where it is named"
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -461,7 +464,7 @@ def _bench_tables(rows: list[Any]) -> Iterator[Table]:
                 pays = "" if pays is None else "never" if pays == math.inf else f"{pays:.1f}"
                 figures = [f"{1e3 * row.median_s:.3f} ms", f"{row.of_exact:.2f}", f"{row.of_roofline:.0%}", pays]
             held = f"{row.map_bytes / 2**20:.1f} MiB" if row.map_bytes else ""
-            table.add_row(f"{row.op} {row.kind}", *figures, held, f"{row.error:.1e}")
+            table.add_row(f"{row.op} {row.kind} {row.backend}", *figures, held, f"{row.error:.1e}")
         yield table
 
 

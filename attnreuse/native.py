@@ -110,12 +110,13 @@ def _additive(mask: Tensor) -> Tensor:
 
 
 class Cuda:
-    """The CUDA kernels: reuse of u8 and u4 maps on fp16 tensors (`csrc/cuda/reuse.cuh`), conversion, drift.
+    """The CUDA kernels: reuse of u8 and u4 maps on fp16 tensors, conversion, drift.
 
     They do not capture, and no row says yet that their reuse is faster than Triton's: it serves where it is named.
     """
 
     FORMATS = ("fp16", "u8", "u7", "u4")  # of conversion and drift
+    KERNEL = "cuda"  # of reuse: `csrc/cuda/reuse.cuh`
 
     @staticmethod
     def present(device: torch.device) -> bool:
@@ -125,21 +126,22 @@ class Cuda:
     @classmethod
     def unserved(cls, map_format: MapFormat, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Why reuse cannot serve such a call, or None."""
-        if not cls.present(device):
-            return f"the extension holds no CUDA kernel, or {device.type} is no CUDA device ({INFO})"
+        if not cls.present(device) or not hasattr(extension, f"{cls.KERNEL}_reuse"):
+            return f"the extension holds no {cls.KERNEL} kernel, or {device.type} is no CUDA device ({INFO})"
         if not map_format.root or dtype != torch.float16:
             return f"no CUDA kernel for {map_format.name} maps of {dtype} tensors (u8 and u4 of fp16 have one)"
         with torch.cuda.device(device):
-            return extension.cuda_reuse_unserved(head_dim, map_format.bits) or None
+            return getattr(extension, f"{cls.KERNEL}_reuse_unserved")(head_dim, map_format.bits) or None
 
-    @staticmethod
-    def reuse(attn_map: AttentionMap, value: Tensor, out: Tensor) -> None:
+    @classmethod
+    def reuse(cls, attn_map: AttentionMap, value: Tensor, out: Tensor) -> None:
         """:func:`attnreuse.ops.reuse`, its arguments checked; shapes as in :mod:`attnreuse.reference`."""
-        value = value if _rows_at(value, 8) else value.contiguous()
+        fits = _rows_at(value, 8) and 0 not in value.stride()  # TMA takes no stride of 0
+        value = value if fits else value.contiguous()
         target = out if _rows_at(out, 2) else torch.empty_like(out, memory_format=torch.contiguous_format)
         sizes = (*attn_map.shape, value.shape[-1], value.shape[-1])
         with torch.cuda.device(value.device):
-            extension.cuda_reuse(
+            getattr(extension, f"{cls.KERNEL}_reuse")(
                 sizes, attn_map.format.bits, _slot(attn_map), _strided(value), _strided(target)[:4], _stream(value)
             )
         if target is not out:
@@ -165,6 +167,12 @@ class Cuda:
                 _slot(first), _slot(second), total_variation.data_ptr(), distance.data_ptr(), b * h * m, m,
                 first.format.blocks(n), first.format.name, _stream(distance),
             )  # fmt: skip
+
+
+class Hopper(Cuda):
+    """Their reuse for compute capability 9.0, by TMA and wgmma (`csrc/cuda/hopper.cuh`)."""
+
+    KERNEL = "hopper"
 
 
 def _rows_at(tensor: Tensor, elements: int) -> bool:

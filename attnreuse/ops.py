@@ -56,7 +56,7 @@ def _pieces(shape: tuple[int, int, int, int]) -> list[tuple[slice, slice, slice]
 
 BEST = "best"  # what the ops are told where the caller names no backend
 _BACKENDS = {"triton": triton_kernels, "native": native, "torch": _TorchBackend}  # best first
-_NAMED = {"cuda": native.Cuda}  # they reuse, where a caller names them
+NAMED = {"cuda": native.Cuda, "hopper": native.Hopper}  # they reuse, where a caller names them
 
 
 def backend_for(map_format: str | MapFormat, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -138,8 +138,8 @@ def reuse(
         attn_map: map of ``(B, H, M, N)`` in any format.
         value: ``[B, H, N, Dv]`` fp32, fp16 or bf16; any strides; ``Dv <= 256``.
         out: ``[B, H, M, Dv]``, ``value.dtype``, to write to; allocated by default.
-        backend: "triton", "native" or "torch", by default the first that serves the call; or "cuda", the
-            extension's CUDA kernel.
+        backend: "triton", "native" or "torch", by default the first that serves the call; or one of the
+            extension's CUDA kernels, "cuda" (compute capability 8.0 and later) and "hopper" (9.0).
 
     Returns:
         ``[B, H, M, Dv]``, ``value.dtype``, accumulated in fp32 (by integer codes on a CPU: see
@@ -224,7 +224,7 @@ def _chosen(
                 stacklevel=2,
             )
         return _BACKENDS[backend_for(*call)]
-    known = _BACKENDS | (_NAMED if reuse else {})
+    known = _BACKENDS | (NAMED if reuse else {})
     if backend not in known:
         raise ValueError(f"backend must be one of {', '.join(known)}, got {backend!r}")
     reason = known[backend].unserved(format_named(map_format), device, dtype, head_dim)

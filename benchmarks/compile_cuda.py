@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rows import RESULTS
 
-SOURCE = Path(__file__).parent.parent / "csrc/cuda/kernels.cu"
+SOURCES = Path(__file__).parent.parent / "csrc/cuda"
 REPORT = RESULTS / "compile_cuda.csv"
 ARCHS = ("80", "86", "89", "90a", "100a")
 CODES = ("fp16", "u8", "u7", "u4")  # in the order of `Codes`
@@ -43,21 +43,35 @@ def build() -> list[Kernel]:
     """Compile for every architecture that this nvcc knows."""
     known = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     archs = [arch for arch in ARCHS if f"compute_{arch.rstrip('a')}" in known]
+    found = compiled(SOURCES / "kernels.cu", archs)
+    if "90a" in archs:
+        found += compiled(SOURCES / "hopper.cu", ["90a"])
+    return sorted(found, key=lambda kernel: (kernel.kernel, kernel.arch))
+
+
+def compiled(source: Path, archs: list[str]) -> list[Kernel]:
+    """The kernels of one file."""
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-c", SOURCE, "-o", Path(folder) / "kernels.o", "-O3", "-std=c++17", "-Xptxas=-v", *flags]
+        command = ["nvcc", "-c", source, "-o", Path(folder) / "made.o", "-O3", "-std=c++17", "-Xptxas=-v", *flags]
         log = subprocess.run([*command, "--threads=0"], capture_output=True, text=True, check=True).stderr
-    found, nvcc = [], version()
+    if "wgmma.mma_async instructions are serialized" in log:
+        raise SystemExit(f"ptxas serialises the products of {source.name}:\n{log}")
+    nvcc = version()
     entry = (
         r"entry function '(\S+)' for '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
     )
-    for symbol, arch, stores, loads, registers in re.findall(entry, log, flags=re.DOTALL):
-        found.append(Kernel(nvcc, name_of(symbol), arch, int(registers), max(int(stores), int(loads))))
-    return sorted(found, key=lambda kernel: (kernel.kernel, kernel.arch))
+    return [
+        Kernel(nvcc, name_of(symbol), arch, int(registers), max(int(stores), int(loads)))
+        for symbol, arch, stores, loads, registers in re.findall(entry, log, flags=re.DOTALL)
+    ]
 
 
 def name_of(symbol: str) -> str:
     """ "reuse u8 D=64" of a mangled name."""
+    hopper = re.search(r"hopper_kernelILi(\d+)ELi(\d)ELi(\d)E", symbol)
+    if hopper:
+        return f"hopper reuse u{hopper[2]} D={hopper[1]} tiles={hopper[3]}"
     reuse = re.search(r"reuse_kernelILi(\d+)ELi(\d)E", symbol)
     if reuse:
         return f"reuse u{reuse[2]} D={reuse[1]}"

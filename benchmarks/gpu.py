@@ -191,9 +191,13 @@ def plot(rows: list[bench.Row], device: str, path: Path) -> None:
     names = list(dict.fromkeys(row.shape for row in rows if row.n == row.m))
     figure, axes = plt.subplots(1, len(names), figsize=(3.1 * len(names), 3.4), sharey=True, squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
-        for op, marker in (("reuse", "o"), ("capture", "^")):
-            shown = [r for r in rows if r.shape == name and r.op == op and r.of_exact is not None]
-            axis.plot([r.map_bytes / 2**20 for r in shown], [r.of_exact for r in shown], marker, label=op)
+        done = [r for r in rows if r.shape == name and r.op != "exact" and r.of_exact is not None]
+        for op, backend in sorted({(r.op, r.backend) for r in done}):
+            shown = [r for r in done if (r.op, r.backend) == (op, backend)]
+            marker = "^" if op == "capture" else "o"
+            axis.plot(
+                [r.map_bytes / 2**20 for r in shown], [r.of_exact for r in shown], marker, label=f"{op} {backend}"
+            )
             for r in shown:
                 axis.annotate(r.kind, (r.map_bytes / 2**20, r.of_exact), (4, 4), textcoords="offset points", fontsize=8)
         axis.axhline(1.0, color="gray", linewidth=1, linestyle="--")

@@ -119,11 +119,11 @@ attnreuse::Codes cuda_codes(const std::string& format) {
 
 void* stream_at(int64_t address) { return pointer<void>(address); }
 
+template <auto LAUNCH>
 void cuda_reuse(const Sizes& s, int bits, const Slot& map, const Strided& value, const Output& out, int64_t stream) {
-  attnreuse::launch_reuse({pointer<uint8_t>(map[0]), pointer<float>(map[1]), pointer<float>(map[2]),
-                           pointer<void>(value[0]), pointer<void>(out[0]), value[1], value[2], value[3], out[1], out[2],
-                           out[3], s[1], s[2], s[3]},
-                          s[0], static_cast<int>(s[5]), bits, stream_at(stream));
+  LAUNCH({pointer<uint8_t>(map[0]), pointer<float>(map[1]), pointer<float>(map[2]), pointer<void>(value[0]),
+          pointer<void>(out[0]), value[1], value[2], value[3], out[1], out[2], out[3], s[1], s[2], s[3]},
+         s[0], static_cast<int>(s[5]), bits, stream_at(stream));
 }
 
 void cuda_convert(int64_t from, int64_t to, int64_t blocks, const std::string& format, int64_t stream) {
@@ -171,7 +171,12 @@ PYBIND11_MODULE(_native, m) {
   }, "FLOP done by independent chains of FMAs, to be timed.");
 #ifdef ATTNREUSE_CUDA_ARCHS
   m.def("cuda_reuse_unserved", &attnreuse::reuse_unserved, "Why the current device cannot reuse such maps, or ''.");
-  m.def("cuda_reuse", &cuda_reuse, "attnreuse.reference.reuse of u8 or u4 maps on fp16 tensors, on a stream.");
+  m.def("cuda_reuse", &cuda_reuse<attnreuse::launch_reuse>,
+        "attnreuse.reference.reuse of u8 or u4 maps on fp16 tensors, on a stream.");
+#ifdef ATTNREUSE_HOPPER
+  m.def("hopper_reuse_unserved", &attnreuse::hopper_reuse_unserved, "Why the kernel for Hopper cannot, or ''.");
+  m.def("hopper_reuse", &cuda_reuse<attnreuse::launch_hopper_reuse>, "The same by the kernel for Hopper.");
+#endif
   m.def("cuda_convert", &cuda_convert, "attnreuse.reference.convert of fp16 codes, on a stream.");
   m.def("cuda_drift", &cuda_drift, "attnreuse.reference.drift, on a stream.");
 #endif

@@ -1,22 +1,31 @@
 // A GPU's thread block on a CPU: one thread each, with barriers, the warp's instructions as the PTX manual lays their
-// fragments out, and asynchronous copies that arrive only when waited for. Slow; for small shapes.
+// fragments out, asynchronous copies that arrive only when waited for, and of Hopper TMA's boxes, barriers and products of
+// warpgroups, which are done at once. Slow; for small shapes.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <barrier>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
 #define __global__
 #define __device__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define SHARED_MEMORY(name) char* const name = emulated::block->shared.data()
+#define GRID_CONSTANT
 
 struct dim3 {
   unsigned x = 1, y = 1;
@@ -31,13 +40,26 @@ struct Warp {
   const char* rows[32];
   float numbers[32];
 };
+struct Group {  // warpgroup
+  std::barrier<> meet{128};
+  uint32_t words[128][4];
+};
+struct Phases {  // of a barrier in shared memory
+  int expected = 0, arrived = 0, bytes = 0, phase = 0;
+  std::vector<std::function<void()>> arriving;  // done by who waits for it
+};
 struct Block {
-  Block(int threads, size_t bytes) : meet(threads), shared(bytes, '\xff'), warps(threads / 32) {
+  Block(int threads, size_t bytes) : meet(threads), shared(bytes, '\xff'), warps(threads / 32), groups(threads / 128) {
     for (auto& warp : warps) warp = std::make_unique<Warp>();
+    for (auto& group : groups) group = std::make_unique<Group>();
   }
   std::barrier<> meet;
   std::vector<char> shared;  // NaN until written
   std::vector<std::unique_ptr<Warp>> warps;
+  std::vector<std::unique_ptr<Group>> groups;
+  std::mutex guard;
+  std::condition_variable moved;
+  std::map<const void*, Phases> barriers;
 };
 struct Copy {
   void* to;
@@ -80,6 +102,17 @@ inline uint32_t pair_of(double low, double high) {
   return pair;
 }
 
+// A tensor map: sizes and strides in elements and bytes, innermost first; `swizzle` of the 16-byte units of 128 bytes.
+struct Boxes {
+  const char* base;
+  int rank, element, swizzle;
+  int64_t sizes[4], strides[4];
+  int box[4];
+};
+constexpr uint32_t first_address = 512;  // of shared memory: at no multiple of 1024
+
+inline uint32_t swizzled(uint32_t address, int bits) { return address ^ (address >> 7 & ((1u << bits) - 1)) << 4; }
+
 }  // namespace emulated
 
 inline void __syncthreads() { emulated::block->meet.arrive_and_wait(); }
@@ -105,6 +138,7 @@ inline uint32_t fma_half(uint32_t a, uint32_t b, uint32_t c) {
 inline uint32_t multiply_half(uint32_t a, uint32_t b) { return fma_half(a, b, 0); }
 inline float float_of(uint16_t half) { return emulated::half_at(half, 0); }
 
+inline void sync_warp() { emulated::warp().meet.arrive_and_wait(); }
 inline float sum_over_warp(float x) {
   emulated::Warp& warp = emulated::warp();
   warp.numbers[emulated::lane()] = x;
@@ -160,6 +194,101 @@ inline void multiply_matrices(float (&c)[4], const uint32_t (&a)[4], uint32_t b0
     }
   }
   warp.meet.arrive_and_wait();
+}
+
+using TensorMap = emulated::Boxes;
+using Barrier = uint64_t;
+
+inline uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const char*>(shared) - emulated::block->shared.data()) +
+         emulated::first_address;
+}
+inline char* shared_at(uint32_t address) { return emulated::block->shared.data() + address - emulated::first_address; }
+
+inline void init_barrier(Barrier* barrier, int arrivals) {
+  const std::lock_guard lock(emulated::block->guard);
+  emulated::block->barriers[barrier].expected = arrivals;
+}
+inline void publish_barriers() {}
+inline void arrive_expecting(Barrier* barrier, int bytes) {
+  const std::lock_guard lock(emulated::block->guard);
+  emulated::Phases& phases = emulated::block->barriers.at(barrier);
+  phases.bytes += bytes;
+  ++phases.arrived;
+  emulated::block->moved.notify_all();
+}
+inline void arrive(Barrier* barrier) { arrive_expecting(barrier, 0); }
+inline void wait_for(Barrier* barrier, int parity) {
+  std::unique_lock lock(emulated::block->guard);
+  emulated::Phases& phases = emulated::block->barriers.at(barrier);
+  const auto ended = [&] {
+    for (const auto& copy : phases.arriving) copy();
+    phases.arriving.clear();
+    if (phases.arrived == phases.expected && phases.bytes == 0) ++phases.phase, phases.arrived = 0;
+    return phases.phase % 2 != parity;
+  };
+  if (emulated::block->moved.wait_for(lock, std::chrono::seconds(60), ended)) return;
+  std::printf("a barrier waits for ever: %d of %d arrived, %d bytes to come\n", phases.arrived, phases.expected,
+              phases.bytes);
+  std::fflush(stdout);
+  std::_Exit(1);
+}
+
+inline void copy_box(void* shared, const TensorMap& map, Barrier* barrier, int x0, int x1, int x2 = 0, int x3 = 0) {
+  emulated::Block* const block = emulated::block;
+  const std::array<int, 4> start{x0, x1, x2, x3};
+  const uint32_t to = shared_address(shared);
+  const auto copy = [=, &map] {
+    int done = 0;
+    for (int i3 = 0; i3 < map.box[3]; ++i3)
+      for (int i2 = 0; i2 < map.box[2]; ++i2)
+        for (int i1 = 0; i1 < map.box[1]; ++i1)
+          for (int i0 = 0; i0 < map.box[0]; ++i0, done += map.element) {
+            const int64_t at[4] = {start[0] + i0, start[1] + i1, start[2] + i2, start[3] + i3};
+            const char* from = map.base;
+            bool inside = true;
+            for (int axis = 0; axis < map.rank; ++axis)
+              inside = inside && at[axis] < map.sizes[axis], from += at[axis] * map.strides[axis];
+            char* const here = shared_at(emulated::swizzled(to + done, map.swizzle));
+            std::memset(here, 0, map.element);
+            if (inside) std::memcpy(here, from, map.element);
+          }
+    block->barriers.at(barrier).bytes -= done;
+  };
+  const std::lock_guard lock(block->guard);
+  block->barriers.at(barrier).arriving.push_back(copy);
+  block->moved.notify_all();
+}
+
+template <int N>
+void claim_registers() {}
+template <int N>
+void release_registers() {}
+inline void begin_products() {}
+inline void commit_products() {}
+template <int N>
+void wait_for_products() {}
+inline void await_register(float&) {}
+
+template <int N>
+void multiply_group(float* c, const uint32_t (&a)[4], uint64_t b) {
+  emulated::Group& group = *emulated::block->groups[threadIdx.x / 128];
+  const int thread = static_cast<int>(threadIdx.x % 128), g = thread % 32 / 4, q = thread % 4;
+  std::copy(a, a + 4, group.words[thread]);
+  group.meet.arrive_and_wait();
+  const auto start = static_cast<uint32_t>(b & 0x3fff) << 4, eight_rows = static_cast<uint32_t>(b >> 32 & 0x3fff) << 4;
+  const int swizzle = b >> 62 == 1 ? 3 : b >> 62 == 2 ? 2 : 1;  // of 128, 64 and 32 bytes
+  for (int i = 0; i < N / 2; ++i) {
+    const int row = g + i / 2 % 2 * 8, column = i / 4 * 8 + 2 * q + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t from_a = group.words[thread / 32 * 32 + row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+      const uint32_t address = start + k / 8 * eight_rows + k % 8 * 128 + 2 * column;  // rows of 128 bytes
+      uint16_t bits;
+      std::memcpy(&bits, shared_at(emulated::swizzled(address, swizzle)), 2);
+      c[i] += float(emulated::half_at(from_a, k % 2)) * float(emulated::half_at(bits, 0));
+    }
+  }
+  group.meet.arrive_and_wait();
 }
 
 }  // namespace attnreuse

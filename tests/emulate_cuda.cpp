@@ -1,8 +1,8 @@
 // The CUDA kernels on a CPU (see emulate.h), against what their formats say.
 
 #define ATTNREUSE_EMULATE "../../tests/emulate.h"
+#include "../csrc/cuda/hopper.cuh"
 #include "../csrc/cuda/maps.cuh"
-#include "../csrc/cuda/reuse.cuh"
 
 #include <cstdio>
 #include <random>
@@ -58,28 +58,63 @@ Map random_map(int heads, int m, int n) {
   return map;
 }
 
+// Maps of two rows and heads times values [B, N, H, D] to out [B, M, H, D], both NaN where they are not written.
 template <int D, int BITS>
-void check_reuse(int m, int n) {
-  constexpr int H = 2;
-  const Map map = random_map<BITS == 8 ? Codes::u8 : Codes::u4>(H, m, n);
-  std::normal_distribution<float> normal;
-  std::vector<uint16_t> value(n * H * D), out(m * H * D, 0x7e00);  // [N, H, D] and [M, H, D]; NaN
-  for (uint16_t& x : value) x = half(normal(random_bits));
-  const ReuseParams params{reinterpret_cast<const uint8_t*>(map.words.data()), map.block_max.data(), map.lse.data(),
-                           value.data(), out.data(), 0, D, H * D, 0, D, H * D, H, m, n};
-  emulated::launch({unsigned(m + kQueries - 1) / kQueries, H}, kThreads<D>, kSharedBytes<D, BITS>,
-                   [&] { reuse_kernel<D, BITS>(params); });
-  double off = 0, size = 0;
-  for (int h = 0; h < H; ++h)
-    for (int row = 0; row < m; ++row)
+struct ReuseCase {
+  static constexpr int B = 2, H = 2;
+  const int m, n;
+  const Map map;
+  std::vector<uint16_t> value, out;
+
+  ReuseCase(int m, int n)
+      : m(m), n(n), map(random_map<BITS == 8 ? Codes::u8 : Codes::u4>(B * H, m, n)), value(B * n * H * D),
+        out(B * m * H * D, 0x7e00) {
+    std::normal_distribution<float> normal;
+    for (uint16_t& x : value) x = half(normal(random_bits));
+  }
+
+  ReuseParams params() {
+    return {reinterpret_cast<const uint8_t*>(map.words.data()), map.block_max.data(), map.lse.data(),
+            value.data(), out.data(), n * H * D, D, H * D, m * H * D, D, H * D, H, m, n};
+  }
+
+  void check(const char* what) const {
+    double off = 0, size = 0;
+    for (int row = 0; row < B * H * m; ++row) {
+      const int b = row / m / H, h = row / m % H;
       for (int d = 0; d < D; ++d) {
         double expected = 0;
         for (int key = 0; key < n; ++key)
-          expected += map.p[(h * m + row) * n + key] * float_of(value[(key * H + h) * D + d]);
-        off += std::pow(expected - float_of(out[(row * H + h) * D + d]), 2);
+          expected += map.p[row * n + key] * float_of(value[((b * n + key) * H + h) * D + d]);
+        off += std::pow(expected - float_of(out[((b * m + row % m) * H + h) * D + d]), 2);
         size += expected * expected;
       }
-  expect(std::sqrt(off / size), 1.5e-3, "reuse", D, BITS);
+    }
+    expect(std::sqrt(off / size), 1.5e-3, what, D, BITS);
+  }
+};
+
+template <int D, int BITS>
+void check_reuse(int m, int n) {
+  ReuseCase<D, BITS> given(m, n);
+  emulated::launch({unsigned(m + kQueries - 1) / kQueries, 4}, kThreads<D>, kSharedBytes<D, BITS>,
+                   [&] { reuse_kernel<D, BITS>(given.params()); });
+  given.check("reuse");
+}
+
+template <int D, int BITS, int TILES>
+void check_hopper(int m, int n) {
+  using S = Stages<D, BITS, TILES>;
+  ReuseCase<D, BITS> given(m, n);
+  const ReuseParams p = given.params();
+  const int row = (n + kKeys - 1) / kKeys * S::code_row;
+  const TensorMap codes{reinterpret_cast<const char*>(p.codes), 2, 1, BITS == 8 ? 3 : 2, {row, 4 * m}, {1, row},
+                        {S::code_row, S::queries, 1, 1}};
+  const TensorMap values{static_cast<const char*>(p.value), 4, 2, 3, {D, n, p.H, 2},
+                         {2, 2 * p.value_n, 2 * p.value_h, 2 * p.value_b}, {kChunk, kKeys, 1, 1}};
+  emulated::launch({unsigned(m + S::queries - 1) / S::queries, 4}, kHopperThreads, S::shared,
+                   [&] { hopper_kernel<D, BITS, TILES>(codes, values, p); });
+  given.check("reuse on Hopper");
 }
 
 template <Codes FORMAT>
@@ -125,6 +160,8 @@ template <int D>
 void check_head_dim() {
   check_reuse<D, 8>(150, 200);
   check_reuse<D, 4>(63, 77);
+  check_hopper<D, 8, 1>(150, 200);
+  check_hopper<D, 4, 2>(63, 77);
 }
 
 }  // namespace
@@ -133,6 +170,7 @@ int main() {
   check_head_dim<40>(), check_head_dim<64>(), check_head_dim<80>();
   check_head_dim<96>(), check_head_dim<128>(), check_head_dim<160>();
   check_reuse<40, 8>(1, 1), check_reuse<64, 4>(129, 257);
+  check_hopper<40, 8, 2>(1, 1), check_hopper<64, 8, 2>(129, 700);  // more blocks of keys than stages
   check_convert<Codes::u8>(3), check_convert<Codes::u7>(3), check_convert<Codes::u4>(3);
   check_drift<Codes::fp16>(5, 200), check_drift<Codes::u8>(5, 77), check_drift<Codes::u7>(5, 129);
   check_drift<Codes::u4>(5, 200);

@@ -49,7 +49,7 @@ bool call(const Kernels& kernels, const Case& chosen) {
   Buffer mask = random_tensor(1, 1, s.M, s.N);
   mask.tensor.b = mask.tensor.h = 0;
   if (between(0, 1)) mask.tensor.data = nullptr;
-  const int64_t blocks = padded(s.N, kBlock) / kBlock, rows = s.B * s.H * s.M;
+  const int64_t blocks = blocks_of(s.N), rows = s.B * s.H * s.M;
   const int64_t row = chosen.format == Format::fp32 ? 4 * s.N : blocks * kBlock * chosen.bits / 8;
   std::vector<uint32_t> codes((rows * row + 3) / 4);  // aligned for floats
   const bool scaled = chosen.format != Format::fp32;

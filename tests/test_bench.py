@@ -44,11 +44,17 @@ def test_a_wrong_op_gets_no_speed(monkeypatch):
 
 
 def test_break_even_counts_the_reuses_that_pay_for_a_capture():
-    times = {("exact", "sdpa"): 2.0, ("capture", "u8"): 3.0, ("reuse", "u8"): 1.5, ("reuse", "u4"): 2.5}
-    times |= {("capture", "u4"): 1.0}
-    times = {k: Times(s, s, s) for k, s in times.items()}
-    assert bench._speeds("reuse", "u8", times, LIMITS, 10, 10)["break_even"] == 2.0
-    assert bench._speeds("reuse", "u4", times, LIMITS, 10, 10)["break_even"] == math.inf
+    taken = {
+        bench.Call("exact", "sdpa"): 2.0,
+        bench.Call("capture", "u8", "triton"): 3.0,
+        bench.Call("capture", "u4", "triton"): 1.0,
+        bench.Call("reuse", "u8", "triton"): 1.5,
+        bench.Call("reuse", "u8", "cuda"): 1.0,
+        bench.Call("reuse", "u4", "triton"): 2.5,
+    }
+    times = {call: Times(s, s, s) for call, s in taken.items()}
+    pays = {call: bench._speeds(call, times, LIMITS, 10, 10).get("break_even") for call in taken}
+    assert list(pays.values())[3:] == [2.0, 1.0, math.inf]
 
 
 def test_calls_are_timed_in_turns():

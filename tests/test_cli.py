@@ -88,6 +88,7 @@ def test_doctor_tells_what_is_there():
     found = json.loads(run("doctor", "--json").stdout)
     assert found["torch"]
     assert found["u8 maps on cpu"].startswith(("torch", "native"))
+    assert all(found[f"reuse by the {kernel} kernel"] for kernel in ("cuda", "hopper"))
     assert run("doctor").exit_code == 0
 
 

@@ -64,18 +64,32 @@ def cuda_kernels():
         pytest.skip(f"the extension was built without CUDA ({native.INFO})")
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 63, 77, 40), (1, 2, 150, 300, 64), (1, 2, 128, 1024, 80), (1, 1, 1, 1, 128)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 3, 63, 77, 40),
+        (1, 2, 150, 300, 64),
+        (1, 2, 128, 1024, 80),
+        (2, 8, 111, 129, 96),
+        (1, 1, 1, 1, 128),
+        (2, 2, 257, 1000, 160),
+        (2, 160, 300, 700, 64),
+    ],
+)
 @pytest.mark.parametrize("name", ["u8", "u4"])
-def test_reuse_of_the_extension_agrees_with_the_reference(name, shape, cuda_kernels):
+@pytest.mark.parametrize("backend", ops.NAMED)
+def test_reuse_of_the_extension_agrees_with_the_reference(backend, name, shape, cuda_kernels):
     q, k, v = inputs(shape)
+    if reason := ops.NAMED[backend].unserved(FORMATS[name], v.device, v.dtype, shape[-1]):
+        pytest.skip(reason)
     attn_map = ops.capture(q, k, v, map_format=name)[1]
     expected = attn_map.dense().double() @ v.double()
     into = torch.full((*shape[:3], shape[4] + 8), 7.0, device="cuda", dtype=torch.float16)
-    out = ops.reuse(attn_map, v, out=into[..., 4:-4], backend="cuda")
+    out = ops.reuse(attn_map, v, out=into[..., 4:-4], backend=backend)
     assert (out.double() - expected).norm() / expected.norm() < 2e-3
     assert (into[..., :4] == 7).all()
     assert (into[..., -4:] == 7).all()
-    assert torch.equal(out, ops.reuse(attn_map, v, backend="cuda"))
+    assert torch.equal(out, ops.reuse(attn_map, v, backend=backend))
 
 
 @pytest.mark.parametrize("name", ["u8", "u7", "u4"])

@@ -59,14 +59,15 @@ constexpr int64_t kAlign = 16;   // floats; rows of packed values are padded to 
 constexpr int64_t kTile = 24;    // query rows that a thread takes at a time
 
 constexpr int64_t padded(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+constexpr int64_t blocks_of(int64_t keys) { return (keys + kBlock - 1) / kBlock; }
 
 // Of values as floats, or as integers with their scales, which is less.
 inline int64_t reuse_workspace(const Shape& s) {
-  return s.B * s.H * padded(s.N, kBlock) * padded(s.Dv, kAlign);
+  return s.B * s.H * blocks_of(s.N) * kBlock * padded(s.Dv, kAlign);
 }
 inline int64_t capture_workspace(const Shape& s, int threads) {
-  const int64_t keys = s.B * s.H * padded(s.N, kBlock) * s.D;
-  return reuse_workspace(s) + keys + threads * kTile * padded(s.N, kBlock) / kBlock;
+  const int64_t keys = s.B * s.H * blocks_of(s.N) * kBlock * s.D;
+  return reuse_workspace(s) + keys + threads * kTile * blocks_of(s.N);
 }
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;

@@ -139,14 +139,15 @@ void multiply(const float* p, int64_t ldp, const float* v, int64_t ldv, int64_t 
   }
 }
 
-// out[r] = factor[r] * out[r] + sum_i p[r, i] * v[i]: the sum on its own, for the errors of long sums. `used` columns.
+// out[r] = factor[r] * out[r] + sum_i p[r, i] * v[i]: the sum on its own, for the errors of long sums. `used` columns;
+// without `factor`, out[r] stays as it is.
 void add_product(const float* p, int64_t ldp, const float* v, int64_t n, const float* factor, float* out, int64_t width,
                  int64_t rows, int64_t used) {
   float sum[kTile * 256];
   multiply(p, ldp, v, width, n, sum, width, rows, used);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = r * width; c < r * width + used; c += W)
-      store(out + c, load(out + c) * splat(factor[r]) + load(sum + c));
+      store(out + c, load(out + c) * splat(factor ? factor[r] : 1.0f) + load(sum + c));
 }
 
 // How codes of a format are multiplied as integers: so many keys in each 32-bit lane, with values rounded to
@@ -212,7 +213,6 @@ void multiply(const int32_t* p, int64_t ldp, const int32_t* v, int64_t ldv, int6
 
 // -- layouts
 
-inline int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
 inline int64_t keys_in(int64_t block, int64_t n) { return n - block * kBlock < kBlock ? n - block * kBlock : kBlock; }
 constexpr int bits_of(Format format) {
   return format == Format::fp32 ? 32 : format == Format::fp16 ? 16 : format == Format::u4 ? 4 : 8;
@@ -327,7 +327,7 @@ struct ReuseTile {
   float out[kTile * 256];  // [rows, width]
   float p[kTile * kBlock];
   int32_t squares[kTile * kBlock / 2];
-  float scale[kTile], one[kTile];
+  float scale[kTile];
 };
 
 // Of P / code (fp16), P / code^2 (u4), 4 P / code^2 (u8) or P / code (u7).
@@ -350,7 +350,7 @@ void reuse_block(const ReuseArgs& a, int64_t i, int64_t block, int64_t first, in
       for (int64_t at = 0; at < step; at += 64) __builtin_prefetch(codes + r * stride + step + at);
   if (format == Format::fp32) {
     const float* p = reinterpret_cast<const float*>(codes);
-    add_product(p, s.N, packed + block * kBlock * width, n, t.one, t.out, width, rows, used);
+    add_product(p, s.N, packed + block * kBlock * width, n, nullptr, t.out, width, rows, used);
     return;
   }
   const float* maxima = a.map.block_max + (i * blocks + block) * s.M + first;
@@ -361,7 +361,7 @@ void reuse_block(const ReuseArgs& a, int64_t i, int64_t block, int64_t first, in
       for (int64_t j = 0; j < kBlock; j += W)
         store(t.p + r * kBlock + j,
               from_half(*reinterpret_cast<const halves*>(codes + r * stride + 2 * j)) * splat(t.scale[r]));
-    add_product(t.p, kBlock, packed + block * kBlock * width, n, t.one, t.out, width, rows, used);
+    add_product(t.p, kBlock, packed + block * kBlock * width, n, nullptr, t.out, width, rows, used);
     return;
   }
   const int64_t per_block = kBlock / lanes_of(format).keys * width;
@@ -396,7 +396,6 @@ void reuse(const ReuseArgs& a) {
       }
     }
     ReuseTile tile;
-    for (float& x : tile.one) x = 1;
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < heads * tiles; ++job) {
       const int64_t i = job / tiles, first = job % tiles * kTile;
@@ -564,7 +563,7 @@ template <Format format>
 void capture(const CaptureArgs& a) {
   const Shape& s = a.shape;
   const int64_t heads = s.B * s.H, tiles = (s.M + kTile - 1) / kTile;
-  const int64_t values = reuse_workspace(s) / heads, keys = padded(s.N, kBlock) * s.D;
+  const int64_t values = reuse_workspace(s) / heads, keys = blocks_of(s.N) * kBlock * s.D;
   float* packed_keys = a.workspace + heads * values;
 #pragma omp parallel num_threads(a.threads)
   {

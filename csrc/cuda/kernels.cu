@@ -1,18 +1,10 @@
 #include "kernels.h"
-
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-
+#include "launch.h"
 #include "maps.cuh"
 #include "reuse.cuh"
 
 namespace attnreuse {
 namespace {
-
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
 
 struct ReuseKernel {
   void (*run)(ReuseParams);
@@ -34,22 +26,11 @@ ReuseKernel reuse_kernel_of(int head_dim, int bits) {
   return bits == 8 ? reuse_kernel_of<8>(head_dim) : bits == 4 ? reuse_kernel_of<4>(head_dim) : ReuseKernel{};
 }
 
-int attribute(cudaDeviceAttr wanted) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device), "no current device");
-  check(cudaDeviceGetAttribute(&value, wanted, device), "unknown device attribute");
-  return value;
-}
-
-unsigned blocks_for(int64_t items, int64_t per_block) {
-  return static_cast<unsigned>((items + per_block - 1) / per_block);
-}
-
 }  // namespace
 
 std::string reuse_unserved(int head_dim, int bits) {
   const ReuseKernel kernel = reuse_kernel_of(head_dim, bits);
-  if (!kernel.run) return "no kernel for this format and head dim (u8 and u4 at 40, 64, 80, 96, 128, 160 have one)";
+  if (!kernel.run) return kHeadDims;
   if (attribute(cudaDevAttrComputeCapabilityMajor) < 8) return "compute capability below 8.0";
   const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (kernel.shared_bytes > most)

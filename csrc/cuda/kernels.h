@@ -32,6 +32,10 @@ std::string reuse_unserved(int head_dim, int bits);
 // Map times values; `batch` as in ReuseParams' B.
 void launch_reuse(const ReuseParams& params, int64_t batch, int head_dim, int bits, void* stream);
 
+// The same by the kernel for Hopper, whose values' strides are positive multiples of 16 bytes; in builds for sm_90a.
+std::string hopper_reuse_unserved(int head_dim, int bits);
+void launch_hopper_reuse(const ReuseParams& params, int64_t batch, int head_dim, int bits, void* stream);
+
 // fp16 codes of so many blocks of 128 keys to those of another format.
 void launch_convert(const uint16_t* from, uint16_t* to, int64_t blocks, Codes format, void* stream);
 

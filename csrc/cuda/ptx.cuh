@@ -5,11 +5,13 @@
 #include ATTNREUSE_EMULATE
 #else
 
+#include <cuda.h>  // types alone: the driver is asked for its functions at run time
 #include <cuda_fp16.h>
 
 #include <cstdint>
 
 #define SHARED_MEMORY(name) extern __shared__ uint4 name[]
+#define GRID_CONSTANT __grid_constant__
 
 namespace attnreuse {
 
@@ -38,6 +40,7 @@ __device__ inline uint32_t multiply_half(uint32_t a, uint32_t b) {
 }
 __device__ inline float float_of(uint16_t half) { return __half2float(__ushort_as_half(half)); }
 
+__device__ inline void sync_warp() { __syncwarp(); }
 __device__ inline float sum_over_warp(float x) {
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
   return x;
@@ -75,6 +78,116 @@ __device__ inline void multiply_matrices(float (&c)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// -- Hopper: barriers in shared memory that count arrivals and bytes, TMA, products of warpgroups (128 threads)
+
+using TensorMap = CUtensorMap;
+using Barrier = uint64_t;
+
+__device__ inline uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+__device__ inline void init_barrier(Barrier* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ inline void publish_barriers() {  // to TMA, before __syncthreads publishes them to the block
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ inline void arrive(Barrier* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ inline void arrive_expecting(Barrier* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+__device__ inline void wait_for(Barrier* barrier, int parity) {  // until the phase of this parity has ended
+  uint32_t done;
+  do {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+
+// A box of a tensor to shared memory, zeros outside of the tensor; the barrier counts its bytes.
+__device__ inline void copy_box(void* shared, const TensorMap& map, Barrier* barrier, int x0, int x1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          shared_address(shared)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(x0), "r"(x1)
+      : "memory");
+}
+__device__ inline void copy_box(void* shared, const TensorMap& map, Barrier* barrier, int x0, int x1, int x2, int x3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+      : "memory");
+}
+
+template <int N>
+__device__ inline void claim_registers() {  // a whole warpgroup, as the next
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+__device__ inline void release_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+__device__ inline void wait_for_products() {  // all but the N groups committed last
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+__device__ inline void await_register(float& x) { asm volatile("" : "+f"(x)::"memory"); }  // no read before a wait
+
+// c += a b for a 64x16 (lanes as in `multiply_matrices`, 16 rows a warp), b 16xN of fp16 in shared memory, whose rows
+// are adjacent elements: see `rows_descriptor`.
+template <int N>
+__device__ void multiply_group(float* c, const uint32_t (&a)[4], uint64_t b);
+
+#define F1(i) "+f"(c[i])
+#define F4(i) F1(i), F1(i + 1), F1(i + 2), F1(i + 3)
+#define F8(i) F4(i), F4(i + 4)
+#define F16(i) F8(i), F8(i + 8)
+#define MULTIPLY_GROUP(N, C, A, B, ...)                                                                            \
+  template <>                                                                                                      \
+  __device__ inline void multiply_group<N>(float* c, const uint32_t (&a)[4], uint64_t b) {                          \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n" #N                        \
+                 "k16.f32.f16.f16 {" C "}, {" A "}, " B ", p, 1, 1, 1; }"                                           \
+                 : __VA_ARGS__                                                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                            \
+  }
+#define C8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define C16 C8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define C20 C16 ", %16, %17, %18, %19"
+#define C32 C20 ", %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+MULTIPLY_GROUP(16, C8, "%8, %9, %10, %11", "%12", F8(0))
+MULTIPLY_GROUP(32, C16, "%16, %17, %18, %19", "%20", F16(0))
+MULTIPLY_GROUP(40, C20, "%20, %21, %22, %23", "%24", F16(0), F4(16))
+MULTIPLY_GROUP(64, C32, "%32, %33, %34, %35", "%36", F16(0), F16(16))
+#undef F1
+#undef F4
+#undef F8
+#undef F16
+#undef C8
+#undef C16
+#undef C20
+#undef C32
+#undef MULTIPLY_GROUP
+
 }  // namespace attnreuse
 
 #endif
+
+namespace attnreuse {
+
+// What `multiply_group` reads: rows (k) of 128 bytes, 8 of them 1024 bytes, in TMA's 128-byte swizzle.
+__device__ inline uint64_t rows_descriptor(const void* shared) {
+  constexpr uint64_t eight_rows = 1024, swizzle_128 = 1;
+  return (shared_address(shared) & 0x3ffff) >> 4 | eight_rows >> 4 << 32 | swizzle_128 << 62;
+}
+
+}  // namespace attnreuse
