@@ -90,6 +90,7 @@ def test_plain_steps_at_equal_latency_lie_between_their_neighbours(measured):
         if r.plain_psnr is not None:
             assert min(plain) <= r.latency_s <= measured.groups[0].full.latency_s
             assert min(plain.values()) <= r.plain_psnr <= max(plain.values())
+            assert r.plain_psnr >= max(psnr for latency, psnr in plain.items() if latency <= r.latency_s)
 
 
 def test_figures_belong_to_their_method(measured):
@@ -122,6 +123,8 @@ def test_the_scheduler_is_put_back_and_groups_multiply():
     titles = [(g.scheduler, g.map_format) for g in found.groups]
     assert titles == [(s, f) for s in ("DPMSolverMultistepScheduler", "HeunDiscreteScheduler") for f in ("u8", "u4")]
     assert found.groups[2].full.executed_steps == 7
+    half = next(r for r in found.groups[2].rows if r.method.name == "hurry(7,3)")
+    assert half.equal_cost_psnr is not None  # Heun: two plain steps compute as many maps
 
 
 def test_the_page_and_its_table_hold_every_figure(measured, tmp_path):

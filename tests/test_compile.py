@@ -1,4 +1,7 @@
-"""The compile gate: every shipped kernel configuration builds for every architecture, as recorded; no GPU needed."""
+"""The compile gate: every shipped kernel configuration builds for every architecture, as recorded; no GPU needed.
+
+While the kernels' sources are those that were recorded, one configuration in eight is built again.
+"""
 
 import os
 import subprocess
@@ -21,12 +24,12 @@ def gate(*args):
 
 
 def test_every_configuration_as_recorded():
-    made = gate()
+    made = gate("--sample")
     assert made.returncode == 0, made.stdout + made.stderr
 
 
-def test_u8_with_the_oldest_triton_served():
-    made = gate("--triton", OLDEST, "--only", "u8")
+def test_every_configuration_with_the_oldest_triton_served():
+    made = gate("--sample", "--triton", OLDEST)
     if made.returncode == compile_gate.NOT_FETCHED:
         pytest.skip(f"pip could not fetch triton {OLDEST}")
     assert made.returncode == 0, made.stdout + made.stderr
@@ -36,8 +39,7 @@ def test_every_configuration_is_recorded():
     newest = compile_gate.read(compile_gate.RESULTS, "3.9.0")
     assert set(newest) == set(compile_gate.cases())
     assert not any(now.spill_bytes for now in newest.values())
-    oldest = compile_gate.read(compile_gate.RESULTS, OLDEST)
-    assert {case for case in compile_gate.cases() if case.format == "u8"} <= set(oldest)
+    assert set(compile_gate.read(compile_gate.RESULTS, OLDEST)) == set(newest)
 
 
 @pytest.mark.parametrize("arch", [80, 86, 87, 89, 90, 100, 103, 110, 120])
