@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,12 @@ def _cells(row: Measured, group: Group) -> dict[str, Any]:
 
 
 def _pareto(group: Group) -> Any:
+    def ratio(row: Measured) -> float:
+        return row.latency_s / group.full.latency_s
+
     figure, axis = pyplot().subplots(figsize=(7, 4.5), layout="constrained")
-    for row in group.rows[1:]:
-        x = row.latency_s / group.full.latency_s
-        axis.plot(x, row.scores["psnr"], "o", color=COLORS[row.method.family], ms=6)
-        axis.annotate(row.method.name, (x, row.scores["psnr"]), xytext=(4, 3), textcoords="offset points", fontsize=6)
-    plain = sorted((r.latency_s / group.full.latency_s, r.scores["psnr"]) for r in _family(group, "plain steps"))
+    _draw_points(axis, group.rows[1:], ratio)
+    plain = sorted((ratio(r), r.scores["psnr"]) for r in _family(group, "plain steps"))
     if plain:
         axis.plot(*zip(*plain, strict=True), color=COLORS["plain steps"], lw=1)
     axis.axvline(1, color=QUIET, lw=0.6, ls=":")
@@ -120,13 +121,17 @@ def _pareto(group: Group) -> Any:
 
 def _memory(group: Group) -> Any:
     figure, axis = pyplot().subplots(figsize=(7, 3.5), layout="constrained")
-    for row in group.rows[1:]:
-        if row.map_bytes:
-            axis.plot(row.map_bytes / 2**20, row.scores["psnr"], "o", color=COLORS[row.method.family], ms=6)
-            at = (row.map_bytes / 2**20, row.scores["psnr"])
-            axis.annotate(row.method.name, at, xytext=(4, 3), textcoords="offset points", fontsize=6)
+    _draw_points(axis, [row for row in group.rows[1:] if row.map_bytes], lambda row: row.map_bytes / 2**20)
     axis.set(xlabel="memory of the maps of a batch, MiB", ylabel="PSNR to the full run, dB")
     return figure
+
+
+def _draw_points(axis: Any, rows: list[Measured], x: Callable[[Measured], float]) -> None:
+    """Each row's PSNR at its `x`, by name."""
+    for row in rows:
+        at = (x(row), row.scores["psnr"])
+        axis.plot(*at, "o", color=COLORS[row.method.family], ms=6)
+        axis.annotate(row.method.name, at, xytext=(4, 3), textcoords="offset points", fontsize=6)
 
 
 def _family(group: Group, family: str) -> list[Measured]:
