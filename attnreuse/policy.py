@@ -181,7 +181,7 @@ def hurry(steps: int, reuse: int, max_age: int | Literal["least"] | None = "leas
         steps: executed steps of the run.
         reuse: how many of them reuse.
         max_age: how many steps old a reused map may be. "least": as few as leave room for `reuse`, since
-            age costs more than lateness gains (README, "Schedules"). None: one late block, the paper's
+            age costs more than lateness gains (README, "Find a schedule"). None: one late block, the paper's
             heuristic, which captures once instead of before every reuse. 1: every reuse follows a
             computed step.
 
@@ -205,8 +205,7 @@ def hurry(steps: int, reuse: int, max_age: int | Literal["least"] | None = "leas
         row[step] = (steps - 1 - step) % (age + 1) != age
         left -= row[step]
         step -= 1
-    suffix = "" if max_age is None else f",max_age={max_age}"
-    return Policy(steps=steps, reuse=row, name=f"hurry({steps},{reuse}{suffix})")
+    return Policy(steps=steps, reuse=row, name=f"hurry({steps},{reuse},max_age={max_age})")
 
 
 def room_for(steps: int, age: int) -> int:

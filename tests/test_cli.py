@@ -64,7 +64,7 @@ def test_the_shipped_pipeline_comes_with_policies():
     assert planned_policy() == "phast(20,10)"
     assert planned_policy("--reuse", 5) == "phast(20,5)"
     assert planned_policy("--reuse", 7) == "hurry(20,7,max_age=1)"
-    assert planned_policy("--max-age", 0) == "hurry(20,10)"
+    assert planned_policy("--max-age", 0) == "hurry(20,10,max_age=None)"
     assert planned_policy("--max-age", 2) == "hurry(20,10,max_age=2)"
     assert planned_policy("--scheduler", "Euler").startswith("hurry(20,10")
     for policy in shipped_policies():
@@ -96,7 +96,7 @@ def test_a_policy_file_is_used(tmp_path):
     path = tmp_path / "p.json"
     hurry(4, 1, None).save(path)
     planned = json.loads(run("plan", "--steps", 4, "--policy", path, "--no-measure", "--json").stdout)
-    assert planned["policy"]["name"] == "hurry(4,1)"
+    assert planned["policy"]["name"] == "hurry(4,1,max_age=None)"
 
 
 @pytest.mark.parametrize(

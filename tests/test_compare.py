@@ -76,12 +76,12 @@ def test_every_kind_of_method_is_there(measured):
 
 def test_costs_are_counted_as_the_paper_does(measured):
     assert row(measured, "full steps").maps_computed == 1
-    assert row(measured, "hurry(8,4)").maps_computed == pytest.approx(0.5)
+    assert row(measured, "hurry(8,4,max_age=None)").maps_computed == pytest.approx(0.5)
     assert row(measured, "mine").maps_computed == pytest.approx(5 / 8)
     assert row(measured, "4 plain steps").maps_computed == 0.5
     assert row(measured, "PAB(2)").maps_computed is None
     equal = row(measured, "4 plain steps").scores["psnr"]
-    assert row(measured, "hurry(8,4)").equal_cost_psnr == equal
+    assert row(measured, "hurry(8,4,max_age=None)").equal_cost_psnr == equal
 
 
 def test_plain_steps_at_equal_latency_lie_between_their_neighbours(measured):
@@ -94,7 +94,7 @@ def test_plain_steps_at_equal_latency_lie_between_their_neighbours(measured):
 
 
 def test_figures_belong_to_their_method(measured):
-    reuse = row(measured, "hurry(8,4)")
+    reuse = row(measured, "hurry(8,4,max_age=None)")
     assert reuse.map_bytes > 0
     assert row(measured, "tomesd(0.5)").map_bytes == 0
     assert all(len(r.latencies_s) == 2 for r in measured.groups[0].rows)
@@ -123,7 +123,7 @@ def test_the_scheduler_is_put_back_and_groups_multiply():
     titles = [(g.scheduler, g.map_format) for g in found.groups]
     assert titles == [(s, f) for s in ("DPMSolverMultistepScheduler", "HeunDiscreteScheduler") for f in ("u8", "u4")]
     assert found.groups[2].full.executed_steps == 7
-    half = next(r for r in found.groups[2].rows if r.method.name == "hurry(7,3)")
+    half = next(r for r in found.groups[2].rows if r.method.name == "hurry(7,3,max_age=1)")
     assert half.equal_cost_psnr is not None  # Heun: two plain steps compute as many maps
 
 
@@ -174,7 +174,7 @@ def test_the_command(tmp_path):
     result = CliRunner().invoke(app, [*args, "--out", str(out), "--json"])
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
-    assert "hurry(4,2)" in [r["method"] for r in data["groups"][0]["rows"]]
+    assert "hurry(4,2,max_age=None)" in [r["method"] for r in data["groups"][0]["rows"]]
     assert out.exists()
     assert out.with_suffix(".csv").exists()
     refused = CliRunner().invoke(app, ["compare", "--out", str(tmp_path / "c.pdf")])

@@ -270,6 +270,14 @@ def test_a_map_or_output_of_the_wrong_shape_is_refused():
         ops.reuse(attn_map, v, out=torch.zeros(1, 2, 7, 16))
 
 
+@pytest.mark.parametrize("kernel", ops.NAMED)
+def test_a_cuda_kernel_named_for_a_cpu_is_refused(kernel):
+    q, k, v = tensors((1, 2, 5, 7, 16))
+    _, attn_map = ops.capture(q, k, v)
+    with pytest.raises(ValueError, match=f"backend '{kernel}' cannot serve this call.* cpu is no CUDA device"):
+        ops.reuse(attn_map, v, backend=kernel)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_nothing_is_written_beside_the_slot_and_the_output(name, shape):
