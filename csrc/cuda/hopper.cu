@@ -83,7 +83,7 @@ TensorMap map_of_values(const ReuseParams& p, int64_t batch, int head_dim) {
 }  // namespace
 
 std::string hopper_reuse_unserved(int head_dim, int bits) {
-  if (!hopper_kernel_of(head_dim, bits, true).run) return kHeadDims;
+  if (!hopper_kernel_of(head_dim, bits, true).run) return kNoKernel;
   const int major = attribute(cudaDevAttrComputeCapabilityMajor), minor = attribute(cudaDevAttrComputeCapabilityMinor);
   if (major != 9 || minor != 0)
     return "compute capability " + std::to_string(major) + "." + std::to_string(minor) + " is not Hopper's 9.0";

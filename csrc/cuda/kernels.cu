@@ -30,7 +30,7 @@ ReuseKernel reuse_kernel_of(int head_dim, int bits) {
 
 std::string reuse_unserved(int head_dim, int bits) {
   const ReuseKernel kernel = reuse_kernel_of(head_dim, bits);
-  if (!kernel.run) return kHeadDims;
+  if (!kernel.run) return kNoKernel;
   if (attribute(cudaDevAttrComputeCapabilityMajor) < 8) return "compute capability below 8.0";
   const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (kernel.shared_bytes > most)

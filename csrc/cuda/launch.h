@@ -25,6 +25,6 @@ inline unsigned blocks_for(int64_t items, int64_t per_block) {
   return static_cast<unsigned>((items + per_block - 1) / per_block);
 }
 
-constexpr const char* kHeadDims = "no kernel for this format and head dim (u8 and u4 at 40, 64, 80, 96, 128, 160 have one)";
+constexpr const char* kNoKernel = "no kernel for this format and head dim (u8 and u4 at 40, 64, 80, 96, 128, 160 have one)";
 
 }  // namespace attnreuse
