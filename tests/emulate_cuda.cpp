@@ -160,7 +160,7 @@ template <int D>
 void check_head_dim() {
   check_reuse<D, 8>(150, 200);
   check_reuse<D, 4>(63, 77);
-  check_hopper<D, 8, 1>(150, 200);
+  check_hopper<D, 8, 1>(70, 200);
   check_hopper<D, 4, 2>(63, 77);
 }
 
@@ -170,7 +170,7 @@ int main() {
   check_head_dim<40>(), check_head_dim<64>(), check_head_dim<80>();
   check_head_dim<96>(), check_head_dim<128>(), check_head_dim<160>();
   check_reuse<40, 8>(1, 1), check_reuse<64, 4>(129, 257);
-  check_hopper<40, 8, 2>(1, 1), check_hopper<64, 8, 2>(129, 700);  // more blocks of keys than stages
+  check_hopper<40, 8, 1>(150, 3), check_hopper<64, 8, 2>(129, 700);  // more blocks of keys than stages
   check_convert<Codes::u8>(3), check_convert<Codes::u7>(3), check_convert<Codes::u4>(3);
   check_drift<Codes::fp16>(5, 200), check_drift<Codes::u8>(5, 77), check_drift<Codes::u7>(5, 129);
   check_drift<Codes::u4>(5, 200);

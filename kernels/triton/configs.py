@@ -41,6 +41,8 @@ RULES = (
     Rule("reuse", ("80", "89"), 128, Config(128, 8, 2)),
     Rule("reuse", ("80",), 160, Config(128, 8, 2), formats=("fp16", "bf16", "u8")),
     Rule("reuse", ("80", "89"), 160, Config(16, 2, 2)),  # larger tiles spill
+    Rule("reuse", ("100",), 96, Config(128, 8, 2)),
+    Rule("reuse", ("100",), 160, Config(64, 4, 2), formats=("u4",)),  # of larger tiles Triton 3.6 makes an empty kernel
     Rule("reuse", ("90", "100"), 160, Config(128, 8, 2)),
     # Keys and values are read once per 128 rows instead of 64; above a head dim of 128 accumulators leave no
     # registers for that. Tiles must fit the shared memory.
