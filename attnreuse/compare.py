@@ -33,7 +33,8 @@ class Method:
 
     Attributes:
         name: what tables call it.
-        family: "full", "plain steps", "reuse", "other cache", "student" or "student + reuse".
+        family: "full", "plain steps", "reuse", "reuse + fewer steps", "other cache", "reuse + other cache", "student"
+            or "student + reuse".
         steps: ``num_inference_steps``.
         policy: of reuse; None: no reuse.
         map_format: of its maps.
@@ -212,6 +213,9 @@ def methods(
             ("PAB(2)", setting.steps, _pab(2)),
         ):
             found.append(Method(name, "other cache", steps, around=around))
+        both = hurry(executed, half, 1)  # not with tomesd, whose tokens are others at every step
+        family, name = "reuse + other cache", f"DeepCache(2) + {both.name}"
+        found.append(Method(name, family, setting.steps, both, setting.map_format, _deepcache(2)))
     few = max(2, setting.steps // 2)
     found.append(_on_fewer_steps(pipe, setting, few))
     if student is not None:
