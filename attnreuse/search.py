@@ -564,7 +564,28 @@ def _allocate(scan: list[Rung], saving: float, fits: Callable[[dict[str, Rung]],
             raise AttnReuseError(f"a saving of {saving:.0%} cannot be reached here: at most {most:.0%}")
         rung = max(gains, key=lambda g: g[:2])[2]
         chosen[rung.group] = rung
-    return chosen
+    return _relaxed(chosen, scan, saving, fits)
+
+
+def _relaxed(
+    chosen: dict[str, Rung], scan: list[Rung], saving: float, fits: Callable[[dict[str, Rung]], bool]
+) -> dict[str, Rung]:
+    """Take back what the climb saved too much: at each turn the step down that lowers the error most."""
+    while True:
+        spare = sum(r.saving for r in chosen.values()) - saving
+        lower = []
+        for group, held in chosen.items():
+            rest = {name: rung for name, rung in chosen.items() if name != group}
+            for kept in [rest, *(rest | {group: rung} for rung in scan if rung.group == group)]:
+                rung = kept.get(group)
+                lost, gained = held.saving, held.error
+                if rung is not None:
+                    lost, gained = lost - rung.saving, gained - rung.error
+                if gained > 0 and lost <= spare and fits(kept):
+                    lower.append((gained, kept))
+        if not lower:
+            return chosen
+        chosen = max(lower, key=lambda found: found[0])[1]
 
 
 def _rows_fit(

@@ -261,6 +261,20 @@ def test_layerwise_saves_what_was_asked_for(evaluator):
     assert found.psnr_db > 10
 
 
+def test_layerwise_saves_no_more_than_it_must(evaluator):
+    engine, costs = InProcess(evaluator), map_costs(evaluator)
+    rows = [hurry(6, n, None).reuse for n in (1, 2, 3)]
+    found = layerwise(engine, by="level", saving=0.2, costs=costs, ladder=rows)
+    groups = layer_groups(evaluator, "level")
+    actions = {rung.row: Policy(steps=6, reuse=rung.row).actions("") for rung in found.scan}
+    chosen = [r for r in found.scan if found.policy.actions(groups[r.group][0]) == actions[r.row]]
+    assert found.saving == pytest.approx(sum(rung.saving for rung in chosen))
+    for held in chosen:
+        for other in found.scan:
+            if other.group == held.group and other.error < held.error:
+                assert found.saving - held.saving + other.saving < 0.2
+
+
 def test_layerwise_says_what_cannot_be_reached(evaluator):
     engine, costs = InProcess(evaluator), map_costs(evaluator)
     with pytest.raises(AttnReuseError, match="saving of 90% cannot be reached here: at most 33%"):
