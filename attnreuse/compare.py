@@ -213,9 +213,7 @@ def methods(
             ("PAB(2)", setting.steps, _pab(2)),
         ):
             found.append(Method(name, "other cache", steps, around=around))
-        both = hurry(executed, half, 1)  # not with tomesd, whose tokens are others at every step
-        family, name = "reuse + other cache", f"DeepCache(2) + {both.name}"
-        found.append(Method(name, family, setting.steps, both, setting.map_format, _deepcache(2)))
+        found.append(_on_deepcache(setting, hurry(executed, half, 1)))
     few = max(2, setting.steps // 2)
     found.append(_on_fewer_steps(pipe, setting, few))
     if student is not None:
@@ -233,6 +231,12 @@ def _on_fewer_steps(pipe: Any, setting: Setting, steps: int) -> Method:
     executed = executed_steps(pipe.scheduler, steps)
     policy = hurry(executed, max(1, executed // 3), 1)
     return Method(f"{policy.name} on {steps} steps", "reuse + fewer steps", steps, policy, setting.map_format)
+
+
+def _on_deepcache(setting: Setting, policy: Policy) -> Method:
+    """The other cache that reuse adds to: PAB skips the same outputs, and tomesd has other tokens at every step."""
+    name = f"DeepCache(2) + {policy.name}"
+    return Method(name, "reuse + other cache", setting.steps, policy, setting.map_format, _deepcache(2))
 
 
 def _students(folder: Path, steps: int, map_format: str) -> list[Method]:
@@ -364,14 +368,15 @@ def _at_equal(rows: list[Measured]) -> None:
     More steps can be worse or, by noise, faster: at a latency stands the best that takes no longer.
     """
     plain = sorted((r for r in rows if r.method.family == "plain steps"), key=lambda r: r.latency_s)
+    if len(plain) < 2:
+        return
     by_steps = {r.method.steps: r for r in plain}
     steps = rows[0].method.steps
+    seconds, best = [r.latency_s for r in plain], np.maximum.accumulate([r.scores["psnr"] for r in plain])
     for row in rows[1:]:
-        if row.method.family == "plain steps" or len(plain) < 2:
+        if row.method.family == "plain steps":
             continue
-        seconds = [r.latency_s for r in plain]
         if seconds[0] <= row.latency_s <= rows[0].latency_s:
-            best = np.maximum.accumulate([r.scores["psnr"] for r in plain])
             row.plain_psnr = float(np.interp(row.latency_s, seconds, best))
         if row.maps_computed is not None and (equal := by_steps.get(round(steps * row.maps_computed))):
             row.equal_cost_psnr = equal.scores["psnr"]

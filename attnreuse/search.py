@@ -545,13 +545,13 @@ def layerwise(
     psnr = judge([policy])[0]["psnr"]
     policy = policy.model_copy(update={"metrics": {"psnr_db": round(psnr, 4)}})
     predicted = -10 * math.log10(sum(rung.error for rung in chosen.values()))
-    return LayerwiseResult(policy, sum(r.saving for r in chosen.values()), psnr, predicted, scan)
+    return LayerwiseResult(policy, _saved(chosen), psnr, predicted, scan)
 
 
 def _allocate(scan: list[Rung], saving: float, fits: Callable[[dict[str, Rung]], bool]) -> dict[str, Rung]:
     """Climb, one group at a time, the rung that saves most per error added, until enough is saved."""
     chosen: dict[str, Rung] = {}
-    while sum(r.saving for r in chosen.values()) < saving:
+    while _saved(chosen) < saving:
         gains = []
         for rung in scan:
             held = chosen.get(rung.group)
@@ -560,8 +560,7 @@ def _allocate(scan: list[Rung], saving: float, fits: Callable[[dict[str, Rung]],
             if more > 1e-12 and fits(chosen | {rung.group: rung}):
                 gains.append((more / worse if worse > 0 else math.inf, more, rung))
         if not gains:
-            most = sum(r.saving for r in chosen.values())
-            raise AttnReuseError(f"a saving of {saving:.0%} cannot be reached here: at most {most:.0%}")
+            raise AttnReuseError(f"a saving of {saving:.0%} cannot be reached here: at most {_saved(chosen):.0%}")
         rung = max(gains, key=lambda g: g[:2])[2]
         chosen[rung.group] = rung
     return _relaxed(chosen, scan, saving, fits)
@@ -570,22 +569,22 @@ def _allocate(scan: list[Rung], saving: float, fits: Callable[[dict[str, Rung]],
 def _relaxed(
     chosen: dict[str, Rung], scan: list[Rung], saving: float, fits: Callable[[dict[str, Rung]], bool]
 ) -> dict[str, Rung]:
-    """Take back what the climb saved too much: at each turn the step down that lowers the error most."""
+    """Take back what the climb saved too much: change the group that lowers the error most, while enough is saved."""
+
+    def error(picked: dict[str, Rung]) -> float:
+        return math.fsum(rung.error for rung in picked.values())
+
     while True:
-        spare = sum(r.saving for r in chosen.values()) - saving
-        lower = []
-        for group, held in chosen.items():
-            rest = {name: rung for name, rung in chosen.items() if name != group}
-            for kept in [rest, *(rest | {group: rung} for rung in scan if rung.group == group)]:
-                rung = kept.get(group)
-                lost, gained = held.saving, held.error
-                if rung is not None:
-                    lost, gained = lost - rung.saving, gained - rung.error
-                if gained > 0 and lost <= spare and fits(kept):
-                    lower.append((gained, kept))
-        if not lower:
+        without = [{name: rung for name, rung in chosen.items() if name != group} for group in chosen]
+        others = [chosen | {rung.group: rung} for rung in scan if rung.group in chosen]
+        enough = [p for p in without + others if error(p) < error(chosen) and _saved(p) >= saving and fits(p)]
+        if not enough:
             return chosen
-        chosen = max(lower, key=lambda found: found[0])[1]
+        chosen = min(enough, key=error)
+
+
+def _saved(picked: dict[str, Rung]) -> float:
+    return sum(rung.saving for rung in picked.values())
 
 
 def _rows_fit(

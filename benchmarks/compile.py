@@ -205,11 +205,14 @@ def build_all(wanted: Iterable[Case]) -> Iterator[tuple[Case, Figures]]:
 
 def read(path: Path, version: str) -> dict[Case, Figures]:
     """Recorded rows of a Triton version."""
+    return {_parsed(Case, row): _parsed(Figures, row) for row in _rows(path) if row["triton"] == version}
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
-        return {}
+        return []
     with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["triton"] == version]
-    return {_parsed(Case, row): _parsed(Figures, row) for row in rows}
+        return list(csv.DictReader(file))
 
 
 def _parsed(kind: Any, row: dict[str, str]) -> Any:
@@ -224,17 +227,13 @@ def sources() -> str:
 
 def unchanged(path: Path, version: str, wanted: Iterable[Case]) -> bool:
     """Whether the rows of all these cases were made from the present sources."""
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if (row["triton"], row["sources"]) == (version, sources())]
-    return set(wanted) <= {_parsed(Case, row) for row in rows}
+    now = (version, sources())
+    return set(wanted) <= {_parsed(Case, row) for row in _rows(path) if (row["triton"], row["sources"]) == now}
 
 
 def record(path: Path, version: str, figures: dict[Case, Figures]) -> None:
     """Replace the rows of these cases with a Triton version."""
-    kept = []
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = [r for r in csv.DictReader(file) if r["triton"] != version or _parsed(Case, r) not in figures]
+    kept = [row for row in _rows(path) if row["triton"] != version or _parsed(Case, row) not in figures]
     made = {"triton": version, "sources": sources()}
     new = [made | asdict(case) | asdict(now) for case, now in figures.items()]
     with path.open("w", newline="") as file:

@@ -26,7 +26,7 @@ HopperKernel hopper_kernel_of(int head_dim, bool large) {
 #define HEAD_DIM(D) \
   case D:           \
     return large ? hopper_kernel_of<D, BITS, 2>() : hopper_kernel_of<D, BITS, 1>();
-    HEAD_DIM(40) HEAD_DIM(64) HEAD_DIM(80) HEAD_DIM(96) HEAD_DIM(128) HEAD_DIM(160)
+    HEAD_DIMS(HEAD_DIM)
 #undef HEAD_DIM
   }
   return {};

@@ -54,15 +54,15 @@ __device__ void copy_stages(const TensorMap& codes, const TensorMap& values, con
 
 // out += a times 16 rows of V, chunk by chunk.
 template <int D, int TILES>
-__device__ void multiply_values(float (&out)[TILES][D / 2], const uint32_t (&a)[TILES][4], const char* rows) {
+__device__ void multiply_values(float (&out)[TILES][D / 8][4], const uint32_t (&a)[TILES][4], const char* rows) {
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
     for (int chunk = 0; chunk < D / kChunk; ++chunk)
-      multiply_group<kChunk>(out[tile] + chunk * kChunk / 2, a[tile],
+      multiply_group<kChunk>(out[tile][chunk * kChunk / 8], a[tile],
                              rows_descriptor(rows + chunk * 2 * kChunk * kKeys));
     if constexpr (D % kChunk != 0)
-      multiply_group<D % kChunk>(out[tile] + D / kChunk * kChunk / 2, a[tile],
+      multiply_group<D % kChunk>(out[tile][D / kChunk * kChunk / 8], a[tile],
                                  rows_descriptor(rows + D / kChunk * 2 * kChunk * kKeys));
   }
 }
@@ -78,7 +78,7 @@ __device__ void multiply_stages(const ReuseParams& p, const char* shared, Barrie
   const int64_t head = blockIdx.y, first = int64_t{blockIdx.x} * S::queries + local;
   const int64_t blocks = (p.N + kKeys - 1) / kKeys;
   const auto row_of = [&](int i) { return first + i / 2 * 64 + i % 2 * 8; };
-  float out[TILES][D / 2] = {}, lse[rows], maximum[rows];
+  float out[TILES][D / 8][4] = {}, lse[rows], maximum[rows];
   const auto load_maxima = [&](int64_t block) {
     for (int i = 0; i < rows; ++i)
       maximum[i] = row_of(i) < p.M ? p.block_max[(head * blocks + block) * p.M + row_of(i)] : -INFINITY;
@@ -90,10 +90,7 @@ __device__ void multiply_stages(const ReuseParams& p, const char* shared, Barrie
     const int stage = static_cast<int>(block % S::count);
     const char* const codes = shared + stage * S::bytes;
     uint32_t scale[rows], offset[rows];
-    for (int i = 0; i < rows; ++i) {
-      scale[i] = twice_half(exp2f(0.5f * (maximum[i] - lse[i])) / (BITS == 8 ? 255.0f : 15.0f));
-      offset[i] = multiply_half(scale[i], twice_half(-1024.0f));
-    }
+    for (int i = 0; i < rows; ++i) scale_codes<BITS>(exp2f(0.5f * (maximum[i] - lse[i])), scale[i], offset[i]);
     if (block + 1 < blocks) load_maxima(block + 1);
     wait_for(full + stage, static_cast<int>(block / S::count % 2));
     uint32_t a[2][TILES][4];  // one is multiplied while the other is decoded
@@ -122,15 +119,10 @@ __device__ void multiply_stages(const ReuseParams& p, const char* shared, Barrie
     if (lane == 0) arrive(empty + stage);
   }
 
-  char* const to = static_cast<char*>(p.out) + 2 * (head / p.H * p.out_b + head % p.H * p.out_h);
-  for (int tile = 0; tile < TILES; ++tile)
-    for (float& x : out[tile]) await_register(x);
-  for (int i = 0; i < rows; ++i) {
-    if (row_of(i) >= p.M) continue;
-    for (int column = 0; column < D / 8; ++column)
-      *reinterpret_cast<uint32_t*>(to + 2 * (row_of(i) * p.out_m + 8 * column + 2 * q)) =
-          pair_half(out[i / 2][4 * column + i % 2 * 2], out[i / 2][4 * column + i % 2 * 2 + 1]);
-  }
+  for (auto& tile : out)
+    for (auto& column : tile)
+      for (float& x : column) await_register(x);
+  for (int i = 0; i < rows; ++i) store_row<D>(p, head, row_of(i), q, out[i / 2], i % 2);
 }
 
 // `codes`: the map's rows, [B H M, C 16 BITS] bytes; `values`: [B, H, N, D].

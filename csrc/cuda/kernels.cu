@@ -17,7 +17,7 @@ ReuseKernel reuse_kernel_of(int head_dim) {
 #define HEAD_DIM(D) \
   case D:           \
     return {reuse_kernel<D, BITS>, kThreads<D>, kSharedBytes<D, BITS>};
-    HEAD_DIM(40) HEAD_DIM(64) HEAD_DIM(80) HEAD_DIM(96) HEAD_DIM(128) HEAD_DIM(160)
+    HEAD_DIMS(HEAD_DIM)
 #undef HEAD_DIM
   }
   return {};

@@ -25,6 +25,8 @@ inline unsigned blocks_for(int64_t items, int64_t per_block) {
   return static_cast<unsigned>((items + per_block - 1) / per_block);
 }
 
+// Head dims with kernels of reuse.
+#define HEAD_DIMS(CASE) CASE(40) CASE(64) CASE(80) CASE(96) CASE(128) CASE(160)
 constexpr const char* kNoKernel = "no kernel for this format and head dim (u8 and u4 at 40, 64, 80, 96, 128, 160 have one)";
 
 }  // namespace attnreuse

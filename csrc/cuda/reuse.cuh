@@ -42,6 +42,23 @@ __device__ void load_tile(const ReuseParams& p, int64_t head, int64_t first, int
   }
 }
 
+// Factor and offset of `probabilities`, each as two equal fp16 numbers, of a row whose scale has square root `root`.
+template <int BITS>
+__device__ void scale_codes(float root, uint32_t& scale, uint32_t& offset) {
+  scale = twice_half(root / (BITS == 8 ? 255.0f : 15.0f));
+  offset = multiply_half(scale, twice_half(-1024.0f));
+}
+
+// Row m of an output, if there is one: lane q of four holds, of every 8 columns, the first two numbers or, `high`, the last.
+template <int D>
+__device__ void store_row(const ReuseParams& p, int64_t head, int64_t m, int q, const float (&out)[D / 8][4], int high) {
+  if (m >= p.M) return;
+  char* const to = static_cast<char*>(p.out) + 2 * (head / p.H * p.out_b + head % p.H * p.out_h + m * p.out_m);
+  for (int column = 0; column < D / 8; ++column)
+    *reinterpret_cast<uint32_t*>(to + 2 * (8 * column + 2 * q)) =
+        pair_half(out[column][2 * high], out[column][2 * high + 1]);
+}
+
 // Square root of the scale of each of a lane's rows (see below), over the levels, as two equal fp16 numbers.
 template <int BITS, int ROWS>
 __device__ void row_scales(const ReuseParams& p, int64_t head, int64_t row, int64_t block, int64_t blocks,
@@ -50,9 +67,7 @@ __device__ void row_scales(const ReuseParams& p, int64_t head, int64_t row, int6
     const int64_t m = row + 8 * i;
     float s = 0;
     if (m < p.M) s = exp2f(0.5f * (p.block_max[(head * blocks + block) * p.M + m] - p.lse[head * p.M + m]));
-    s /= BITS == 8 ? 255.0f : 15.0f;
-    scale[i] = twice_half(s);
-    offset[i] = multiply_half(scale[i], twice_half(-1024.0f));
+    scale_codes<BITS>(s, scale[i], offset[i]);
   }
 }
 
@@ -133,14 +148,7 @@ __global__ void __launch_bounds__(kThreads<D>) reuse_kernel(const ReuseParams p)
     __syncthreads();
   }
 
-  char* const to = static_cast<char*>(p.out) + 2 * (head / p.H * p.out_b + head % p.H * p.out_h);
-  for (int i = 0; i < rows; ++i) {
-    const int64_t m = row + 8 * i;
-    if (m >= p.M) continue;
-    for (int column = 0; column < columns; ++column)
-      *reinterpret_cast<uint32_t*>(to + 2 * (m * p.out_m + 8 * column + 2 * q)) =
-          pair_half(out[i / 2][column][i % 2 * 2], out[i / 2][column][i % 2 * 2 + 1]);
-  }
+  for (int i = 0; i < rows; ++i) store_row<D>(p, head, row + 8 * i, q, out[i / 2], i % 2);
 }
 
 }  // namespace attnreuse
