@@ -1,3 +1,5 @@
+// Host side of reuse on Hopper: tensor maps for TMA, and which size of block serves; compiled for sm_90a alone.
+
 #include "hopper.cuh"
 
 #include <algorithm>

@@ -1,3 +1,5 @@
+// Host side of reuse for every architecture, of conversion and of drift.
+
 #include "kernels.h"
 #include "launch.h"
 #include "maps.cuh"
