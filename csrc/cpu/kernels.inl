@@ -19,6 +19,7 @@ namespace {
 constexpr int W = VECTOR;
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef int16_t vs __attribute__((vector_size(W * 4)));
 typedef uint16_t halves __attribute__((vector_size(W * 2), aligned(2), may_alias));
 typedef float floats __attribute__((vector_size(W * 4), aligned(4), may_alias));
@@ -102,6 +103,30 @@ inline vf from_half(halves x) {
 #endif
 }
 
+// 2^x for x <= 0, to 2 ulp; below 2^-125 some number whose square is 0; NaN of NaN.
+inline vf exp2_of(vf x) {
+  x = larger(splat(-125.0f), x);
+  const vf shifted = x + splat(kMagic);
+  const vf f = x - (shifted - splat(kMagic));  // in [-0.5, 0.5]
+  vf p = splat(0.00132764701f);
+  p = p * f + splat(0.00967554096f);
+  p = p * f + splat(0.0555071309f);
+  p = p * f + splat(0.240221202f);
+  p = p * f + splat(0.693146944f);
+  p = p * f + splat(1.00000012f);
+  return (vf)((vu)p + ((vu)shifted << 23));
+}
+
+typedef float Rows[padded(kTile, W)];  // a number for each row of a tile
+
+// x[r] becomes 4^x[r] for x <= 0, exactly 1 for 0: factors of 1 meet in long products.
+inline void exp4(Rows& x, int64_t rows) {
+  for (int64_t r = 0; r < rows; r += W) {
+    const vf half = load(x + r), root = exp2_of(half);
+    store(x + r, half == splat(0.0f) ? splat(1.0f) : root * root);
+  }
+}
+
 // -- products. GCC keeps an array of accumulators in registers only where every loop over it is unrolled.
 
 #define UNROLL _Pragma("GCC unroll 8")
@@ -113,7 +138,7 @@ __attribute__((noinline)) void accumulate(const float* p, int64_t ldp, const flo
   vf acc[R][C];
   UNROLL for (int r = 0; r < R; ++r)
     UNROLL for (int c = 0; c < C; ++c) acc[r][c] = vf{};
-  for (const float* end = p + n; p < end; ++p, v += ldv) {
+  _Pragma("GCC unroll 4") for (int64_t i = 0; i < n; ++i, ++p, v += ldv) {
     vf b[C];
     UNROLL for (int c = 0; c < C; ++c) b[c] = load(v + c * W);
     UNROLL for (int r = 0; r < R; ++r) {
@@ -128,26 +153,27 @@ __attribute__((noinline)) void accumulate(const float* p, int64_t ldp, const flo
 // out[rows, width] = p[rows, n] v[n, width]; width is a multiple of W.
 void multiply(const float* p, int64_t ldp, const float* v, int64_t ldv, int64_t n, float* out, int64_t ldo,
               int64_t rows, int64_t width) {
-  for (int64_t c = 0; c < width; c += 2 * W) {
-    const bool two = c + W < width;
+  int64_t left = width / W;
+  while (left > 0) {  // in groups of 2 vectors, of 3 where the number is odd
+    const int64_t vectors = left == 1 ? 1 : left % 2 ? 3 : 2;
     int64_t r = 0;
-#define ROWS(R) \
-  for (; r + R <= rows; r += R) \
-    (two ? accumulate<R, 2> : accumulate<R, 1>)(p + r * ldp, ldp, v + c, ldv, n, out + r * ldo + c, ldo);
-    ROWS(6) ROWS(4) ROWS(2) ROWS(1)
+#define ROWS(R, C) \
+  for (; vectors == C && r + R <= rows; r += R) accumulate<R, C>(p + r * ldp, ldp, v, ldv, n, out + r * ldo, ldo);
+    ROWS(4, 3) ROWS(1, 3) ROWS(6, 2) ROWS(4, 2) ROWS(2, 2) ROWS(1, 2) ROWS(6, 1) ROWS(1, 1)
 #undef ROWS
+    left -= vectors, v += vectors * W, out += vectors * W;
   }
 }
 
-// out[r] = factor[r] * out[r] + sum_i p[r, i] * v[i]: the sum on its own, for the errors of long sums. `used` columns;
-// without `factor`, out[r] stays as it is.
-void add_product(const float* p, int64_t ldp, const float* v, int64_t n, const float* factor, float* out, int64_t width,
-                 int64_t rows, int64_t used) {
+// out[r] = old[r] * out[r] + now[r] * sum_i p[r, i] * v[i]: the sum on its own, for the errors of long sums. `used`
+// columns; without `old`, out[r] is only added to.
+void add_product(const float* p, int64_t ldp, const float* v, int64_t n, const float* old, const float* now, float* out,
+                 int64_t width, int64_t rows, int64_t used) {
   float sum[kTile * 256];
   multiply(p, ldp, v, width, n, sum, width, rows, used);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = r * width; c < r * width + used; c += W)
-      store(out + c, load(out + c) * splat(factor ? factor[r] : 1.0f) + load(sum + c));
+      store(out + c, load(out + c) * splat(old ? old[r] : 1.0f) + load(sum + c) * splat(now ? now[r] : 1.0f));
 }
 
 // How codes of a format are multiplied as integers: so many keys in each 32-bit lane, with values rounded to
@@ -170,12 +196,12 @@ __attribute__((noinline)) void accumulate(const int32_t* p, int64_t ldp, const i
     UNROLL for (int c = 0; c < C; ++c) acc[r][c] = vi{};
   constexpr int step = KEYS / 2;
   for (const int32_t* end = p + n; p < end; p += step, v += step * ldv) {
-    vi a[R], a1[R];
-    UNROLL for (int r = 0; r < R; ++r) a[r] = splat(p[r * ldp]), a1[r] = splat(p[r * ldp + step - 1]);
-    UNROLL for (int c = 0; c < C; ++c) {
-      const vi b = load(v + c * W), b1 = load(v + (step - 1) * ldv + c * W);
-      UNROLL for (int r = 0; r < R; ++r)
-        acc[r][c] = KEYS == 2 ? dot2(acc[r][c], a[r], b) : dot4(acc[r][c], a[r], b, a1[r], b1);
+    UNROLL for (int r = 0; r < R; ++r) {
+      const vi a = splat(p[r * ldp]), a1 = splat(p[r * ldp + step - 1]);
+      UNROLL for (int c = 0; c < C; ++c) {
+        const vi b = load(v + c * W), b1 = load(v + (step - 1) * ldv + c * W);
+        acc[r][c] = KEYS == 2 ? dot2(acc[r][c], a, b) : dot4(acc[r][c], a, b, a1, b1);
+      }
     }
   }
   UNROLL for (int r = 0; r < R; ++r)
@@ -204,7 +230,7 @@ void multiply(const int32_t* p, int64_t ldp, const int32_t* v, int64_t ldv, int6
     const int64_t vectors = (left + groups - 1) / groups;
 #define GROUP(C, R) \
   if (vectors == C) multiply_rows<KEYS, R, C>(p, ldp, v, ldv, n, row_scale, scale, out, ldo, rows);
-    GROUP(1, 6) GROUP(2, 4) GROUP(3, 3) GROUP(4, 3) GROUP(5, 2)  // rows: what 16 registers hold
+    GROUP(1, 6) GROUP(2, 4) GROUP(3, 3) GROUP(4, KEYS == 2 ? 3 : 2) GROUP(5, 2)  // rows: what 16 registers hold
 #undef GROUP
     left -= vectors;
     v += vectors * W, scale += vectors * W, out += vectors * W;
@@ -281,17 +307,15 @@ void pack_integers(const Tensor4& value, int64_t b, int64_t h, const Shape& s, F
   }
 }
 
-// Keys of one head as [C, D, 128], zero where none.
+// Keys of one head as [C, 128 / kStrip, D, kStrip], zero where none.
+constexpr int64_t kStrip = 2 * W;
 void pack_keys(const Tensor4& key, int64_t b, int64_t h, const Shape& s, float* packed) {
-  constexpr int64_t kStrip = 16;  // columns at a time, so that the lines written to stay in the cache
-  for (int64_t block = 0; block < blocks_of(s.N); ++block, packed += s.D * kBlock) {
-    const int64_t n = keys_in(block, s.N);
-    const float* from = key.at(b, h) + block * kBlock * key.row;
-    if (n < kBlock) std::memset(packed, 0, s.D * kBlock * sizeof(float));
-    for (int64_t strip = 0; strip < s.D; strip += kStrip)
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t d = strip; d < strip + kStrip && d < s.D; ++d)
-          packed[d * kBlock + i] = from[i * key.row + d * key.d];
+  for (int64_t first = 0; first < blocks_of(s.N) * kBlock; first += kStrip, packed += s.D * kStrip) {
+    const int64_t n = s.N - first < kStrip ? s.N - first : kStrip;
+    const float* from = key.at(b, h) + first * key.row;
+    if (n < kStrip) std::memset(packed, 0, s.D * kStrip * sizeof(float));
+    for (int64_t d = 0; d < s.D; ++d)
+      for (int64_t i = 0; i < n; ++i) packed[d * kStrip + i] = from[i * key.row + d * key.d];
   }
 }
 
@@ -327,7 +351,7 @@ struct ReuseTile {
   float out[kTile * 256];  // [rows, width]
   float p[kTile * kBlock];
   int32_t squares[kTile * kBlock / 2];
-  float scale[kTile];
+  Rows scale{};
 };
 
 // Of P / code (fp16), P / code^2 (u4), 4 P / code^2 (u8) or P / code (u7).
@@ -350,18 +374,18 @@ void reuse_block(const ReuseArgs& a, int64_t i, int64_t block, int64_t first, in
       for (int64_t at = 0; at < step; at += 64) __builtin_prefetch(codes + r * stride + step + at);
   if (format == Format::fp32) {
     const float* p = reinterpret_cast<const float*>(codes);
-    add_product(p, s.N, packed + block * kBlock * width, n, nullptr, t.out, width, rows, used);
+    add_product(p, s.N, packed + block * kBlock * width, n, nullptr, nullptr, t.out, width, rows, used);
     return;
   }
   const float* maxima = a.map.block_max + (i * blocks + block) * s.M + first;
-  for (int64_t r = 0; r < rows; ++r)
-    t.scale[r] = __builtin_exp2f(maxima[r] - a.map.lse[i * s.M + first + r]) * unit_of(format);
+  for (int64_t r = 0; r < rows; ++r) t.scale[r] = 0.5f * (maxima[r] - a.map.lse[i * s.M + first + r]);
+  exp4(t.scale, rows);
+  for (int64_t r = 0; r < rows; ++r) t.scale[r] *= unit_of(format);
   if (format == Format::fp16) {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t j = 0; j < kBlock; j += W)
-        store(t.p + r * kBlock + j,
-              from_half(*reinterpret_cast<const halves*>(codes + r * stride + 2 * j)) * splat(t.scale[r]));
-    add_product(t.p, kBlock, packed + block * kBlock * width, n, nullptr, t.out, width, rows, used);
+        store(t.p + r * kBlock + j, from_half(*reinterpret_cast<const halves*>(codes + r * stride + 2 * j)));
+    add_product(t.p, kBlock, packed + block * kBlock * width, n, nullptr, t.scale, t.out, width, rows, used);
     return;
   }
   const int64_t per_block = kBlock / lanes_of(format).keys * width;
@@ -411,20 +435,6 @@ void reuse(const ReuseArgs& a) {
 
 // -- capture. Scores are kept halved, so that exp2 gives the square roots that codes are made of.
 
-// 2^x for x <= 0, to 2 ulp; below 2^-125 some number whose square is 0; NaN of NaN.
-inline vf exp2_of(vf x) {
-  x = larger(splat(-125.0f), x);
-  const vf shifted = x + splat(kMagic);
-  const vf f = x - (shifted - splat(kMagic));  // in [-0.5, 0.5]
-  vf p = splat(0.00132764701f);
-  p = p * f + splat(0.00967554096f);
-  p = p * f + splat(0.0555071309f);
-  p = p * f + splat(0.240221202f);
-  p = p * f + splat(0.693146944f);
-  p = p * f + splat(1.00000012f);
-  return (vf)((vi)p + ((vi)shifted << 23));
-}
-
 inline float max_of(vf x) {
   float m = x[0];
   for (int i = 1; i < W; ++i) m = x[i] > m ? x[i] : m;
@@ -440,7 +450,8 @@ struct CaptureTile {
   float query[kTile * 256];      // [rows, D], times scale
   float scores[kTile * kBlock];  // of a block, halved, then its probabilities relative to the row's maximum so far
   float out[kTile * 256];        // [rows, width]
-  float top[kTile], sum[kTile];  // maximum so far, halved, and sum relative to it
+  vf sum[kTile];                 // relative to the maximum so far, lane by lane
+  Rows top{};                    // that maximum, halved
   float* blocks;                 // [rows, C], halved maxima of the blocks of an fp32 map, which has no place for them
 };
 
@@ -459,17 +470,17 @@ inline float block_top(const float* scores) {
   return top > kNoKey / 2 ? top : kNoKey / 2;
 }
 
-// Codes of a block's scores; the scores become probabilities times `factor`. Returns the sum before that factor.
+// Codes of a block's scores; the scores become probabilities relative to `top`. Returns their sums, lane by lane.
 template <Format format>
-float block_softmax(float* scores, float top, float factor, uint8_t* codes) {
+vf block_softmax(float* scores, float top, uint8_t* codes) {
   vf total{};
   const auto probability = [&](int i) {
     const vf t = exp2_of(load(scores + i) - splat(top)), p = t * t;
     total += p;
-    store(scores + i, p * splat(factor));
+    store(scores + i, p);
     return format == Format::u8 || format == Format::u4 ? t : p;
   };
-  if constexpr (format == Format::fp32) {  // before the factor
+  if constexpr (format == Format::fp32) {
     for (int i = 0; i < kBlock; i += W) store(reinterpret_cast<float*>(codes) + i, probability(i));
   } else if constexpr (format == Format::fp16) {
     for (int i = 0; i < kBlock; i += W) *reinterpret_cast<halves*>(codes + 2 * i) = to_half(probability(i));
@@ -480,12 +491,12 @@ float block_softmax(float* scores, float top, float factor, uint8_t* codes) {
       vi word{};
       UNROLL for (int k = 0; k < 16 / bits; ++k) {
         const vf rounded = probability(w + k * words) * levels + splat(kMagic);
-        word |= ((vi)rounded & 255) << bits * k;
+        word |= (vi)rounded << bits * k;
       }
-      *reinterpret_cast<halves*>(codes + 2 * w) = to_words(word);
+      *reinterpret_cast<halves*>(codes + 2 * w) = to_words(word & 0xffff);
     }
   }
-  return sum_of(total);
+  return total;
 }
 
 template <Format format>
@@ -498,26 +509,32 @@ void capture_block(const CaptureArgs& a, int64_t i, int64_t block, int64_t first
   uint8_t* codes = a.map.codes + (i * s.M + first) * stride + block * (kBlock / 8) * bits_of(format);
   for (int64_t r = 0; r < rows; ++r)  // rows are too far apart for the hardware to see what comes next
     for (int64_t at = 0; at < kBlock / 8 * bits_of(format); at += 64) __builtin_prefetch(codes + r * stride + at, 1);
-  multiply(t.query, s.D, keys + block * s.D * kBlock, kBlock, s.D, t.scores, kBlock, rows, padded(n, W));
-  float old[kTile];  // factors of what is there
-  for (int64_t r = 0; r < rows; ++r, codes += stride) {
+  for (int64_t j = 0; j < n; j += kStrip)
+    multiply(t.query, s.D, keys + (block * kBlock + j) * s.D, kStrip, s.D, t.scores + j, kBlock, rows, kStrip);
+  Rows top{}, old, now;  // maxima of this block; factors of what is there and of what comes
+  for (int64_t r = 0; r < rows; ++r) {
     float* scores = t.scores + r * kBlock;
     if (a.mask.data || n < kBlock) mask_scores(a, i / s.H, i % s.H, first + r, block * kBlock, n, scores);
-    const float top = block_top(scores), most = top > t.top[r] ? top : t.top[r];
-    const float now = __builtin_exp2f(2 * (top - most));
-    old[r] = __builtin_exp2f(2 * (t.top[r] - most));
+    top[r] = block_top(scores);
+  }
+  for (int64_t r = 0; r < rows; r += W) {
+    const vf before = load(t.top + r), most = larger(load(top + r), before);
+    store(old + r, before - most), store(now + r, load(top + r) - most), store(t.top + r, most);
+  }
+  exp4(old, rows), exp4(now, rows);
+  for (int64_t r = 0; r < rows; ++r, codes += stride) {
     float whole[kBlock];  // the end of an fp32 map's row has no place for a whole block
     uint8_t* to = plain ? reinterpret_cast<uint8_t*>(whole) : codes;
-    t.sum[r] = t.sum[r] * old[r] + block_softmax<format>(scores, top, now, to) * now;
-    t.top[r] = most;
+    const vf sum = block_softmax<format>(t.scores + r * kBlock, top[r], to);
+    t.sum[r] = t.sum[r] * splat(old[r]) + sum * splat(now[r]);
     if (plain) {
       std::memcpy(codes, whole, n * sizeof(float));
-      t.blocks[r * blocks + block] = top;
+      t.blocks[r * blocks + block] = top[r];
     } else {
-      a.map.block_max[(i * blocks + block) * s.M + first + r] = 2 * top;
+      a.map.block_max[(i * blocks + block) * s.M + first + r] = 2 * top[r];
     }
   }
-  add_product(t.scores, kBlock, values + block * kBlock * width, n, old, t.out, width, rows, used);
+  add_product(t.scores, kBlock, values + block * kBlock * width, n, old, now, t.out, width, rows, used);
 }
 
 template <Format format>
@@ -530,16 +547,17 @@ void capture_tile(const CaptureArgs& a, int64_t i, int64_t first, int64_t rows, 
     const float* query = a.query.at(b, h) + (first + r) * a.query.row;
     for (int64_t d = 0; d < s.D; ++d) t.query[r * s.D + d] = 0.5f * kLog2e * a.scale * query[d * a.query.d];
     t.top[r] = kNoKey / 2;
-    t.sum[r] = 0;
+    t.sum[r] = vf{};
   }
   std::memset(t.out, 0, rows * width * sizeof(float));
   for (int64_t block = 0; block < blocks; ++block) capture_block<format>(a, i, block, first, rows, keys, values, t);
   for (int64_t r = 0; r < rows; ++r) {
-    const bool none = t.sum[r] == 0;  // no key is open to this query; NaN is not none
-    const float inverse = none ? 0 : 1 / t.sum[r];
+    const float sum = sum_of(t.sum[r]);
+    const bool none = sum == 0;  // no key is open to this query; NaN is not none
+    const float inverse = none ? 0 : 1 / sum;
     for (int64_t d = 0; d < width; ++d) t.out[r * width + d] *= inverse;
     if (!plain) {
-      a.map.lse[i * s.M + first + r] = none ? __builtin_inff() : 2 * t.top[r] + __builtin_log2f(t.sum[r]);
+      a.map.lse[i * s.M + first + r] = none ? __builtin_inff() : 2 * t.top[r] + __builtin_log2f(sum);
       continue;
     }
     float* row = reinterpret_cast<float*>(a.map.codes) + (i * s.M + first + r) * s.N;
