@@ -470,11 +470,12 @@ inline float block_top(const float* scores) {
   return top > kNoKey / 2 ? top : kNoKey / 2;
 }
 
-// Codes of a block's scores; the scores become probabilities relative to `top`. Returns their sums, lane by lane.
+// Codes of a block's n scores; the scores become probabilities relative to `top`. Returns their sums, lane by lane.
 template <Format format>
-vf block_softmax(float* scores, float top, uint8_t* codes) {
+vf block_softmax(float* scores, int64_t n, float top, uint8_t* codes) {
   vf total{};
   const auto probability = [&](int i) {
+    if (i >= n) return vf{};
     const vf t = exp2_of(load(scores + i) - splat(top)), p = t * t;
     total += p;
     store(scores + i, p);
@@ -525,7 +526,7 @@ void capture_block(const CaptureArgs& a, int64_t i, int64_t block, int64_t first
   for (int64_t r = 0; r < rows; ++r, codes += stride) {
     float whole[kBlock];  // the end of an fp32 map's row has no place for a whole block
     uint8_t* to = plain ? reinterpret_cast<uint8_t*>(whole) : codes;
-    const vf sum = block_softmax<format>(t.scores + r * kBlock, top[r], to);
+    const vf sum = block_softmax<format>(t.scores + r * kBlock, n, top[r], to);
     t.sum[r] = t.sum[r] * splat(old[r]) + sum * splat(now[r]);
     if (plain) {
       std::memcpy(codes, whole, n * sizeof(float));
