@@ -174,11 +174,9 @@ def measure(
     for kind, slot in maps.items():
         best = ops.backend_for(kind, device, dtype, d)
         calls[Call("capture", kind, best)] = lambda slot=slot: ops.capture(query, key, value, into=slot)[0]
-        named = [name for name, backend in ops.NAMED.items() if not backend.unserved(slot.format, device, dtype, d)]
-        for name in (best, *named):
-            calls[Call("reuse", kind, name)] = lambda slot=slot, name=name: ops.reuse(
-                slot, value, out=out, backend=name
-            )
+        named = [own for own, backend in ops.NAMED.items() if not backend.unserved(slot.format, device, dtype, d)]
+        for own in (best, *named):
+            calls[Call("reuse", kind, own)] = lambda slot=slot, own=own: ops.reuse(slot, value, out=out, backend=own)
     errors = {which: check(call(), query, key, value) for which, call in calls.items()}
     plain = check(_plain(query, key, value), query, key, value)
     allowed = {which: _budget(which, plain) for which in calls}

@@ -107,6 +107,7 @@ def test_bench_command(monkeypatch):
     assert made.exit_code == 0, made.output
     data = json.loads(made.stdout)
     assert {(r["op"], r["n"]) for r in data["rows"]} == {("exact", 64), ("capture", 64), ("reuse", 64)}
+    assert {r["shape"] for r in data["rows"]} == {"1,2,64,16"}
     shown = CliRunner().invoke(app, ["bench", "--shape", "1,2,64,16", "--format", "u8", "--repeats", "1"])
     assert "reuse u8" in shown.stdout
 
