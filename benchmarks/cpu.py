@@ -65,8 +65,9 @@ def main() -> None:
     steps = []
     shipped = UNet2DConditionModel.load_config(attnreuse.tiny_shapes_path(), subfolder="unet")
     tiny = {key: value for key, value in shipped.items() if not key.startswith("_")}
-    for model, config in {"tiny-shapes": tiny, "SD1.5 256": UNETS["SD1.5 512"] | {"sample_size": 32}}.items():
-        steps += measure_steps(model, config, "u8", device, "eager", args.repeats)
+    larger = UNETS["SD1.5 512"] | {"sample_size": 32}
+    for model, config, repeats in (("tiny-shapes", tiny, 6 * args.repeats), ("SD1.5 256", larger, args.repeats)):
+        steps += measure_steps(model, config, "u8", device, "eager", repeats)
     append(args.out / "cpu_steps.csv", [vars(row) | about for row in steps])
 
 
