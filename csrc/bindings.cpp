@@ -45,22 +45,8 @@ std::vector<std::string> cuda_devices() {
 #endif
 }
 
-// Kernels for the instruction sets of this CPU, best first.
-std::vector<const attnreuse::Kernels*> cpu_kernels() {
-  std::vector<const attnreuse::Kernels*> found;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    found.push_back(&attnreuse::avx512_kernels);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&attnreuse::avx2_kernels);
-#endif
-  found.push_back(&attnreuse::portable_kernels);
-  return found;
-}
-
 const attnreuse::Kernels& cpu_kernels_named(const std::string& name) {
-  for (const attnreuse::Kernels* kernels : cpu_kernels())
+  for (const attnreuse::Kernels* kernels : attnreuse::paths())
     if (name == kernels->name) return *kernels;
   throw std::invalid_argument("no CPU kernels named " + name + " run here");
 }
@@ -148,7 +134,7 @@ std::vector<std::string> cpu_format_names() {
 
 std::vector<std::string> cpu_paths() {
   std::vector<std::string> names;
-  for (const attnreuse::Kernels* kernels : cpu_kernels()) names.emplace_back(kernels->name);
+  for (const attnreuse::Kernels* kernels : attnreuse::paths()) names.emplace_back(kernels->name);
   return names;
 }
 

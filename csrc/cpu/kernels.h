@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace attnreuse {
 
@@ -71,5 +72,7 @@ inline int64_t capture_workspace(const Shape& s, int threads) {
 }
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;
+
+std::vector<const Kernels*> paths();  // those that this CPU can run, best first
 
 }  // namespace attnreuse
