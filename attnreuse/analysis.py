@@ -129,7 +129,7 @@ class Analysis(_Part):
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=1) + "\n")
+        Path(path).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Analysis:
@@ -139,7 +139,7 @@ class Analysis(_Part):
             ValueError: not such a file.
         """
         try:
-            return cls.model_validate_json(Path(path).read_text())
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
         except ValidationError as error:
             raise ValueError(f"{path} is not an analysis file: {error.errors()[0]['msg']}") from None
 

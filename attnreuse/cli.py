@@ -451,8 +451,8 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _bench_tables(rows: list[Any]) -> Iterator[Table]:
-    for _, group in itertools.groupby(rows, key=lambda row: row.shape):
-        group = list(group)
+    for _, of_shape in itertools.groupby(rows, key=lambda row: row.shape):
+        group = list(of_shape)
         first = group[0]
         table = Table(title=f"{first.shape}: B {first.b} H {first.h} M {first.m} N {first.n} D {first.d}")
         for column in ("op", "time", "of exact", "of roofline", "break-even", "map", "error"):

@@ -126,8 +126,10 @@ class Cuda:
     @classmethod
     def unserved(cls, map_format: MapFormat, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Why reuse cannot serve such a call, or None."""
-        if not cls.present(device) or not hasattr(extension, f"{cls.KERNEL}_reuse"):
-            return f"the extension holds no {cls.KERNEL} kernel, or {device.type} is no CUDA device ({INFO})"
+        if device.type != "cuda" or torch.version.hip:
+            return f"the {cls.KERNEL} kernel needs a CUDA device, this is {'ROCm' if device.type == 'cuda' else device}"
+        if not hasattr(extension, f"{cls.KERNEL}_reuse"):
+            return f"the extension holds no {cls.KERNEL} kernel ({INFO})"
         if not map_format.root or dtype != torch.float16:
             return f"no CUDA kernel for {map_format.name} maps of {dtype} tensors (u8 and u4 of fp16 have one)"
         with torch.cuda.device(device):

@@ -44,7 +44,8 @@ def write(comparison: Comparison, path: Path, command: str) -> list[Path]:
         }
         for g in comparison.groups
     ]
-    path.write_text(page.render(groups=groups, comparison=comparison, command=command, colors=COLORS))
+    html = page.render(groups=groups, comparison=comparison, command=command, colors=COLORS)
+    path.write_text(html, encoding="utf-8")
     table = path.with_suffix(".csv")
     rows = [row.row() for g in comparison.groups for row in g.rows]
     about = {"images": len(comparison.setting.prompts), "rounds": comparison.rounds, **comparison.environment}

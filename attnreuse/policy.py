@@ -113,7 +113,7 @@ class Policy(BaseModel):
 
     def save(self, path: str | Path) -> None:
         """Write the policy as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=2, exclude_none=True) + "\n")
+        Path(path).write_text(self.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:
@@ -124,7 +124,7 @@ class Policy(BaseModel):
             ValueError: not a policy; the message says which field is wrong and how.
         """
         try:
-            return cls.model_validate(json.loads(Path(path).read_text()))
+            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
         except ValidationError as error:
             wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
             raise ValueError(f"{path} is not a policy file: {wrong}") from None

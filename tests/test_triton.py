@@ -13,7 +13,7 @@ from test_ops import error, oracle
 
 from attnreuse import AttentionMap, ops
 from attnreuse.formats import FORMATS
-from attnreuse.kernels import backend
+from attnreuse.kernels import backend, tiles
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -248,3 +248,72 @@ def test_everything_works_without_triton():
     code += "ops.capture(q, q, q); print(ops.unserved_reasons('u8', q.device, q.dtype, 16)['triton'])"
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
     assert made.stdout.strip() == "triton is not installed"
+
+
+def halves(register):
+    return register.view(np.float16).astype(np.float64).reshape(-1, 2)
+
+
+def from_halves(low_high):
+    """Two numbers to a register, each rounded to fp16, to nearest even."""
+    return low_high.astype(np.float16).reshape(-1).view(np.uint32)
+
+
+def permuted(a, b, selector):
+    """prmt.b32: each nibble of the selector names one of the eight bytes of a and b."""
+    both = np.concatenate([x.view(np.uint8).reshape(-1, 4) for x in (a, b)], axis=1)
+    return np.ascontiguousarray(both[:, [int(selector) >> 4 * i & 7 for i in range(4)]]).view(np.uint32).reshape(-1)
+
+
+def looked_up(a, b, c, table):
+    """lop3.b32: bit by bit, what the table says of the three bits."""
+    found = np.zeros_like(a)
+    for row in range(8):
+        if int(table) >> row & 1:
+            found |= np.bitwise_and.reduce([x if row >> i & 1 else ~x for i, x in enumerate((c, b, a))])
+    return found
+
+
+INSTRUCTIONS = {  # as the PTX manual states them, on arrays of registers
+    "mov.b32": lambda a: a,
+    "cvt.rn.f16x2.f32": lambda high, low: from_halves(np.stack([low.view(np.float32), high.view(np.float32)], 1)),
+    "fma.rn.f16x2": lambda a, b, c: from_halves(halves(a) * halves(b) + halves(c)),
+    "sub.rn.f16x2": lambda a, b: from_halves(halves(a) - halves(b)),
+    "mul.rn.f16x2": lambda a, b: from_halves(halves(a) * halves(b)),
+    "prmt.b32": lambda a, b, selector: permuted(a, b, selector[0]),
+    "lop3.b32": lambda a, b, c, table: looked_up(a, b, c, table[0]),
+    "shl.b32": lambda a, by: a << by,
+    "shr.b32": lambda a, by: a >> by,
+}
+
+
+def run_assembly(text, *inputs):
+    """$0 of straight-line PTX, for arrays of 32-bit registers $1, $2, ..."""
+    registers = {f"${i}": x for i, x in enumerate(inputs, 1)}
+    for line in filter(None, (part.strip() for part in text.strip().strip("{}").split(";"))):
+        if not line.startswith(".reg"):
+            name, operands = line.split(" ", 1)
+            to, *given = (operand.strip() for operand in operands.split(","))
+            read = [registers[x] if x in registers else np.full_like(inputs[0], int(x, 0)) for x in given]
+            registers[to] = INSTRUCTIONS[name](*read)
+    return registers["$0"]
+
+
+@pytest.mark.parametrize(("assembly", "levels", "fields"), [("_PACK_U8", 255, 2), ("_PACK_U4", 15, 4)])
+def test_packing_assembly_writes_rounded_codes_side_by_side(assembly, levels, fields):
+    """What the interpreter cannot run: two words, of so many key ranges, from square roots in [0, 1]."""
+    roots = np.random.default_rng(0).permutation(np.tile(np.arange(0x3C01, dtype=np.uint16).view(np.float16), 8))
+    roots = roots[: roots.size // (2 * fields) * 2 * fields].astype(np.float32).reshape(-1, fields, 2)
+    inputs = [np.ascontiguousarray(roots[:, i, j]).view(np.uint32) for i in range(fields) for j in range(2)]
+    words = run_assembly(getattr(tiles, assembly).value, *inputs).view(np.uint16).reshape(-1, 2)
+    codes = np.floor(roots * levels + 0.5).astype(np.uint16)  # as the twin that is interpreted
+    expected = sum(codes[:, i] << np.uint16(16 // fields * i) for i in range(fields))
+    np.testing.assert_array_equal(words, expected)
+
+
+@pytest.mark.parametrize(("bits", "part"), [(8, 0), (8, 1), *((4, part) for part in range(4))])
+def test_unpacking_assembly_squares_the_codes_of_its_field(bits, part):
+    words = np.random.default_rng(0).permutation(np.arange(1 << 16, dtype=np.uint16))
+    found = run_assembly(tiles._square_asm(part, bits), words.view(np.uint32)).view(np.float16)
+    codes = (words >> bits * part & (1 << bits) - 1).astype(np.float32)
+    np.testing.assert_array_equal(found, (codes * codes).astype(np.float16))

@@ -44,9 +44,10 @@ RULES = (
     Rule("reuse", ("100",), 96, Config(128, 8, 2)),
     Rule("reuse", ("100",), 160, Config(64, 4, 2), formats=("u4",)),  # of larger tiles Triton 3.6 makes an empty kernel
     Rule("reuse", ("90", "100"), 160, Config(128, 8, 2)),
-    # Keys and values are read once per 128 rows instead of 64; above a head dim of 128 accumulators leave no
-    # registers for that. Tiles must fit the shared memory.
+    # Keys and values are read once per 128 rows instead of 64, where accumulators leave registers for that and
+    # tiles fit the shared memory (of 16-bit codes on sm_90 they do not above a head dim of 128).
     Rule("capture", ("80", "90"), 128, Config(128, 8, 2)),
+    Rule("capture", ("90",), 160, Config(128, 8, 2), formats=("u8", "u4")),
     Rule("capture", ("90",), 160, Config(64, 4, 2)),
     Rule("capture", ("80",), 160, Config(64, 4, 2), formats=("fp16", "bf16"), plain=True),
     Rule("capture", ("89",), 80, Config(128, 8, 2)),
