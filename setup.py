@@ -16,7 +16,7 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
-CPP = ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("paths", "portable", "avx2", "avx512"))]
+CPP = ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("paths", "portable", "avx2", "avx512", "avx512vnni"))]
 CUDA = ["csrc/cuda/devices.cu", "csrc/cuda/kernels.cu"]
 HOPPER = "csrc/cuda/hopper.cu"  # for 90a alone
 NVCC_FLAGS = ("-O3", "-std=c++17", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0")

@@ -1,9 +1,9 @@
 """The compiled extension (`csrc/`) as backends of :mod:`attnreuse.ops`; everything works without it, through torch.
 
 Its CPU kernels take fp32 tensors (fp16 and bf16 ones are converted) and run by the best instruction set that
-the CPU has; ``ATTNREUSE_CPU`` = portable, avx2 or avx512 forces one. Capture calculates in fp32. So does reuse
-of fp32 and fp16 maps; reuse of integer codes rounds the values to integers of ``VALUE_BITS``, relative to the
-largest of 128 keys, and sums exactly. :class:`Cuda` is its part for CUDA devices.
+the CPU has; ``ATTNREUSE_CPU`` = portable, avx2, avx512 or avx512vnni forces one. Capture calculates in fp32. So
+does reuse of fp32 and fp16 maps; reuse of integer codes rounds the values to integers of ``VALUE_BITS``, relative
+to the largest of 128 keys, and sums exactly. :class:`Cuda` is its part for CUDA devices.
 """
 
 from __future__ import annotations

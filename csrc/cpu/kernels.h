@@ -71,7 +71,7 @@ inline int64_t capture_workspace(const Shape& s, int threads) {
   return reuse_workspace(s) + keys + threads * kTile * blocks_of(s.N);
 }
 
-extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;
+extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512vnni_kernels;
 
 std::vector<const Kernels*> paths();  // those that this CPU can run, best first
 

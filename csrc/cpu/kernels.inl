@@ -41,7 +41,9 @@ inline vf larger(vf x, vf y) { return x > y ? x : y; }  // y where one is NaN
 
 // acc + p * v summed over the two 16-bit integers of each lane.
 inline vi dot2(vi acc, vi p, vi v) {
-#if VECTOR == 16
+#if defined(VNNI)
+  return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)p, (__m512i)v);
+#elif VECTOR == 16
   return acc + (vi)_mm512_madd_epi16((__m512i)p, (__m512i)v);
 #elif VECTOR == 8
   return acc + (vi)_mm256_madd_epi16((__m256i)p, (__m256i)v);
@@ -54,7 +56,9 @@ inline vi dot2(vi acc, vi p, vi v) {
 
 // acc + p * v summed over the four bytes of each lane of two pairs, p from 0 to 127, v from -63 to 63.
 inline vi dot4(vi acc, vi p0, vi v0, vi p1, vi v1) {
-#if VECTOR == 16
+#if defined(VNNI)
+  return (vi)_mm512_dpbusd_epi32(_mm512_dpbusd_epi32((__m512i)acc, (__m512i)p0, (__m512i)v0), (__m512i)p1, (__m512i)v1);
+#elif VECTOR == 16
   const __m512i pairs = _mm512_add_epi16(_mm512_maddubs_epi16((__m512i)p0, (__m512i)v0),
                                          _mm512_maddubs_epi16((__m512i)p1, (__m512i)v1));  // at most 4 * 127 * 63
   return acc + (vi)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));

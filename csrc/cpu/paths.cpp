@@ -20,9 +20,10 @@ std::vector<const Kernels*> paths() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool fma = __builtin_cpu_supports("fma");
-  if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    found.push_back(&avx512_kernels);
+  const bool avx512 = fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&avx512vnni_kernels);
+  if (avx512) found.push_back(&avx512_kernels);
   if (fma && __builtin_cpu_supports("avx2") && has_f16c()) found.push_back(&avx2_kernels);
 #endif
   found.push_back(&portable_kernels);
