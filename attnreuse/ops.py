@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,6 +113,7 @@ def capture(
     Raises:
         ValueError: shapes, devices or `into` do not fit, or `backend` cannot serve the call.
         TypeError: unsupported dtype.
+        RuntimeError: a gradient is wanted; there is none.
 
     Source: arXiv 2401.01008; block scaling as in :mod:`attnreuse.formats`.
     """
@@ -121,7 +123,8 @@ def capture(
     _check_map(into, shape, query.device)
     out = _output(value, shape)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    _capture(query, key, value, mask, scale, into.format.name, backend or BEST, into.storage, out)
+    op = torch.ops.attnreuse.capture.default
+    op(query, key, value, mask, scale, into.format.name, backend or BEST, into.storage, out)
     return out, into
 
 
@@ -148,6 +151,7 @@ def reuse(
     Raises:
         ValueError: shapes or devices do not fit, or `backend` cannot serve the call.
         TypeError: unsupported dtype.
+        RuntimeError: a gradient is wanted; there is none.
 
     Source: arXiv 2401.01008; block scaling as in :mod:`attnreuse.formats`.
     """
@@ -162,42 +166,43 @@ def reuse(
             f"out must be {list(expected)} {value.dtype} on {value.device}, "
             f"got {list(out.shape)} {out.dtype} on {out.device}"
         )
-    _reuse(attn_map.storage, m, value, attn_map.format.name, backend or BEST, out)
+    torch.ops.attnreuse.reuse.default(attn_map.storage, m, value, attn_map.format.name, backend or BEST, out)
     return out
 
 
-@torch.library.custom_op(
-    "attnreuse::capture",
-    mutates_args=("storage", "out"),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, str map_format, str backend, "
-    "Tensor(a!) storage, Tensor(b!) out) -> ()",
-)
-def _capture(query, key, value, mask, scale, map_format, backend, storage, out):
+def _capture(query, key, value, mask, scale, map_format, backend, storage, out) -> None:
     shape = (*query.shape[:3], key.shape[2])
     into = AttentionMap.view(format_named(map_format), shape, storage)
     head_dim = max(query.shape[-1], value.shape[-1])
     _chosen(backend, map_format, value.device, value.dtype, head_dim).capture(query, key, value, mask, scale, into, out)
 
 
-@torch.library.custom_op(
-    "attnreuse::reuse",
-    mutates_args=("out",),
-    schema="(Tensor storage, int queries, Tensor value, str map_format, str backend, Tensor(a!) out) -> ()",
-)
-def _reuse(storage, queries, value, map_format, backend, out):
+def _reuse(storage, queries, value, map_format, backend, out) -> None:
     b, h, n, d = value.shape
     attn_map = AttentionMap.view(format_named(map_format), (b, h, queries, n), storage)
     _chosen(backend, map_format, value.device, value.dtype, d, reuse=True).reuse(attn_map, value, out)
 
 
-@_capture.register_fake
-def _(query, key, value, mask, scale, map_format, backend, storage, out) -> None:
-    return None
+_LIBRARY = torch.library.Library("attnreuse", "DEF")
 
 
-@_reuse.register_fake
-def _(storage, queries, value, map_format, backend, out) -> None:
-    return None
+def _register(implementation: Callable[..., None], schema: str) -> None:
+    """An op that writes to its arguments and returns nothing; `torch.library.custom_op` takes ten times as long."""
+    name = _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # the door refuses what needs gradients
+    torch.library.register_fake(f"attnreuse::{name}", lambda *args: None, lib=_LIBRARY)
+
+
+_register(
+    _capture,
+    "capture(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, str map_format, str backend, "
+    "Tensor(a!) storage, Tensor(b!) out) -> ()",
+)
+_register(
+    _reuse,
+    "reuse(Tensor storage, int queries, Tensor value, str map_format, str backend, Tensor(a!) out) -> ()",
+)
 
 
 def _output(value: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
@@ -316,6 +321,11 @@ def _check_tensor(name: str, tensor: Tensor, sizes: tuple[int | None, ...], like
         raise ValueError(f"{name} must be non-empty with head dim <= {MAX_HEAD_DIM}, got {list(tensor.shape)}")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be fp32, fp16 or bf16, got {tensor.dtype}")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} requires a gradient, but capture and reuse have none: call them under torch.no_grad(), "
+            "or disable reuse where gradients are needed"
+        )
     if like is not None and (tensor.dtype != like.dtype or tensor.device != like.device):
         raise ValueError(
             f"{name} must be {like.dtype} on {like.device} like query, got {tensor.dtype} on {tensor.device}"

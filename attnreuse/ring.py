@@ -101,6 +101,11 @@ class MapRing:
         self.buffer = torch.empty(plan.nbytes, dtype=torch.uint8, device=device).zero_()
         self.slots = {name: self._slot(name) for name in plan.offsets}
         self.captured_at: dict[str, int] = {}  # layer to the step whose map its slot holds
+        ends = {name: start + self.slots[name].nbytes for name, start in plan.offsets.items()}
+        self._sharing = {  # layers whose slots have bytes in common, by layer
+            name: [n for n in ends if n != name and plan.offsets[n] < ends[name] and plan.offsets[name] < ends[n]]
+            for name in ends
+        }
 
     def _slot(self, name: str) -> AttentionMap:
         shape, start = self.plan.requests[name].shape, self.plan.offsets[name]
@@ -114,13 +119,6 @@ class MapRing:
 
     def captured(self, name: str, step: int) -> None:
         """Note that the slot of layer `name` now holds the map of `step`, and what it overwrote is gone."""
-        start, end = self._bytes(name)
-        for other in list(self.captured_at):
-            other_start, other_end = self._bytes(other)
-            if other_start < end and start < other_end:
-                del self.captured_at[other]
+        for other in self._sharing[name]:
+            self.captured_at.pop(other, None)
         self.captured_at[name] = step
-
-    def _bytes(self, name: str) -> tuple[int, int]:
-        start = self.plan.offsets[name]
-        return start, start + self.slots[name].nbytes

@@ -216,6 +216,18 @@ def test_ops_pass_opcheck(name):
     torch.library.opcheck(torch.ops.attnreuse.reuse, (storage, 5, v, name, "torch", torch.zeros_like(q)))
 
 
+def test_a_wanted_gradient_is_refused_not_lost():
+    q, k, v = tensors((1, 2, 5, 7, 16))
+    attn_map = ops.capture(q, k, v)[1]
+    weights = v.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"value requires a gradient, .* torch\.no_grad"):
+        ops.capture(q, k, weights)
+    with pytest.raises(RuntimeError, match="value requires a gradient"):
+        ops.reuse(attn_map, weights)
+    with torch.no_grad():
+        assert torch.equal(ops.reuse(attn_map, weights), ops.reuse(attn_map, v))
+
+
 def test_ops_compile_without_graph_breaks():
     q, k, v = tensors((1, 2, 33, 77, 40))
     into = AttentionMap.empty(FORMATS["u8"], (1, 2, 33, 77), torch.device("cpu"))
@@ -274,7 +286,7 @@ def test_a_map_or_output_of_the_wrong_shape_is_refused():
 def test_a_cuda_kernel_named_for_a_cpu_is_refused(kernel):
     q, k, v = tensors((1, 2, 5, 7, 16))
     _, attn_map = ops.capture(q, k, v)
-    with pytest.raises(ValueError, match=f"backend '{kernel}' cannot serve this call.* cpu is no CUDA device"):
+    with pytest.raises(ValueError, match=f"backend '{kernel}' cannot serve .* needs a CUDA device, this is cpu"):
         ops.reuse(attn_map, v, backend=kernel)
 
 
