@@ -65,7 +65,7 @@ def main() -> None:
 
 
 @app.command(
-    epilog="Examples:\n\n    attnreuse sample\n\n    attnreuse sample --reuse 5 --max-age 1\n\n"
+    epilog="Examples:\n\n    attnreuse sample\n\n    attnreuse sample --scheduler Heun --reuse 19\n\n"
     '    attnreuse sample --model user/pipeline --prompt "a red fox" --steps 30 --reuse 12 --format u8'
 )
 def sample(
