@@ -27,6 +27,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 MASKED = tl.constexpr(NO_KEY)  # score of a masked key: finite, so that no difference is NaN
 LEAST_MASK = tl.constexpr(-1e28)  # of additive masks but -inf: a row of nothing else is still attended
 MASKED_ROW = tl.constexpr(-5e29)  # a row's maximum lies below only where every key is masked
+STRIDES = tuple(
+    f"stride_{tensor}{axis}"
+    for tensor, axes in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("m", "bhmn"), ("o", "bhmd"))
+    for axis in axes
+)
 
 
 @triton.jit
@@ -179,23 +184,18 @@ def launch(
         mask = mask.expand(into.shape)
     elif scale <= 0:  # the maximum must be taken after scaling
         kind, mask = "additive", query.new_zeros(()).expand(into.shape)
-    strides = {
-        f"stride_{name}{axis}": size
-        for name, axes, x in (
-            ("q", "bhmd", query), ("k", "bhnd", key), ("v", "bhnd", value), ("m", "bhmn", mask), ("o", "bhmd", out)
-        )
-        for axis, size in zip(axes, (0,) * 4 if x is None else x.stride(), strict=True)
-    }  # fmt: skip
+    of_mask = (0,) * 4 if mask is None else mask.stride()
+    strides = (*query.stride(), *key.stride(), *value.stride(), *of_mask, *out.stride())
     (d0, d1), (v0, v1) = split_head_dim(d), split_head_dim(dv)
     words = into.words
     arguments: dict[str, Any] = dict(
         q_ptr=query, k_ptr=key, v_ptr=value, mask_ptr=query if mask is None else mask,
         codes_ptr=words, block_max_ptr=into.block_max, lse_ptr=into.lse, out_ptr=out,
-        **strides, scale_log2=scale * LOG2_E.value, H=h, M=m, N=n, ROW=words.shape[-1],
+        **dict(zip(STRIDES, strides, strict=True)), scale_log2=scale * LOG2_E.value, H=h, M=m, N=n, ROW=words.shape[-1],
         BITS=into.format.bits, D=d, D0=d0, D1=d1, V=dv, V0=v0, V1=v1, ALIGN=alignment(query, key, value),
         FAR=n * max(key.stride(2), value.stride(2)) >= 2**31,
         MASK=kind, MASK_ROWS=mask is not None and mask.stride(2) != 0,
         EVEN_M=m % config.block_m == 0, EVEN_N=n % BLOCK == 0, BLOCK_M=config.block_m, BLOCK_N=BLOCK,
     )  # fmt: skip
-    grid = (triton.cdiv(m, config.block_m), b * h)
+    grid = (-(-m // config.block_m), b * h)
     return Launch(_capture_kernel, grid, arguments, config)

@@ -4,6 +4,7 @@ Chosen without a GPU: fewest instructions per map element among those that spill
 the shared memory. ``attnreuse bench --tune`` measures them, and the others, on the device at hand.
 """
 
+import functools
 from dataclasses import dataclass
 
 
@@ -70,6 +71,7 @@ CANDIDATES = tuple(
 )  # of `attnreuse bench --tune`
 
 
+@functools.cache
 def choose(op: str, map_format: str, head_dim: int, arch: int, plain: bool = True) -> Config:
     """Configuration of `op` ("capture" or "reuse") for a head dim of at most 160.
 

@@ -103,5 +103,5 @@ def launch(
         BITS=attn_map.format.bits, D=d, D0=d0, D1=d1, ALIGN=alignment(value), FAR=n * value.stride(2) >= 2**31,
         EVEN_M=m % config.block_m == 0, EVEN_N=n % BLOCK == 0, BLOCK_M=config.block_m, BLOCK_N=BLOCK,
     )  # fmt: skip
-    grid = (triton.cdiv(m, config.block_m), b * h)
+    grid = (-(-m // config.block_m), b * h)
     return Launch(_reuse_kernel, grid, arguments, config)

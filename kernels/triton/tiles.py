@@ -8,6 +8,7 @@ Inline assembly serves two elements per register. The interpreter cannot run it 
 twin behind ``INTERPRET``; a GPU test holds what the twins write equal.
 """
 
+import functools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from attnreuse.kernels.configs import Config
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
+@functools.cache
 def split_head_dim(d: int) -> tuple[int, int]:
     """`d` as two tile widths, powers of two of at least 16; the second is 0 up to 64.
 
