@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-FLUSH_BYTES = 256 << 20  # more than any GPU's L2, so that no call finds its inputs there
+FLUSH_BYTES = 512 << 20  # more than any GPU's L2; writing them takes longer than the host takes to launch a call
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Times:
 def interleaved(calls: list[Callable[[], Any]], device: torch.device, repeats: int) -> list[Times]:
     """Time `calls` in turns, `repeats` rounds after a warm-up.
 
-    On CUDA by events, each call after the L2 cache is overwritten (which also hides the launch), and
-    the host waits only at the end; elsewhere by the clock.
+    On CUDA by events, each call after the L2 cache is overwritten (so that it finds no input there, and its
+    launch is hidden), and the host waits only at the end; elsewhere by the clock.
     """
     with torch.no_grad():
         for call in calls:
