@@ -311,8 +311,9 @@ void pack_integers(const Tensor4& value, int64_t b, int64_t h, const Shape& s, F
   }
 }
 
+constexpr int64_t kStrip = 2 * W;  // keys whose products with a query are summed side by side
+
 // Keys of one head as [C, 128 / kStrip, D, kStrip], zero where none.
-constexpr int64_t kStrip = 2 * W;
 void pack_keys(const Tensor4& key, int64_t b, int64_t h, const Shape& s, float* packed) {
   for (int64_t first = 0; first < blocks_of(s.N) * kBlock; first += kStrip, packed += s.D * kStrip) {
     const int64_t n = s.N - first < kStrip ? s.N - first : kStrip;
@@ -452,7 +453,7 @@ inline float sum_of(vf x) {
 
 struct CaptureTile {
   float query[kTile * 256];      // [rows, D], times scale
-  float scores[kTile * kBlock];  // of a block, halved, then its probabilities relative to the row's maximum so far
+  float scores[kTile * kBlock];  // of a block, halved, then its probabilities relative to its maximum
   float out[kTile * 256];        // [rows, width]
   vf sum[kTile];                 // relative to the maximum so far, lane by lane
   Rows top{};                    // that maximum, halved
