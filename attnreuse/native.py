@@ -121,12 +121,12 @@ class Cuda:
     @staticmethod
     def present(device: torch.device) -> bool:
         """Whether kernels were built that such a device can run."""
-        return device.type == "cuda" and hasattr(extension, "cuda_reuse") and not torch.version.hip
+        return _is_nvidia(device) and hasattr(extension, "cuda_reuse")
 
     @classmethod
     def unserved(cls, map_format: MapFormat, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Why reuse cannot serve such a call, or None."""
-        if device.type != "cuda" or torch.version.hip:
+        if not _is_nvidia(device):
             return f"the {cls.KERNEL} kernel needs a CUDA device, this is {'ROCm' if device.type == 'cuda' else device}"
         if not hasattr(extension, f"{cls.KERNEL}_reuse"):
             return f"the extension holds no {cls.KERNEL} kernel ({INFO})"
@@ -175,6 +175,11 @@ class Hopper(Cuda):
     """Their reuse for compute capability 9.0, by TMA and wgmma (`csrc/cuda/hopper.cuh`)."""
 
     KERNEL = "hopper"
+
+
+def _is_nvidia(device: torch.device) -> bool:
+    """ROCm's devices are "cuda" to torch, too."""
+    return device.type == "cuda" and not torch.version.hip
 
 
 def _rows_at(tensor: Tensor, elements: int) -> bool:

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/paths.h"
 #ifdef ATTNREUSE_CUDA_ARCHS
 #include "cuda/devices.h"
 #include "cuda/kernels.h"

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 namespace attnreuse {
 
@@ -72,7 +71,5 @@ inline int64_t capture_workspace(const Shape& s, int threads) {
 }
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512vnni_kernels;
-
-std::vector<const Kernels*> paths();  // those that this CPU can run, best first
 
 }  // namespace attnreuse

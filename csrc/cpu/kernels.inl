@@ -170,7 +170,7 @@ void multiply(const float* p, int64_t ldp, const float* v, int64_t ldv, int64_t 
 }
 
 // out[r] = old[r] * out[r] + now[r] * sum_i p[r, i] * v[i]: the sum on its own, for the errors of long sums. `used`
-// columns; without `old`, out[r] is only added to.
+// columns; without `old`, out[r] is only added to, and without `now` by the sum as it is.
 void add_product(const float* p, int64_t ldp, const float* v, int64_t n, const float* old, const float* now, float* out,
                  int64_t width, int64_t rows, int64_t used) {
   float sum[kTile * 256];

@@ -1,5 +1,5 @@
-// Which kernels this CPU can run.
-#include "kernels.h"
+// Asks the CPU for its instruction sets.
+#include "paths.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
