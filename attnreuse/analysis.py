@@ -21,14 +21,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from attnreuse.clock import StepClock
+from attnreuse.denoiser import find_denoiser
 from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Evaluator, Sampled
 from attnreuse.formats import AttentionMap, map_format
 from attnreuse.metrics import psnr_each
 from attnreuse.policy import Action, Policy, hurry, strip, trades
-from attnreuse.processors import ReuseAttnProcessor, attention_layers, stock_of
-from attnreuse.session import find_denoiser
+from attnreuse.processors import ReuseAttnProcessor, attention_layers
+from attnreuse.session import enable
 
 ROWS = 64  # query rows per head at which drift is measured
 Visit = Callable[[int, str, Tensor], Tensor | None]  # (step, layer, map [B, H, M, N]) to the map to apply instead
@@ -380,6 +380,9 @@ class ProbeAttnProcessor(ReuseAttnProcessor):
         super().__init__(original)
         self.visit = visit
 
+    def _fits(self, attn: Any, hidden_states: Tensor, context: Tensor | None) -> bool:
+        return True  # it makes a map as the layer comes
+
     def _capture(self, attn: Any, hidden_states: Tensor, context: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         b, h, n, _ = value.shape
         self.slot = AttentionMap.empty(map_format("fp32"), (b, h, hidden_states.shape[1], n), value.device)
@@ -392,29 +395,29 @@ class ProbeAttnProcessor(ReuseAttnProcessor):
 def probing(evaluator: Evaluator, steps: set[int], visit: Visit) -> Iterator[None]:
     """Within, `visit` sees every served layer's map at these executed steps, and may replace it."""
     denoiser = find_denoiser(evaluator.pipe)
-    clock = StepClock(lambda: evaluator.pipe.scheduler, evaluator.pipe)
     modules = {name: attention_layers(denoiser)[name] for name in evaluator.served()}
     before = {name: module.processor for name, module in modules.items()}
+    never = Policy(steps=evaluator.executed_steps, reuse=[False] * evaluator.executed_steps)
 
     def probe(name: str) -> ProbeAttnProcessor:
-        return ProbeAttnProcessor(stock_of(before[name]), lambda attn_map: visit(clock.last.step, name, attn_map))
+        return ProbeAttnProcessor(before[name], lambda attn_map: visit(session.tick.step, name, attn_map))
 
     probes = {name: probe(name) for name in modules}
 
-    def place(module: Any, args: tuple, kwargs: dict) -> None:
-        clock.last = clock.place(kwargs["timestep"] if "timestep" in kwargs else args[1])
+    def arm(module: Any, args: tuple) -> None:
         for processor in probes.values():
-            processor.action = Action.CAPTURE if clock.last.step in steps else Action.COMPUTE
+            processor.action = Action.CAPTURE if session.tick.step in steps else Action.COMPUTE
 
-    hook = denoiser.register_forward_pre_hook(place, with_kwargs=True)
-    try:
-        for name, module in modules.items():
-            module.set_processor(probes[name])
-        yield
-    finally:
-        hook.remove()
-        for name, module in modules.items():
-            module.set_processor(before[name])
+    with enable(evaluator.pipe, never) as session:  # which tells the step, and leaves the probes alone
+        hook = denoiser.register_forward_pre_hook(arm)
+        try:
+            for name, module in modules.items():
+                module.set_processor(probes[name])
+            yield
+        finally:
+            hook.remove()
+            for name, module in modules.items():
+                module.set_processor(before[name])
 
 
 def _noisy(size: float, seed: int) -> Visit:

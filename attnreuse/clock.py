@@ -1,20 +1,24 @@
-"""The step clock: which executed step of which run a denoiser call belongs to, read from the scheduler.
+"""The step clock: where in which walk over timesteps a denoiser call stands.
 
-Pipelines hand the denoiser an element of ``scheduler.timesteps``, a view into that tensor, so its
-address is its position: exact for schedulers that repeat timesteps (PNDM, Heun), for img2img, which
-starts in the middle, and without a transfer from the device. ``set_timesteps`` makes a new tensor,
-so another tensor is another run.
+It follows the calls themselves. Pipelines hand the denoiser an element of their ``timesteps``, a view
+into that tensor: its storage tells the walk apart from any other, its place in it the position, without
+a transfer from the device, whatever scheduler made it, and also where timesteps repeat (PNDM, Heun),
+begin late (img2img) or the scheduler's state is put back between calls (panorama). Only a timestep that
+is no view is looked up in the scheduler: by its step index, else by value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from attnreuse.errors import AttnReuseError
+from attnreuse.errors import UnknownStepError
+
+HELP = "call session.step(i, n) before the denoiser calls of each step"
 
 
 def executed_steps(scheduler: Any, steps: int) -> int:
@@ -23,97 +27,103 @@ def executed_steps(scheduler: Any, steps: int) -> int:
     return len(scheduler.timesteps)
 
 
-@dataclass(frozen=True)
-class Tick:
-    """A denoiser call: number `call` within executed step `step` of `steps`; `new_run` at a run's first.
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Position `position` of a walk over `length` timesteps.
 
-    `timesteps` is the scheduler's tensor (held, so that its identity is not recycled) and `begin` the
-    run's first position in it; both None and 0 for steps given by :meth:`StepClock.set`.
+    `timesteps` is the tensor walked over (or any view into it), held so that its address stays its own;
+    or the token of :meth:`StepClock.set`. `scheduler` is the one whose timesteps they are, where known.
     """
 
-    step: int
-    steps: int
-    call: int
-    new_run: bool
-    timesteps: Tensor | None = None
-    begin: int = 0
+    timesteps: Any
+    position: int
+    length: int
+    scheduler: Any = None
+
+    @property
+    def walk(self) -> Any:
+        """Equal for places of one walk."""
+        is_tensor = isinstance(self.timesteps, Tensor)
+        return self.timesteps.untyped_storage().data_ptr() if is_tensor else id(self.timesteps)
 
 
 class StepClock:
-    """Reads the step off a scheduler, or takes it from :meth:`set`.
+    """Places denoiser calls by their timestep, or by what :meth:`set` said."""
 
-    Args:
-        scheduler: a function that gives the scheduler in force (a pipeline's may be replaced), or None.
-        pipe: the pipeline, for SDXL's ``denoising_end``; or None.
-
-    Attributes:
-        last: the latest call that the caller accepted, set by the caller.
-    """
-
-    def __init__(self, scheduler: Callable[[], Any], pipe: Any = None):
-        self._scheduler, self._pipe = scheduler, pipe
-        self._explicit: tuple[int, int] | None = None
-        self.last: Tick | None = None
+    def __init__(self) -> None:
+        self._told: tuple[object, int, int] | None = None  # token of the walk, step, steps
+        self._last: Place | None = None
 
     def set(self, step: int, steps: int) -> None:
-        """Say that the next denoiser calls are step `step` of `steps`; overrides the scheduler."""
+        """Say that the next denoiser calls are step `step` of `steps`; overrides the schedulers."""
         if not 0 <= step < steps:
             raise ValueError(f"step must be in [0, {steps}), got {step}")
-        if self.last and (step <= self.last.step or steps != self.last.steps):
-            self.last = None
-        self._explicit = (step, steps)
-
-    def finish(self) -> None:
-        """The run is complete: a step that was set is no longer in force."""
-        self._explicit = None
+        token, last, total = self._told or (None, steps, steps)
+        self._told = (object() if step < last or steps != total else token, step, steps)
 
     def reset(self) -> None:
-        """Forget the run in progress: the next call begins one."""
-        self.last = self._explicit = None
+        """A step that was set is no longer in force."""
+        self._told = None
 
-    def place(self, timestep: Any) -> Tick:
-        """Where a denoiser call with this `timestep` belongs."""
-        last = self.last
-        if self._explicit:
-            step, steps = self._explicit
-            return Tick(step, steps, self._call(step), last is None)
-        timesteps = self._timesteps()
-        position = self._position(timesteps, timestep)
-        if last is None or timesteps is not last.timesteps or position < last.begin + last.step:
-            return Tick(0, self._executed(len(timesteps) - position), 0, True, timesteps, position)
-        step = position - last.begin
-        return Tick(step, last.steps, self._call(step), False, timesteps, last.begin)
+    def place(self, timestep: Any, schedulers: Callable[[], Iterable[Any]]) -> Place:
+        """Where a call with this `timestep` stands; `schedulers` gives those that may have made it.
 
-    def _call(self, step: int) -> int:
-        return self.last.call + 1 if self.last and self.last.step == step else 0
+        Raises:
+            UnknownStepError: that cannot be told; the message says how to help.
+        """
+        if self._told:
+            return Place(*self._told)
+        if isinstance(timestep, Tensor) and _one_place(timestep):
+            self._last = _on_walk(timestep, self._last) or _by_address(timestep, schedulers())
+            if self._last is not None:
+                return self._last
+        return _by_scheduler(timestep, [s for s in schedulers() if _has_timesteps(s)])
 
-    def _timesteps(self) -> Tensor:
-        timesteps = getattr(self._scheduler(), "timesteps", None)
-        if timesteps is None:
-            raise AttnReuseError(
-                "no scheduler to read the step from: pass scheduler= to attnreuse.enable, "
-                "or call session.step(i, n) before each denoiser call"
-            )
-        return timesteps
 
-    def _position(self, timesteps: Tensor, timestep: Any) -> int:
-        is_tensor = isinstance(timestep, Tensor)
-        if is_tensor and timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr():
-            return (timestep.data_ptr() - timesteps.data_ptr()) // timesteps.element_size()
-        index = getattr(self._scheduler(), "step_index", None)
-        if index is not None:
-            return index
-        value = timestep.flatten()[0] if is_tensor else timestep
-        positions = (timesteps == value).nonzero().flatten().tolist()
-        if len(positions) != 1:
-            found = "not among" if not positions else f"{len(positions)} times among"
-            raise AttnReuseError(
-                f"cannot tell the step: timestep {float(value):g} is {found} the scheduler's {len(timesteps)} "
-                "timesteps; call session.step(i, n) before each denoiser call"
-            )
-        return positions[0]
+def _has_timesteps(scheduler: Any) -> bool:
+    return isinstance(getattr(scheduler, "timesteps", None), Tensor)
 
-    def _executed(self, scheduled: int) -> int:
-        """Steps of a run with `scheduled` left; fewer where SDXL's ``denoising_end`` cuts it short."""
-        end = getattr(self._pipe, "denoising_end", None)
-        return self._pipe.num_timesteps if isinstance(end, float) and 0 < end < 1 else scheduled
+
+def _one_place(t: Tensor) -> bool:
+    """Whether all elements of `t` are one and the same."""
+    return t.numel() == 1 or not any(stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1)
+
+
+def _on_walk(t: Tensor, last: Place | None) -> Place | None:
+    """The place of a view into the timesteps of the call before."""
+    if last is None or t.untyped_storage().data_ptr() != last.walk:
+        return None
+    start = 0 if last.scheduler is None else last.timesteps.storage_offset()
+    return Place(last.timesteps, t.storage_offset() - start, last.length, last.scheduler)
+
+
+def _by_address(t: Tensor, schedulers: Iterable[Any]) -> Place | None:
+    """The place of a view into a scheduler's timesteps, or into timesteps that nobody here knows."""
+    storage = t.untyped_storage()
+    for scheduler in filter(_has_timesteps, schedulers):
+        timesteps = scheduler.timesteps
+        if timesteps.untyped_storage().data_ptr() == storage.data_ptr():
+            return Place(timesteps, t.storage_offset() - timesteps.storage_offset(), len(timesteps), scheduler)
+    length = storage.nbytes() // t.element_size()
+    return Place(t, t.storage_offset(), length) if length > 1 else None
+
+
+def _by_scheduler(timestep: Any, schedulers: list[Any]) -> Place:
+    """The place of a timestep by its value among a scheduler's, or by the scheduler's own count."""
+    if not schedulers:
+        raise UnknownStepError(f"no scheduler to read the step from: pass scheduler= to attnreuse.enable, or {HELP}")
+    t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep)
+    said = ""
+    for scheduler in schedulers:
+        timesteps = scheduler.timesteps
+        index = getattr(scheduler, "step_index", None)
+        if index is not None and index < len(timesteps) and t.device.type != "cpu":
+            return Place(timesteps, index, len(timesteps), scheduler)  # a look at the value would wait for the device
+        if not _one_place(t) and not (t == t.flatten()[0]).all():
+            raise UnknownStepError(f"cannot tell the step: the timesteps of the call differ within the batch; {HELP}")
+        positions = (timesteps.cpu() == t.flatten()[0].cpu()).nonzero().flatten().tolist()
+        if index in positions or len(positions) == 1:
+            return Place(timesteps, index if index in positions else positions[0], len(timesteps), scheduler)
+        times = f"{len(positions)} times" if positions else "not"
+        said = said or f"timestep {float(t.flatten()[0]):g} is {times} among the scheduler's {len(timesteps)} timesteps"
+    raise UnknownStepError(f"cannot tell the step: {said}; {HELP}")

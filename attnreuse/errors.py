@@ -18,4 +18,8 @@ class MemoryBudgetError(AttnReuseError):
 
 
 class StaleMapError(AttnReuseError):
-    """A step would reuse a map that this run did not capture for it."""
+    """Under ``strict``: a layer holds no map of this run that it could reuse, where its policy reuses."""
+
+
+class UnknownStepError(AttnReuseError):
+    """Under ``strict``: which step a denoiser call belongs to cannot be told."""

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from attnreuse import planner
 from attnreuse.clock import executed_steps
-from attnreuse.errors import AttnReuseError
+from attnreuse.denoiser import find_denoiser, layer_kinds, model_name, select_layers, unsupported
+from attnreuse.errors import AttnReuseError, PolicyMismatchError
 from attnreuse.formats import map_format
 from attnreuse.metrics import PAIRED
 from attnreuse.policy import Action, Policy
-from attnreuse.processors import attention_layers, layer_kinds, select_layers, unsupported
+from attnreuse.processors import attention_layers
 from attnreuse.ring import plan_ring
-from attnreuse.session import Session, enable, find_denoiser, model_name
+from attnreuse.session import Session, enable
 
 Key = tuple[int, str, int]  # first picture of the batch, what all layers did so far, call within the step
 
@@ -154,6 +155,10 @@ class Evaluator:
         Raises:
             PolicyMismatchError: a policy for another number of executed steps.
         """
+        if policy.steps != self.executed_steps:
+            raise PolicyMismatchError(
+                f"policy {policy.name!r} is for {policy.steps} executed steps, this run executes {self.executed_steps}"
+            )
 
         @contextmanager
         def enabled(start: int) -> Iterator[None]:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from attnreuse.clock import executed_steps
+from attnreuse.denoiser import layer_kinds, select_layers
 from attnreuse.errors import UnsupportedLayerError
 from attnreuse.formats import map_format as format_named
 from attnreuse.planner import LayerCost, map_requests, map_shapes, measure_costs, parse_bytes
 from attnreuse.policy import Policy
-from attnreuse.processors import layer_kinds, select_layers
 from attnreuse.ring import RingPlan, plan_ring
 
 SCHEDULERS = {  # diffusers' class and what must be set besides the model's own config

@@ -60,6 +60,11 @@ _BACKENDS = {"triton": triton_kernels, "native": native, "torch": _TorchBackend}
 NAMED = {"cuda": native.Cuda, "hopper": native.Hopper}  # they reuse, where a caller names them
 
 
+def unserved_dtype(dtype: torch.dtype) -> str | None:
+    """Why tensors of this type cannot be served, or None."""
+    return None if dtype in DTYPES else f"{str(dtype).removeprefix('torch.')} tensors are not served"
+
+
 def backend_for(map_format: str | MapFormat, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Name of the backend that :func:`capture` and :func:`reuse` use for such a call."""
     unserved = unserved_reasons(map_format, device, dtype, head_dim)
@@ -121,11 +126,24 @@ def capture(
     if into is None:
         into = AttentionMap.empty(format_named(map_format), shape, query.device)
     _check_map(into, shape, query.device)
-    out = _output(value, shape)
+    return capture_into(into.storage, query, key, value, mask, scale, into.format.name, backend), into
+
+
+def capture_into(
+    storage: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    map_format: str,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`capture` without its checks, into the `storage` of a map that fits; returns the output."""
+    out = _output(value, query.shape[2])
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    op = torch.ops.attnreuse.capture.default
-    op(query, key, value, mask, scale, into.format.name, backend or BEST, into.storage, out)
-    return out, into
+    torch.ops.attnreuse.capture.default(query, key, value, mask, scale, map_format, backend or BEST, storage, out)
+    return out
 
 
 def reuse(
@@ -159,14 +177,25 @@ def reuse(
     _check_tensor("value", value, (b, h, n, None))
     _check_map(attn_map, attn_map.shape, value.device)
     expected = (b, h, m, value.shape[-1])
-    if out is None:
-        out = _output(value, attn_map.shape)
-    elif out.shape != expected or out.dtype != value.dtype or out.device != value.device:
+    if out is not None and (out.shape != expected or out.dtype != value.dtype or out.device != value.device):
         raise ValueError(
             f"out must be {list(expected)} {value.dtype} on {value.device}, "
             f"got {list(out.shape)} {out.dtype} on {out.device}"
         )
-    torch.ops.attnreuse.reuse.default(attn_map.storage, m, value, attn_map.format.name, backend or BEST, out)
+    return reuse_into(attn_map.storage, m, value, attn_map.format.name, out, backend)
+
+
+def reuse_into(
+    storage: Tensor,
+    queries: int,
+    value: Tensor,
+    map_format: str,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`reuse` without its checks, of a map of `queries` rows per head that lies in `storage`."""
+    out = _output(value, queries) if out is None else out
+    torch.ops.attnreuse.reuse.default(storage, queries, value, map_format, backend or BEST, out)
     return out
 
 
@@ -201,14 +230,14 @@ _register(
 )
 _register(
     _reuse,
-    "reuse(Tensor storage, int queries, Tensor value, str map_format, str backend, Tensor(a!) out) -> ()",
+    "reuse(Tensor storage, SymInt queries, Tensor value, str map_format, str backend, Tensor(a!) out) -> ()",
 )
 
 
-def _output(value: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+def _output(value: Tensor, queries: int) -> Tensor:
     """An empty ``[B, H, M, Dv]`` that lies as B M H D, so that merging the heads is a view."""
-    b, h, m, _ = shape
-    return value.new_empty(b, m, h, value.shape[-1]).transpose(1, 2)
+    b, h, _, d = value.shape
+    return value.new_empty(b, queries, h, d).transpose(1, 2)
 
 
 @functools.cache
@@ -314,7 +343,7 @@ def _check_capture(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
 
 
 def _check_tensor(name: str, tensor: Tensor, sizes: tuple[int | None, ...], like: Tensor | None = None) -> None:
-    if tensor.ndim != 4 or any(s not in (None, t) for s, t in zip(sizes, tensor.shape, strict=True)):
+    if tensor.ndim != 4 or any(s is not None and s != t for s, t in zip(sizes, tensor.shape, strict=True)):
         wanted = ", ".join(axis if size is None else str(size) for axis, size in zip("BHND", sizes, strict=True))
         raise ValueError(f"{name} must be [{wanted}], got {list(tensor.shape)}")
     if 0 in tensor.shape or tensor.shape[-1] > MAX_HEAD_DIM:

@@ -1,11 +1,14 @@
 """Before the run: map shapes at a resolution, the ring they need, and what each step should cost.
 
 Shapes come from the model itself: a copy of its architecture on the meta device (no weights, no
-memory) is called once with tensors of the run's shapes.
+memory) is called once with tensors of the run's shapes. The copy is stock: what other tools patched
+into the model (merged, tiled or skipped tokens) is not in it, so a patched layer shows by its shape.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnreuse import ops
+from attnreuse.denoiser import head_dim
+from attnreuse.errors import UnsupportedLayerError
 from attnreuse.formats import AttentionMap, MapFormat
 from attnreuse.policy import Action, Policy
 from attnreuse.processors import ShapeRecorder, attention_layers
@@ -36,33 +41,74 @@ def parse_bytes(budget: int | str | None) -> int | None:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def map_shapes(denoiser: Any, inputs: dict[str, Any]) -> Shapes:
+def map_shapes(denoiser: Any, inputs: dict[str, Any], layers: dict[str, Any] | None = None) -> Shapes:
     """Map shape ``(B, H, M, N)`` and head dim of every attention layer, in order of execution.
 
     Args:
-        denoiser: the model; only its config is used.
+        denoiser: the model; its config counts, or its modules where they are no longer the config's.
         inputs: arguments of its forward, by name; only shapes and Python values are used.
+        layers: its attention layers, where they are at hand.
+
+    Raises:
+        UnsupportedLayerError: they cannot be told; the message holds the reason.
     """
-    given = {k: _on_meta(v) for k, v in inputs.items() if k != "cross_attention_kwargs"}
-    key = f"{type(denoiser).__name__} {denoiser.to_json_string()} {given}"
+    given = {k: _on_meta(v) for k, v in inputs.items() if k not in ("cross_attention_kwargs", "self")}
+    layers = layers or attention_layers(denoiser)
+    heads = {name: (attn.heads, head_dim(attn)) for name, attn in layers.items()}
+    key = f"{type(denoiser).__name__} {denoiser.to_json_string()} {heads} {given}"
     if key not in _shapes:
         if len(_shapes) >= 256:
             _shapes.clear()
-        _shapes[key] = _record_shapes(denoiser, given)
+        tokens = _record_tokens(denoiser, given, set(layers))
+        _shapes[key] = {
+            name: ((b, heads[name][0], m, n), heads[name][1]) for name, (b, m, n) in tokens.items() if name in heads
+        }
     return _shapes[key]
 
 
-def _record_shapes(denoiser: Any, given: dict[str, Any]) -> Shapes:
-    """Call the architecture of `denoiser` on the meta device and note what its layers see."""
+def _record_tokens(denoiser: Any, given: dict[str, Any], layers: set[str]) -> dict[str, tuple[int, int, int]]:
+    """Queries and keys ``(B, M, N)`` that the layers of a stock twin of `denoiser` see."""
+    twin, said = None, ""
+    for make in (_twin_of_config, _twin_of_modules):
+        try:
+            twin = make(denoiser)
+            if set(attention_layers(twin)) != layers:
+                continue  # blocks were taken out or put in
+            tokens: dict[str, tuple[int, int, int]] = {}
+            for name, attn in attention_layers(twin).items():
+                attn.set_processor(ShapeRecorder(name, tokens))
+            b, _, *size = given["sample"].shape
+            sample = given["sample"].new_empty(b, twin.conv_in.in_channels, *size)  # a widened conv_in changes no map
+            with torch.no_grad():
+                twin(**{**given, "sample": sample})
+            return tokens
+        except Exception as error:  # whatever a changed model raises
+            said = f": {type(error).__name__}: {error}"
+    raise UnsupportedLayerError(f"the map shapes of this {type(denoiser).__name__} cannot be told{said}")
+
+
+def _twin_of_config(denoiser: Any) -> Any:
+    """The model of this config, without weights."""
     with torch.device("meta"):
         # IP-Adapters change this entry; image embeddings do not change the shapes of self-attention.
-        twin = type(denoiser).from_config({**denoiser.config, "encoder_hid_dim_type": None}).eval()
-    shapes: Shapes = {}
-    for name, attn in attention_layers(twin).items():
-        attn.set_processor(ShapeRecorder(name, shapes))
-    with torch.no_grad():
-        twin(**given)
-    return shapes
+        return type(denoiser).from_config({**denoiser.config, "encoder_hid_dim_type": None}).eval()
+
+
+def _twin_of_modules(denoiser: Any) -> Any:
+    """The modules of this model, without weights, hooks and patches."""
+    weights = itertools.chain(denoiser.parameters(), denoiser.buffers())
+    memo = {id(w): torch.empty_like(w, device="meta", requires_grad=False) for w in weights}
+    for p in denoiser.parameters():
+        memo[id(p)] = torch.nn.Parameter(memo[id(p)], requires_grad=False)
+    twin = copy.deepcopy(denoiser, memo)
+    for module in twin.modules():
+        module.__dict__.pop("forward", None)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            hooks.clear()
+        stock = next(c for c in type(module).__mro__ if c.__module__.split(".")[0] in ("diffusers", "torch"))
+        if stock is not torch.nn.Module:
+            module.__class__ = stock
+    return twin.float().eval()
 
 
 def map_requests(policy: Policy, layers: list[str], shapes: Shapes) -> list[MapRequest]:

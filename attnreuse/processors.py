@@ -1,20 +1,19 @@
-"""Attention processors for diffusers: compute, capture or reuse, as the session says before each call."""
+"""Attention processors for diffusers: compute, capture or reuse, as the run says before each call."""
 
 from __future__ import annotations
 
-import fnmatch
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 from attnreuse import ops
 from attnreuse.formats import AttentionMap
 from attnreuse.policy import Action
 
-EXCLUDED = {
-    "fuser": "GLIGEN's fuser attends over grounding tokens, not image tokens",
-    "motion_modules": "motion modules attend over frames",
-}
+OTHER_SHAPE = "it attends over other tokens than its map is planned for (another tool merges, tiles or adds tokens)"
+OVERRIDDEN = "another tool overrides its attention"
 
 
 def stock_processors() -> tuple[type, ...]:
@@ -29,67 +28,42 @@ def attention_layers(denoiser: Any) -> dict[str, Any]:
     return {name: m for name, m in denoiser.named_modules() if hasattr(m, "set_processor") and hasattr(m, "to_q")}
 
 
-def layer_kinds(denoiser: Any) -> dict[str, str]:
-    """ "self" or "cross" of every attention layer, by name."""
-    return {n: "cross" if m.is_cross_attention else "self" for n, m in attention_layers(denoiser).items()}
-
-
-def select_layers(kinds: dict[str, str], layers: str | list[str]) -> list[str]:
-    """Names that `layers` means: "self", "cross", "all", or ``fnmatch`` patterns of names.
-
-    Raises:
-        ValueError: a pattern that matches no layer.
-    """
-    if layers in ("all", "self", "cross"):
-        return [name for name, kind in kinds.items() if layers in ("all", kind)]
-    patterns = [layers] if isinstance(layers, str) else list(layers)
-    for pattern in patterns:
-        if not fnmatch.filter(kinds, pattern):
-            raise ValueError(
-                f"layers must be 'self', 'cross', 'all' or patterns of layer names; {pattern!r} matches none "
-                f"of the {len(kinds)} layers (such as {next(iter(kinds), None)!r})"
-            )
-    return [name for name in kinds if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
-
-
-def unsupported(name: str, attn: Any) -> str | None:
-    """Why this layer cannot be served, or None."""
-    for part, reason in EXCLUDED.items():
-        if part in name.split("."):
-            return reason
-    processor = stock_of(attn.processor)
-    if type(processor) not in stock_processors():
-        served = " and ".join(t.__name__ for t in stock_processors())
-        return f"its processor is {type(processor).__name__}; only {served} are served"
-    return None
-
-
 def stock_of(processor: Any) -> Any:
-    """The processor itself, or the one that ours stands in for (diffusers may have made a bare one of ours)."""
-    return processor.original if isinstance(processor, ReuseAttnProcessor) else processor
+    """The processor itself, or the one that ours stands in for."""
+    return processor.original if type(processor) is ReuseAttnProcessor else processor
 
 
 class ReuseAttnProcessor:
-    """Stands in for ``AttnProcessor2_0`` or ``AttnProcessor`` on one layer.
+    """Stands in for ``AttnProcessor2_0`` or ``AttnProcessor`` on one layer, for one denoiser call.
 
     compute calls the processor it replaced, untouched. capture and reuse repeat that processor's
     steps around :func:`attnreuse.ops.capture` and :func:`attnreuse.ops.reuse`; reuse never projects
-    Q and K. Without a session (``load_ip_adapter`` constructs it bare) it only computes.
+    Q and K. A layer that turns out to attend over other tokens than `slot` is for computes.
 
     Attributes:
         original: the processor it replaced.
-        action: what the next call does.
+        action: what the next call is to do.
         slot: the map of the next call, ``(B, H, M, N)``, when it captures or reuses.
+        outline: a tensor of the slot's shape; code compiled for any size takes its sizes as symbols.
+        did: what the layer did; None as long as it was not called.
+        why: why it computed instead of capturing or reusing, or None.
     """
 
     def __init__(self, original: Any = None):
         self.original = original if original is not None else stock_processors()[0]()
         self.action = Action.COMPUTE
+        self.did: Action | None = None
+        self.why: str | None = None
         self.slot: AttentionMap | None = None
+        self.outline: Tensor | None = None
 
     def __deepcopy__(self, memo: dict) -> Any:
         """A copied denoiser has no session: its layers get the stock processor back."""
         return self.original
+
+    def __reduce__(self) -> tuple:
+        """A pickled denoiser has no session either."""
+        return stock_of, (self.original,)
 
     def __call__(
         self,
@@ -101,7 +75,14 @@ class ReuseAttnProcessor:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        if self.action is Action.COMPUTE:
+        action = self.action
+        if action is not Action.COMPUTE:
+            if not self._fits(attn, hidden_states, encoder_hidden_states):
+                action, self.why = Action.COMPUTE, OTHER_SHAPE
+            elif _overridden():
+                action, self.why = Action.COMPUTE, OVERRIDDEN
+        self.did = action
+        if action is Action.COMPUTE:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         residual, shape = hidden_states, hidden_states.shape
         if attn.spatial_norm is not None:
@@ -117,10 +98,12 @@ class ReuseAttnProcessor:
                 context = attn.norm_encoder_hidden_states(context)
 
         value = _split_heads(attn.to_v(context), attn.heads)  # [B, H, N, D]
-        if self.action is Action.CAPTURE:
+        if action is Action.CAPTURE:
             output = self._capture(attn, hidden_states, context, value, attention_mask)
         else:
-            output = ops.reuse(self.slot, value)  # [B, H, M, D]
+            output = ops.reuse_into(
+                self.slot.storage, hidden_states.shape[1], value, self.slot.format.name
+            )  # [B, H, M, D]
 
         output = attn.to_out[1](attn.to_out[0](output.transpose(1, 2).flatten(2)))
         if len(shape) == 4:
@@ -128,6 +111,13 @@ class ReuseAttnProcessor:
         if attn.residual_connection:
             output = output + residual
         return output / attn.rescale_output_factor
+
+    def _fits(self, attn: Any, hidden_states: Tensor, context: Tensor | None) -> bool:
+        """Whether this call's map has the shape of `slot`."""
+        b, h, m, n = self.outline.shape
+        queries = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states.shape[2] * hidden_states.shape[3]
+        keys = queries if context is None else context.shape[1]
+        return hidden_states.shape[0] == b and attn.heads == h and queries == m and keys == n
 
     def _capture(self, attn: Any, hidden_states: Tensor, context: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         query = _split_heads(attn.to_q(hidden_states), attn.heads)  # [B, H, M, D]
@@ -140,21 +130,28 @@ class ReuseAttnProcessor:
         if mask is not None:
             b, n, _ = context.shape
             mask = attn.prepare_attention_mask(mask, n, b).view(b, attn.heads, -1, n)
-        return ops.capture(query, key, value, mask=mask, scale=scale, into=self.slot)[0]
+        return ops.capture_into(self.slot.storage, query, key, value, mask, scale, self.slot.format.name)
 
 
 class ShapeRecorder:
-    """Notes the map shape ``(B, H, M, N)`` and head dim of each layer it is set on, then computes."""
+    """Notes the queries and keys ``(B, M, N)`` of each layer it is set on, then computes."""
 
-    def __init__(self, name: str, shapes: dict[str, tuple[tuple[int, int, int, int], int]]):
+    def __init__(self, name: str, shapes: dict[str, tuple[int, int, int]]):
         self.name, self.shapes, self.original = name, shapes, stock_processors()[0]()
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args, **kwargs):
         queries = hidden_states.flatten(2).shape[-1] if hidden_states.ndim == 4 else hidden_states.shape[1]
         keys = queries if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-        shape = (hidden_states.shape[0], attn.heads, queries, keys)
-        self.shapes[self.name] = (shape, attn.to_v.out_features // attn.heads)
+        self.shapes[self.name] = (hidden_states.shape[0], queries, keys)
         return self.original(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+
+
+def _overridden() -> bool:
+    """Whether a torch function mode (guiders perturb attention by one) is in force around the layer."""
+    if torch.compiler.is_compiling():
+        return False
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(not isinstance(mode, DeviceContext) for mode in modes)
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

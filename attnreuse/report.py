@@ -6,19 +6,43 @@ import io
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from attnreuse.policy import Action
+
+COUNTS = {Action.COMPUTE: "computed", Action.CAPTURE: "captured", Action.REUSE: "reused"}
+
 
 @dataclass
 class LayerReport:
-    """What one layer did in a run: numbers of denoiser calls, and its map: bytes, ``(B, H, M, N)``, head dim."""
+    """What one layer did in a run: numbers of denoiser calls, and its map: bytes, ``(B, H, M, N)``, head dim.
+
+    Attributes:
+        planned: what the policy said for the same calls, by "computed", "captured" and "reused".
+        reasons: why calls went otherwise than planned, and how many did.
+    """
 
     name: str
     kind: str  # "self" or "cross"
     computed: int = 0
     captured: int = 0
     reused: int = 0
+    planned: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS.values(), 0))
+    reasons: dict[str, int] = field(default_factory=dict)
     map_bytes: int = 0
     shape: tuple[int, int, int, int] | None = None
     head_dim: int | None = None
+
+    def count(self, planned: Action, did: Action | None, reason: str | None) -> None:
+        """Count a denoiser call; `did` is None where the layer was not called."""
+        self.planned[COUNTS[planned]] += 1
+        if did is Action.COMPUTE:
+            self.computed += 1
+        elif did is Action.CAPTURE:
+            self.captured += 1
+        elif did is Action.REUSE:
+            self.reused += 1
+        if did is not planned:
+            reason = reason or "unknown"
+            self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
 
 @dataclass
@@ -37,22 +61,56 @@ class Report:
         """Plain data, ready for JSON."""
         return asdict(self)
 
-    def __rich__(self) -> Any:
-        from rich.table import Table
-
-        table = Table(title=f"{self.policy}, {self.steps} steps, {self.map_format} maps, {self.allocated_bytes:,} B")
-        for column in ("layer", "kind", "computed", "captured", "reused", "map bytes"):
-            table.add_column(column, justify="left" if column in ("layer", "kind") else "right")
+    def groups(self) -> list[list[LayerReport]]:
+        """Layers of one kind, map shape and fate together, in the order of their first."""
+        found: dict[tuple, list[LayerReport]] = {}
         for layer in self.layers:
-            cells = (layer.name, layer.kind, layer.computed, layer.captured, layer.reused, f"{layer.map_bytes:,}")
-            table.add_row(*map(str, cells))
-        for name, reason in self.skipped.items():
-            table.add_row(name, "", "", "", "", f"skipped: {reason}")
-        return table
+            fate = {**asdict(layer), "name": None, "skipped": self.skipped.get(layer.name)}
+            found.setdefault(tuple(map(str, fate.values())), []).append(layer)
+        return list(found.values())
+
+    def __rich__(self) -> Any:
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE, pad_edge=False)
+        for column in ("", "layers", "kind", "map", "computed", "captured", "reused", "bytes"):
+            table.add_column(column, justify="left" if column in ("", "kind") else "right")
+        notes = []
+        for number, layers in enumerate(self.groups(), 1):
+            layer = layers[0]
+            shape = "" if layer.shape is None else "x".join(map(str, layer.shape[2:]))
+            counts = [_of(getattr(layer, key), layer.planned[key]) for key in COUNTS.values()]
+            table.add_row(f"{number}", f"{len(layers)}", layer.kind, shape, *counts, f"{layer.map_bytes:,}")
+            notes.append(f"{number}: {_names([layer.name for layer in layers])}")
+            notes += [f"   {times} calls not as planned: {why}" for why, times in layer.reasons.items()]
+            notes += [f"   only computes: {self.skipped[layer.name]}"] if layer.name in self.skipped else []
+        known = {layer.name for layer in self.layers}
+        notes += [f"left alone: {name}: {why}" for name, why in self.skipped.items() if name not in known]
+        title = f"{self.policy}, {self.steps} steps, {self.map_format} maps, {self.allocated_bytes:,} bytes"
+        return Group(Text(title), table, *map(Text, notes))
 
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=120, file=io.StringIO())
+        console = Console(width=80, file=io.StringIO())
         console.print(self)
         return console.file.getvalue()
+
+
+def _of(count: int, planned: int) -> str:
+    return str(count) if count == planned else f"{count} of {planned}"
+
+
+def _names(names: list[str]) -> str:
+    """Names in few words: one as it is, several by their blocks, as patterns that a policy could name."""
+    if len(names) == 1:
+        return names[0]
+    blocks: dict[str, int] = {}
+    for name in names:
+        parts = name.split(".")
+        block = ".".join(parts[:2] if parts[1].isdigit() else parts[:1])
+        blocks[f"{block}.*{parts[-1]}"] = blocks.get(f"{block}.*{parts[-1]}", 0) + 1
+    return ", ".join(pattern + (f" ({count})" if count > 1 else "") for pattern, count in blocks.items())

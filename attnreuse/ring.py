@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from attnreuse.errors import MemoryBudgetError
 from attnreuse.formats import AttentionMap, MapFormat
@@ -88,29 +89,42 @@ def _place(requests: list[MapRequest], map_format: MapFormat) -> tuple[dict[str,
 
 
 class MapRing:
-    """The buffer of a :class:`RingPlan`, and which step's map each slot holds.
+    """The buffer of a plan, and which maps it holds.
 
-    Args:
-        plan: the layout.
-        device: where to allocate ``plan.nbytes``.
+    A slot holds a map from when its layer has written it until another layer overwrites the bytes.
+
+    Attributes:
+        plan: where each map lies.
+        buffer: uint8 ``[plan.nbytes]`` on `device`.
+        outlines: by layer, a tensor of its map's shape.
+        captured_at: for each layer whose map is held, the step that wrote it.
     """
 
     def __init__(self, plan: RingPlan, device: torch.device):
         self.plan = plan
         # Written to, so that the pages exist before the first step (torch.zeros would map them lazily).
         self.buffer = torch.empty(plan.nbytes, dtype=torch.uint8, device=device).zero_()
-        self.slots = {name: self._slot(name) for name in plan.offsets}
-        self.captured_at: dict[str, int] = {}  # layer to the step whose map its slot holds
-        ends = {name: start + self.slots[name].nbytes for name, start in plan.offsets.items()}
+        self._places = {name: self._at(name, request.shape) for name, request in plan.requests.items()}
+        self.outlines = {name: outline(place) for name, place in self._places.items()}
+        self.captured_at: dict[str, int] = {}
+        ends = {name: start + self._places[name].nbytes for name, start in plan.offsets.items()}
         self._sharing = {  # layers whose slots have bytes in common, by layer
             name: [n for n in ends if n != name and plan.offsets[n] < ends[name] and plan.offsets[name] < ends[n]]
             for name in ends
         }
 
-    def _slot(self, name: str) -> AttentionMap:
-        shape, start = self.plan.requests[name].shape, self.plan.offsets[name]
-        size = self.plan.map_format.nbytes(shape)
-        return AttentionMap.view(self.plan.map_format, shape, self.buffer[start : start + size])
+    def _at(self, name: str, shape: tuple[int, int, int, int]) -> AttentionMap:
+        start = self.plan.offsets[name]
+        return AttentionMap.view(self.plan.map_format, shape, self.buffer[start:][: self.plan.map_format.nbytes(shape)])
+
+    def place(self, name: str) -> AttentionMap | None:
+        """Where the map of layer `name` lies, held or not; None for a layer without one."""
+        return self._places.get(name)
+
+    @property
+    def slots(self) -> dict[str, AttentionMap]:
+        """The maps that are held, by layer."""
+        return {name: self._places[name] for name in self.captured_at}
 
     @property
     def nbytes(self) -> int:
@@ -122,3 +136,18 @@ class MapRing:
         for other in self._sharing[name]:
             self.captured_at.pop(other, None)
         self.captured_at[name] = step
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """From now on the maps are of these rows of their batch, in this order; what is held is moved."""
+        for name, attn_map in self._places.items():
+            moved = self._at(name, (len(rows), *attn_map.shape[1:]))
+            if name in self.captured_at:
+                parts = (attn_map.codes[rows], attn_map.block_max[rows], attn_map.lse[rows])  # copies: the maps overlap
+                for target, part in zip((moved.codes, moved.block_max, moved.lse), parts, strict=True):
+                    target.copy_(part)
+            self._places[name], self.outlines[name] = moved, outline(moved)
+
+
+def outline(attn_map: AttentionMap) -> Tensor:
+    """A tensor of the map's shape ``[B, H, M, N]`` over one byte of it: its sizes may be symbols to a compiler."""
+    return attn_map.storage[:1].expand(attn_map.shape)

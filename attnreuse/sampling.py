@@ -15,12 +15,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from attnreuse import planner
+from attnreuse.denoiser import model_name
 from attnreuse.environment import environment
 from attnreuse.formats import map_format as format_named
 from attnreuse.metrics import psnr
 from attnreuse.policy import Policy
 from attnreuse.report import Report
-from attnreuse.session import enable, model_name
+from attnreuse.session import enable
 
 MIN_SIDE = 256  # pixels; smaller pictures are enlarged in the sheet
 

@@ -22,12 +22,12 @@ from typing import Any, Literal, Protocol
 import torch
 
 from attnreuse import planner
+from attnreuse.denoiser import layer_kinds
 from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Calls, Evaluator, Setting
 from attnreuse.formats import map_format as format_named
 from attnreuse.metrics import HIGHER_IS_BETTER
 from attnreuse.policy import Policy, hurry, room_for, strip, trades
-from attnreuse.processors import layer_kinds
 
 Row = tuple[bool, ...]  # per executed step: reuse?
 Scores = dict[str, float]

@@ -1,52 +1,54 @@
 """`enable` and `disable`: put a policy to work on a diffusers denoiser, and take it off again.
 
-The session places every denoiser call on the clock, tells each layer what to do, keeps the maps of
-one run in one buffer per call of a step, and forgets them when the run ends or another begins.
+Before each denoiser call the session places it: which run it belongs to, which step it is, and which
+earlier calls it continues. The layers are then told what to do, and what they did is noted afterwards.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
-import os
-import threading
 import warnings
 import weakref
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from attnreuse import ops, planner
-from attnreuse.clock import StepClock, Tick
-from attnreuse.errors import AttnReuseError, PolicyMismatchError, StaleMapError, UnsupportedLayerError
+from attnreuse import compiled, loops, ops, planner
+from attnreuse.clock import HELP, Place, StepClock
+from attnreuse.denoiser import find_denoiser, model_name, unwrapped
+from attnreuse.errors import AttnReuseError, PolicyMismatchError, StaleMapError, UnknownStepError, UnsupportedLayerError
 from attnreuse.formats import MapFormat
 from attnreuse.formats import map_format as format_named
-from attnreuse.policy import Action, Policy, load_policy
-from attnreuse.processors import ReuseAttnProcessor, attention_layers, layer_kinds, select_layers, stock_of, unsupported
-from attnreuse.report import LayerReport, Report
-from attnreuse.ring import MapRing, plan_ring
+from attnreuse.guard import ThreadGuard
+from attnreuse.layers import Layers, check_patterns
+from attnreuse.policy import Policy, load_policy
+from attnreuse.report import Report
+from attnreuse.ring import MapRing, RingPlan, plan_ring
+from attnreuse.run import Branch, Call, Run
 
-MASKS = ("attention_mask", "encoder_attention_mask")
+RUNS = 8  # loops of somebody's own that may be under way at once
+GRADIENT = "a gradient is wanted, and reuse has none (call the denoiser under torch.no_grad())"
 ATTRIBUTE = "_attnreuse_session"  # of an enabled denoiser
 
 
-@dataclass
-class _Branch:
-    """One denoiser call of each step (some loops make several): its inputs' shapes, ring and masks."""
+@dataclass(frozen=True)
+class Tick:
+    """A denoiser call: number `call` within executed step `step` of `steps`."""
 
-    signature: dict[str, str]
-    ring: MapRing
-    masks: dict[str, tuple[int, Tensor | None]] = field(default_factory=dict)  # name to (step of capture, mask)
+    step: int
+    steps: int
+    call: int
 
 
 class Session:
     """Reuse on one denoiser, from :func:`enable` to :func:`disable`; also a context manager.
 
     Attributes:
-        actions: per step, what each served layer does by the policy, by layer name.
+        denoiser: the model; another one once the pipeline was given another one.
+        policy, map_format: what it was enabled with.
     """
 
     def __init__(
@@ -60,62 +62,62 @@ class Session:
         layers: str | list[str],
         strict: bool,
     ):
-        self.denoiser, self.policy, self.map_format = denoiser, policy, map_format
-        self._pipe, self._budget, self._strict = pipe, memory_budget, strict
-        self._scheduler = (lambda: pipe.scheduler) if pipe is not None else (lambda: scheduler)
-        self._clock = StepClock(self._scheduler, pipe)
+        self.policy, self.map_format = policy, map_format
+        self._pipe, self._scheduler = pipe, scheduler
+        self._budget, self._chosen, self._strict = memory_budget, layers, strict
+        self._clock, self._guard = StepClock(), ThreadGuard()
+        self._runs: list[Run] = []  # under way; the one called last is last
+        self._now: tuple[Run, Branch | None] | None = None  # of the denoiser call in progress
+        self._bind(denoiser)
+        self._shown: Run | Report = self._empty_report()
+
+    # -- binding
+
+    def _bind(self, denoiser: Any) -> None:
+        """Choose the layers of `denoiser` to serve."""
+        self.denoiser = denoiser
         self._signature = inspect.signature(type(denoiser).forward)
-        self._kinds, self._skipped = self._select(layers)
-        self._modules = {name: m for name, m in attention_layers(denoiser).items() if name in self._kinds}
-        self._processors = {name: ReuseAttnProcessor(stock_of(m.processor)) for name, m in self._modules.items()}
-        self.actions = {name: policy.actions(name) for name in self._modules}
-        self._check_patterns()
-        self._branches: dict[int, _Branch] = {}  # by number of the call within its step
-        self._door = threading.Lock()
-        self._owner = self._busy = None  # threads: that began the run; that is inside the denoiser
-        self._report = self._empty_report()
-        self._hooks: list[Any] = []
+        self._layers = Layers(denoiser, self._chosen, self.policy)
+        refused = self._layers.refused
+        if refused:
+            name, reason = next(iter(refused.items()))
+            message = f"leaves {len(refused)} of the chosen layers alone, such as {name}: {reason}"
+            if self._strict:
+                raise UnsupportedLayerError(message)
+            self._warn(f"{message} (session.report().skipped lists them)")
+        unmatched = check_patterns(self._layers, self.policy, self._strict)
+        if unmatched:
+            self._warn(unmatched)
+
+    def _attach(self) -> None:
+        before, after = _Hook.of(self, "_before"), _Hook.of(self, "_after")
+        self._hooks = [
+            self.denoiser.register_forward_pre_hook(before, with_kwargs=True),
+            self.denoiser.register_forward_hook(after, always_call=True),
+        ]
+        setattr(self.denoiser, ATTRIBUTE, self)
+        loops.listen(self, self._pipe)
+
+    def disable(self) -> None:
+        """Take the session off its denoiser, bit for bit.
+
+        Layers that have a stock processor get the one found at :func:`enable`; those of other tools stay.
+        """
+        if getattr(self.denoiser, ATTRIBUTE, None) is not self:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        delattr(self.denoiser, ATTRIBUTE)
+        loops.stop(self)
+        self._abort()
+        self._layers.put_back()
 
     def __deepcopy__(self, memo: dict) -> None:
         """A copied denoiser has no session."""
 
-    # -- binding
-
-    def _attach(self) -> None:
-        for name, module in self._modules.items():
-            module.set_processor(self._processors[name])
-        session = weakref.ref(self)  # a deep-copied denoiser copies its hooks, which then do nothing
-
-        def before(module: Any, args: tuple, kwargs: dict) -> None:
-            active = session()
-            if active is not None and module is active.denoiser:
-                active._before(args, kwargs)
-
-        def after(module: Any, args: tuple, output: Any) -> None:
-            active = session()
-            if active is not None and module is active.denoiser:
-                active._after(output)
-
-        disable = torch.compiler.disable
-        self._hooks = [
-            self.denoiser.register_forward_pre_hook(disable(before), with_kwargs=True),
-            self.denoiser.register_forward_hook(disable(after), always_call=True),
-        ]
-        setattr(self.denoiser, ATTRIBUTE, self)
-        self.denoiser._reset_stateful_cache = _EndOfRun(session)  # pipelines call it, where it exists
-
-    def disable(self) -> None:
-        """Restore every processor this session replaced and still finds in place; bit-exact."""
-        if getattr(self.denoiser, ATTRIBUTE, None) is not self:
-            return
-        for name, module in self._modules.items():
-            if module.processor is self._processors[name]:
-                module.set_processor(self._processors[name].original)
-        for hook in self._hooks:
-            hook.remove()
-        delattr(self.denoiser, "_reset_stateful_cache")
-        delattr(self.denoiser, ATTRIBUTE)
-        self._end_run()
+    def __reduce__(self) -> tuple:
+        """A pickled denoiser has no session either."""
+        return _nothing, ()
 
     def __enter__(self) -> Session:
         return self
@@ -123,38 +125,26 @@ class Session:
     def __exit__(self, *exc: object) -> None:
         self.disable()
 
-    def _select(self, layers: str | list[str]) -> tuple[dict[str, str], dict[str, str]]:
-        """Layers to serve (name to kind), and those left alone (name to reason)."""
-        modules, kinds = attention_layers(self.denoiser), layer_kinds(self.denoiser)
-        wanted = select_layers(kinds, layers)
-        reasons = {name: unsupported(name, modules[name]) for name in wanted}
-        refused = {name: reason for name, reason in reasons.items() if reason}
-        served = {name: kinds[name] for name in wanted if name not in refused}
-        if refused and (self._strict or not served):
-            name, reason = next(iter(refused.items()))
-            raise UnsupportedLayerError(f"{len(refused)} of {len(wanted)} layers cannot be served: {name}: {reason}")
-        if not served:
-            raise UnsupportedLayerError(f"{type(self.denoiser).__name__} has no attention layer to serve")
-        if refused:
-            name, reason = next(iter(refused.items()))
-            warnings.warn(
-                f"attnreuse leaves {len(refused)} of {len(wanted)} layers alone, such as {name}: {reason} "
-                "(session.report().skipped lists them)",
-                stacklevel=4,
-            )
-        return served, refused
-
-    def _check_patterns(self) -> None:
-        """Every layer pattern of the policy should match a layer that is served."""
-        patterns = list(self.policy.reuse) if isinstance(self.policy.reuse, dict) else []
-        unmatched = [p for p in patterns if not fnmatch.filter(self._kinds, p)]
-        if unmatched:
-            message = f"policy {self.policy.name!r} names layers that are not served here: {', '.join(unmatched)}"
-            if self._strict:
-                raise PolicyMismatchError(message)
-            warnings.warn(message, stacklevel=4)
+    def loop_entered(self, loop: loops.Loop) -> None:
+        """A pipeline enters its loop: if it is the enabled one and has another denoiser now, go over to that."""
+        if self._pipe is None or loop.pipe is not self._pipe or unwrapped(self._pipe) is self.denoiser:
+            return
+        self.disable()
+        try:
+            self._bind(find_denoiser(self._pipe))
+        except (AttnReuseError, ValueError) as error:
+            self._warn(f"the pipeline has another denoiser now, which cannot be served: {error}; nothing reuses")
+            return
+        disable(self.denoiser)
+        self._attach()
+        self._warn("the pipeline has another denoiser now: reuse goes over to it, and the old one is stock again")
 
     # -- the run
+
+    @property
+    def actions(self) -> dict[str, list]:
+        """Per step, what each served layer does by the policy, by layer name."""
+        return self._layers.actions
 
     def step(self, step: int, steps: int) -> None:
         """For custom loops: say before the denoiser calls of each step that they are step `step` of `steps`."""
@@ -162,96 +152,193 @@ class Session:
 
     @property
     def tick(self) -> Tick | None:
-        """Where the latest denoiser call stands in its run; None outside of one."""
-        return self._clock.last
+        """Where the denoiser call in progress stands in its run; None outside of one."""
+        run = self._now[0] if self._now else None
+        return run and Tick(run.step, run.steps, run.call)
 
     def report(self) -> Report:
         """What the run in progress, or else the last one, did."""
-        return self._report
+        if isinstance(self._shown, Run):
+            self._layers.report(self._shown)
+            return self._shown.report
+        return self._shown
+
+    @property
+    def _branches(self) -> dict[int, Branch]:
+        """Branches of all runs under way."""
+        return dict(enumerate(branch for run in self._runs for branch in run.branches))
 
     def _before(self, args: tuple, kwargs: dict) -> None:
-        """Runs before each denoiser call: place it in the run and set every layer's action and map."""
-        self._enter()
+        """Runs before each denoiser call: place it, and tell the layers what to do."""
+        self._guard.enter(self.denoiser)
         try:
-            given = self._signature.bind(None, *args, **kwargs).arguments
-            given.pop("self")
-            tick = self._clock.place(given["timestep"])
-            self._own(tick)
-            self._clock.last = tick
-            if tick.new_run:
-                self._begin_run(tick)
-            branch = self._branch(tick, given)
-            self._check_maps(tick, branch, given)
-            self._arm(tick, branch, given)
-        except _OtherThreadError:
-            self._busy = None  # the other thread's run goes on
-            raise
+            self._layers.disarm()  # after an interrupt that no hook heard
+            self._now = None
+            given = self._signature.bind(self.denoiser, *args, **kwargs).arguments
+            loop = loops.current(self.denoiser)
+            try:
+                place = self._clock.place(given["timestep"], lambda: self._schedulers(loop))
+            except UnknownStepError as error:
+                self._not_placed(error)
+            else:
+                self._placed(place, loop, given)
         except BaseException:
             self._abort()
             raise
 
-    def _after(self, output: Any) -> None:
+    def _after(self, args: tuple, output: Any) -> None:
         """Runs after each denoiser call, also when it raised (then without output)."""
-        if self._busy != threading.get_ident():
+        if not self._guard.inside():
             return  # a call that `_before` refused
-        self._busy = None
-        if output is None:
+        try:
+            self._layers.disarm()
+            if output is None:
+                self._abort()
+            elif self._now is not None:
+                self._done(*self._now)
+        except BaseException:
             self._abort()
+            raise
+        finally:
+            self._now = None
+            self._guard.leave()
+
+    def _schedulers(self, loop: loops.Loop | None) -> Iterator[Any]:
+        """Those that may have made the timestep of this call, likeliest first."""
+        pipes = [pipe for pipe in (loop and loop.pipe, self._pipe) if pipe is not None]
+        yield self._scheduler
+        for pipe in pipes:
+            yield getattr(pipe, "scheduler", None)
+        for pipe in pipes:
+            yield from (part for name, part in loops.components(pipe).items() if "scheduler" in name)
+
+    def _not_placed(self, error: UnknownStepError) -> None:
+        """Nothing is known of this call: every layer computes."""
+        if self._strict:
+            raise error
+        self._warn(f"{error}; until then every layer computes")
+        self._shown = self._empty_report()
+        self._shown.skipped.update(dict.fromkeys(self._layers.modules, str(error)))
+
+    def _placed(self, place: Place, loop: loops.Loop | None, given: dict[str, Any]) -> None:
+        """Find the run and the branch of this call, and arm the layers."""
+        call = None if self._wants_gradient(given) else Call(given)
+        run, step, branch, rows = self._find(place, loop, call)
+        run.advance(step)
+        self._now, self._shown = (run, None), run
+        if call is not None and run.off is None:
+            if branch is None:
+                branch = self._new_branch(run, call, given)
+            elif branch.is_whole(rows):
+                call.conditions.join(branch.call.conditions)
+            else:
+                branch.ring.keep_rows(rows)
+            branch.call, branch.step = call, run.step
+            self._now = (run, branch)
+        self._layers.arm(run, branch if run.off is None else None, run.off or GRADIENT)
+        self._complain(run)
+
+    def _done(self, run: Run, branch: Branch | None) -> None:
+        """The call is over: note what it did."""
+        self._layers.note(run, branch)
+        run.report.steps = max(run.report.steps, run.step + 1)
+        self._complain(run)
+        if run.loop is None and run.complete:
+            self._runs.remove(run)
+            self._clock.reset()
+
+    def _complain(self, run: Run) -> None:
+        """Name the first layer of the run that does not reuse as planned."""
+        message = None if run.off else self._layers.deviation(run)
+        if message is None:
             return
-        tick = self._clock.last
-        for layer in self._report.layers:
-            action = self._processors[layer.name].action
-            layer.computed += action is Action.COMPUTE
-            layer.captured += action is Action.CAPTURE
-            layer.reused += action is Action.REUSE
-        self._report.steps = tick.step + 1
-        if tick.step == tick.steps - 1 and tick.call == len(self._branches) - 1:
-            self._release()
-            self._clock.finish()
+        if self._strict:
+            raise StaleMapError(message)
+        if not run.warned:
+            run.warned = True
+            self._warn(f"{message} (session.report() counts such calls)")
 
-    def _enter(self) -> None:
-        me = threading.get_ident()
-        with self._door:
-            inside, self._busy = self._busy, self._busy or me
-        if inside not in (None, me):
-            raise _OtherThreadError(
-                f"thread {me} calls a denoiser that thread {inside} is inside of: give each thread its own pipeline"
+    def _wants_gradient(self, given: dict[str, Any]) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        tensors = [v for v in given.values() if isinstance(v, torch.Tensor)]
+        return any(t.requires_grad for t in (*tensors, *self.denoiser.parameters()))
+
+    def _find(
+        self, place: Place, loop: loops.Loop | None, call: Call | None
+    ) -> tuple[Run, int, Branch | None, list[int] | None]:
+        """The run this call belongs to, its step, and the branch it continues with the branch's rows; or no branch."""
+        walks = [run for run in reversed(self._runs) if run.begin.walk == place.walk and run.loop is loop]
+        walks = [(run, step) for run in walks if (step := run.step_of(place)) >= 0]
+        for run, step in walks if call is not None else []:
+            continued = run.find(call, step)
+            if continued is not None:
+                return self._latest(run), step, *continued
+        for run, step in walks:
+            if call is None or step > run.step or (step == run.step and not run.crowded):
+                return self._latest(run), step, None, None
+            if loop is not None or step > 0:  # the loop goes back: what it holds is not of this step's past
+                branch = run.rewind(call, step)
+                return self._latest(run), step, branch, None if branch is None else list(range(len(call.sample)))
+        run = self._new_run(place, loop)
+        return run, run.step_of(place), None, None
+
+    def _latest(self, run: Run) -> Run:
+        self._runs.remove(run)
+        self._runs.append(run)
+        return run
+
+    def _new_run(self, place: Place, loop: loops.Loop | None) -> Run:
+        first = all(run.loop is not loop for run in self._runs)
+        own = [run for run in self._runs if run.loop is None]
+        if loop is None:
+            for branch in (branch for run in own for branch in run.branches):  # their loops may have been given up
+                branch.release("its memory went to another run")
+            self._runs = [run for run in self._runs if run not in own[: 1 - RUNS]]
+        elif first:
+            loop.on_exit(lambda: self._loop_left(loop))
+        backward = loop is None and place.position == place.length - 1 > 0
+        steps = place.length if backward else _executed(place, loop)
+        run = Run(place, steps, loop, backward, self._empty_report())
+        self._only_compute(run, self._layers.foreign())
+        if len(self._layers.foreign()) < len(self._layers.modules):
+            run.off = self._mismatch(run, first and (loop is not None or place.position == 0))
+        compiled.make_room(self.denoiser, self._pipe, self._layers, self._warn)
+        self._runs.append(run)
+        return run
+
+    def _loop_left(self, loop: loops.Loop) -> None:
+        """The pipeline is done, or failed: nothing of its runs is needed any more."""
+        self._layers.disarm()
+        self._runs = [run for run in self._runs if run.loop is not loop]
+        self._clock.reset()
+        outer = [run for run in self._runs if run.loop is not None]
+        if outer:
+            self._shown = outer[-1]
+
+    def _mismatch(self, run: Run, certain: bool) -> str | None:
+        """Why the policy does not fit this run, so that every layer computes; or None.
+
+        Raises:
+            PolicyMismatchError: it is for as many steps as were asked for, but not as are executed; or
+                under `strict`, whatever differs.
+        """
+        policy, scheduler = self.policy, run.begin.scheduler
+        made_with = None if scheduler is None else type(scheduler).__name__
+        if policy.steps != run.steps:
+            message = (
+                f"policy {policy.name!r} is for {policy.steps} executed steps, this run executes {run.steps} "
+                f"({made_with or 'unknown scheduler'}; Heun executes 2 N - 1, PNDM N + 1, img2img N * strength; "
+                f"if that is not so, {HELP}): make the policy for {run.steps}"
             )
-
-    def _own(self, tick: Tick) -> None:
-        me = threading.get_ident()
-        if tick.new_run:
-            self._owner = me
-        elif self._owner != me:
-            raise _OtherThreadError(
-                f"thread {me} calls a denoiser at step {tick.step} of a run that thread {self._owner} began: "
-                "give each thread its own pipeline"
-            )
-
-    def _begin_run(self, tick: Tick) -> None:
-        self._release()
-        self._report = self._empty_report()
-        self._check_policy(tick.steps)
-        self._only_compute(
-            {
-                name: f"replaced by {type(module.processor).__name__} after enable"
-                for name, module in self._modules.items()
-                if module.processor is not self._processors[name]
-            }
-        )
-
-    def _check_policy(self, steps: int) -> None:
-        policy, scheduler = self.policy, self._scheduler()
-        scheduler = None if scheduler is None else type(scheduler).__name__
-        if policy.steps != steps:
-            raise PolicyMismatchError(
-                f"policy {policy.name!r} is for {policy.steps} executed steps, this run executes {steps} "
-                f"({scheduler}; Heun executes 2 N - 1, PNDM N + 1, img2img N * strength): make the policy for {steps}"
-            )
+            if self._strict or (certain and policy.steps == getattr(scheduler, "num_inference_steps", None)):
+                raise PolicyMismatchError(message)
+            self._warn(f"{message}; every layer computes")
+            return f"the policy is for {policy.steps} executed steps, this run executes {run.steps}"
         differences = [
             f"{what}: policy {made_for!r}, run {here!r}"
             for what, made_for, here in (
-                ("scheduler", policy.scheduler, scheduler),
+                ("scheduler", policy.scheduler, made_with),
                 ("model", policy.model, model_name(self._pipe or self.denoiser)),
             )
             if None not in (made_for, here) and made_for != here
@@ -260,129 +347,115 @@ class Session:
             message = f"policy {policy.name!r} was made for something else: {'; '.join(differences)}"
             if self._strict:
                 raise PolicyMismatchError(message)
-            warnings.warn(message, stacklevel=2)
+            self._warn(message)
+        return None
 
-    def _branch(self, tick: Tick, given: dict[str, Any]) -> _Branch:
-        """The state of call `tick.call` of each step; made, with its ring, when first seen."""
-        tensors = {k: v for k, v in given.items() if isinstance(v, Tensor) and k not in ("timestep", *MASKS)}
-        signature = {k: f"{list(v.shape)} {v.dtype} {v.device}" for k, v in tensors.items()}
-        if tick.call not in self._branches:
-            self._branches[tick.call] = _Branch(signature, self._allocate(given))
-        branch = self._branches[tick.call]
-        if branch.signature != signature:
-            raise StaleMapError(
-                f"call {tick.call} of step {tick.step} differs from the run's first: expected {branch.signature}, got "
-                f"{signature}; maps cannot be carried over (dynamic guidance changes the batch: turn it off)"
-            )
-        return branch
+    # -- maps
 
-    def _allocate(self, given: dict[str, Any]) -> MapRing:
-        """Plan and allocate this run's maps for inputs of these shapes."""
-        active = [name for name in self._modules if name not in self._report.skipped]
-        shapes, sample = planner.map_shapes(self.denoiser, given), given["sample"]
-        if self._strict:
-            for name in active:
-                reason = ops.fallback_reason(self.map_format, sample.device, sample.dtype, shapes[name][1])
-                if reason:
-                    raise UnsupportedLayerError(f"layer {name} would run through plain torch: {reason}")
-        requests = planner.map_requests(self.policy, active, shapes)
-        plan = plan_ring(requests, self.map_format, self._budget)
-        ring = MapRing(plan, sample.device)
-        self._report.predicted_bytes += plan.nbytes
-        self._report.allocated_bytes += ring.nbytes
-        for layer in self._report.layers:
-            layer.map_bytes += ring.slots[layer.name].nbytes if layer.name in ring.slots else 0
+    def _new_branch(self, run: Run, call: Call, given: dict[str, Any]) -> Branch:
+        """A branch that holds no map yet, with memory for those its layers will write."""
+        waiting = [branch for branch in run.branches if branch.step < run.step]
+        plan = None
+        if self._layers.reuse_after(run.step):
+            if waiting:  # whose turn of this step may not come: memory stays what the plan says
+                min(waiting, key=lambda branch: branch.step).release("its memory went to another call of the step")
+            plan = self._plan(run, given)
+        why = waiting[-1].difference(call) if waiting else ""
+        ring = MapRing(plan or plan_ring([], self.map_format), call.sample.device)
+        run.join(Branch(call, run.step, ring, why))
+        return run.branches[-1]
+
+    def _plan(self, run: Run, given: dict[str, Any]) -> RingPlan | None:
+        """Plan the maps of a branch for inputs of these shapes; layers left out are reported."""
+        names, sample = [n for n in self._layers.modules if n not in run.report.skipped], given["sample"]
+        try:
+            shapes = planner.map_shapes(self.denoiser, given, self._layers.all)
+        except UnsupportedLayerError as error:
+            self._only_compute(run, dict.fromkeys(names, str(error)))
+            return None
+        dtype = ops.unserved_dtype(sample.dtype)
+        unserved = {n: dtype or "the model does not call it" for n in names if dtype or n not in shapes}
+        self._only_compute(run, unserved)
+        names = [n for n in names if n not in unserved]
+        for name in names if self._strict else []:
+            reason = ops.fallback_reason(self.map_format, sample.device, sample.dtype, shapes[name][1])
+            if reason:
+                raise UnsupportedLayerError(f"layer {name} would run through plain torch: {reason}")
+        plan = plan_ring(planner.map_requests(self.policy, names, shapes), self.map_format, self._budget)
+        for layer in run.report.layers:
             layer.shape, layer.head_dim = shapes.get(layer.name, (None, None))
-        self._only_compute(
-            {
-                name: f"its map of {nbytes:,} bytes does not fit the memory budget of {self._budget:,}"
-                for name, nbytes in plan.dropped.items()
-            }
-        )
-        return ring
+        for name, nbytes in plan.dropped.items():
+            reason = f"its map of {nbytes:,} bytes does not fit the memory budget of {self._budget:,}"
+            self._only_compute(run, {name: reason}, allowed=True)
+        return plan
 
-    def _only_compute(self, reasons: dict[str, str]) -> None:
-        """Report layers that will not reuse in this run, and warn."""
-        if reasons:
-            name, reason = next(iter(reasons.items()))
-            warnings.warn(f"attnreuse: {len(reasons)} layers only compute, such as {name}: {reason}", stacklevel=2)
-        self._report.skipped.update(reasons)
-
-    def _check_maps(self, tick: Tick, branch: _Branch, given: dict[str, Any]) -> None:
-        """Every layer that will reuse must hold the map of the step its policy means."""
-        for name in branch.ring.slots:
-            actions = self.actions[name]
-            if actions[tick.step] is not Action.REUSE:
-                continue
-            expected = max(s for s in range(tick.step) if actions[s] is Action.CAPTURE)
-            actual = branch.ring.captured_at.get(name)
-            if actual != expected:
-                held = "none was captured" if actual is None else f"the one held is of step {actual}"
-                raise StaleMapError(
-                    f"layer {name} reuses the map of step {expected} at step {tick.step}, but {held}: "
-                    "a run must execute its steps in order, each with the same number of denoiser calls"
-                )
-        for name in MASKS:
-            if name not in branch.masks or not self._anyone(Action.REUSE, tick.step):
-                continue
-            step, mask = branch.masks[name]
-            if not _same_mask(mask, given.get(name)):
-                raise StaleMapError(
-                    f"{name} at step {tick.step} is not the one the maps of step {step} were captured with: "
-                    f"expected {_described(mask)}, got {_described(given.get(name))} with other values or shape"
-                )
-
-    def _anyone(self, action: Action, step: int) -> bool:
-        return any(actions[step] is action for actions in self.actions.values())
-
-    def _arm(self, tick: Tick, branch: _Branch, given: dict[str, Any]) -> None:
-        for name, processor in self._processors.items():
-            processor.slot = branch.ring.slots.get(name)
-            processor.action = Action.COMPUTE if processor.slot is None else self.actions[name][tick.step]
-            if processor.action is Action.CAPTURE:
-                branch.ring.captured(name, tick.step)
-        if self._anyone(Action.CAPTURE, tick.step):
-            for name in MASKS:
-                mask = given.get(name)
-                branch.masks[name] = (tick.step, None if mask is None else mask.clone())
-
-    def _release(self) -> None:
-        """Drop the maps and their memory; every layer computes until a run begins."""
-        self._branches = {}
-        for processor in self._processors.values():
-            processor.action, processor.slot = Action.COMPUTE, None
+    def _only_compute(self, run: Run, reasons: dict[str, str], allowed: bool = False) -> None:
+        """Report layers that will not reuse in this run, and warn; an error under `strict` unless `allowed`."""
+        new = {name: reason for name, reason in reasons.items() if run.report.skipped.get(name) != reason}
+        if new:
+            name, reason = next(iter(new.items()))
+            message = f"{len(new)} layers only compute, such as {name}: {reason}"
+            if self._strict and not allowed:
+                raise UnsupportedLayerError(message)
+            self._warn(message)
+        run.report.skipped.update(new)
 
     def _abort(self) -> None:
-        """After an exception nothing of the run is to be trusted."""
-        self._busy = None
-        self._end_run()
-
-    def _end_run(self, *args: Any, **kwargs: Any) -> None:
-        self._release()
+        """After an exception nothing of the runs is to be trusted."""
+        self._layers.disarm()
+        self._runs, self._now = [], None
         self._clock.reset()
+        self._guard.leave()
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(f"attnreuse: {message}", stacklevel=2)
 
     def _empty_report(self) -> Report:
-        layers = [LayerReport(name, kind) for name, kind in self._kinds.items()]
-        return Report(str(self.policy), self.map_format.name, layers=layers, skipped=dict(self._skipped))
+        skipped = {name: reason for name, reason in self._layers.refused.items() if name not in self._layers.modules}
+        skipped |= {n: r for n, r in self._layers.foreign().items() if self._layers.refused.get(n) == r}
+        return Report(str(self.policy), self.map_format.name, layers=self._layers.reports(), skipped=skipped)
 
 
-class _OtherThreadError(AttnReuseError):
-    """A call from a thread that does not own the run."""
+class _Hook:
+    """A method of the session, called around its denoiser; nothing on a copied or unpickled denoiser."""
 
+    def __init__(self, session: Session, method: str):
+        self._session, self._method = weakref.ref(session), method
 
-class _EndOfRun:
-    """Ends a session's run when a pipeline is done; inert on a deep-copied denoiser."""
-
-    def __init__(self, session: Any):
-        self._session = session
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
+    def _call(self, module: Any, *args: Any) -> None:
         session = self._session()
-        if session is not None:
-            session._end_run()
+        if session is not None and module is session.denoiser:
+            getattr(session, self._method)(*args)
 
-    def __deepcopy__(self, memo: dict) -> _EndOfRun:
-        return _EndOfRun(lambda: None)
+    def __reduce__(self) -> tuple:
+        return _inert_hook, ()
+
+    @classmethod
+    def of(cls, session: Session, method: str) -> _Hook:
+        if "__call__" not in cls.__dict__:  # not sooner: it imports the compiler
+            cls.__call__ = torch.compiler.disable(cls._call)
+        return cls(session, method)
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+def _inert_hook() -> Callable[..., None]:
+    return _nothing
+
+
+def _executed(place: Place, loop: loops.Loop | None) -> int:
+    """Denoiser steps that a run beginning at `place` will make."""
+    remaining = place.length - place.position
+    if loop is None or loop.total is None:
+        return remaining if loop is None or loop.timesteps is None else len(loop.timesteps)
+    if isinstance(getattr(loop.pipe, "denoising_end", None), float):
+        return min(loop.total, remaining)
+    asked = getattr(place.scheduler, "num_inference_steps", None)
+    order = getattr(place.scheduler, "order", 1)
+    cut = asked is not None and loop.total < remaining and loop.total != asked - place.position // order
+    return loop.total if cut else remaining
 
 
 def enable(
@@ -397,6 +470,9 @@ def enable(
 ) -> Session:
     """Reuse attention maps in `pipe` as `policy` says, until :func:`disable`.
 
+    A layer reuses only a map that it wrote in the same run, for the same conditions and shapes. Otherwise
+    it computes exactly; the report counts such calls with the reason, and a warning names the first.
+
     Args:
         pipe: a diffusers pipeline with a ``UNet2DConditionModel``, or such a denoiser.
         policy: which executed steps reuse; a :class:`Policy`, a policy file, or ``"user/name"`` on
@@ -405,9 +481,9 @@ def enable(
         memory_budget: most bytes the maps of a denoiser call may take, a number or like "4GiB"; layers
             that do not fit only compute, and are reported. None: whatever the policy needs.
         layers: "self", "cross", "all", or ``fnmatch`` patterns of layer names.
-        scheduler: for a denoiser without its pipeline; or call :meth:`Session.step` in your loop.
-        strict: an unsupported layer, a layer that no kernel of the device serves, or a policy made for
-            another model or scheduler, is an error instead of a warning.
+        scheduler: for a denoiser without its pipeline whose timesteps are not taken from a tensor; or
+            call :meth:`Session.step` in your loop.
+        strict: whatever keeps a layer from doing what the policy says is an error instead of a warning.
 
     Returns:
         The session: ``.report()`` after a run, ``.disable()``, usable in ``with``. A session already
@@ -432,33 +508,3 @@ def disable(pipe: Any) -> None:
     session = getattr(find_denoiser(pipe), ATTRIBUTE, None)
     if session is not None:
         session.disable()
-
-
-def find_denoiser(pipe: Any) -> Any:
-    """The UNet of a pipeline (or the UNet itself), out of its ``torch.compile`` wrapper."""
-    from diffusers import UNet2DConditionModel
-
-    found = getattr(pipe, "unet", pipe)
-    found = getattr(found, "_orig_mod", found)
-    if not isinstance(found, UNet2DConditionModel):
-        raise UnsupportedLayerError(
-            f"expected a pipeline with a UNet2DConditionModel, or such a model, got {type(pipe).__name__}"
-            + (f" with a {type(found).__name__}" if found is not pipe else "")
-        )
-    return found
-
-
-def model_name(pipe: Any) -> str:
-    """The name a policy file knows the model by: its hub name, or the last part of its folder."""
-    path = getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__
-    return Path(path).name if os.path.isdir(path) else path
-
-
-def _same_mask(captured: Tensor | None, given: Tensor | None) -> bool:
-    if captured is None or given is None:
-        return captured is given
-    return captured.shape == given.shape and captured.dtype == given.dtype and torch.equal(captured, given)
-
-
-def _described(mask: Tensor | None) -> str:
-    return "no mask" if mask is None else f"{list(mask.shape)} {mask.dtype}"

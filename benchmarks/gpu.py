@@ -22,9 +22,11 @@ import torch
 from rows import RESULTS, append, provenance
 
 from attnreuse import bench, planner
+from attnreuse.denoiser import layer_kinds
 from attnreuse.formats import AttentionMap, map_format
 from attnreuse.policy import Action
-from attnreuse.processors import ReuseAttnProcessor, attention_layers, layer_kinds
+from attnreuse.processors import ReuseAttnProcessor, attention_layers
+from attnreuse.ring import outline
 from attnreuse.timing import Times, interleaved
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +116,7 @@ def processors_of(unet: Any, given: dict[str, Any], name: str, device: torch.dev
         if kinds[layer] == "self":
             processor = ReuseAttnProcessor(module.processor)
             processor.slot = AttentionMap.empty(map_format(name), shapes[layer][0], device)
+            processor.outline = outline(processor.slot)
             module.set_processor(processor)
             placed.append(processor)
     return placed

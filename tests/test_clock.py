@@ -1,11 +1,13 @@
-"""The step clock reads executed steps off diffusers' schedulers, duplicates and late starts included."""
+"""The step clock follows the calls: duplicates, late starts, other schedulers, put-back states, plain numbers."""
+
+import copy
 
 import diffusers
 import pytest
 import torch
 
-from attnreuse import AttnReuseError
 from attnreuse.clock import StepClock
+from attnreuse.errors import UnknownStepError
 
 EXECUTED = {  # of 5 inference steps
     "DDIMScheduler": 5,
@@ -17,76 +19,105 @@ EXECUTED = {  # of 5 inference steps
 }
 
 
-def scheduler(name):
+def scheduler(name, steps=5):
     extra = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
-    return getattr(diffusers, name)(**extra)
+    made = getattr(diffusers, name)(**extra)
+    made.set_timesteps(steps)
+    return made
 
 
-def ticks(clock, timesteps, calls=1):
-    seen = []
-    for t in timesteps:
-        for _ in range(calls):
-            clock.last = clock.place(t)
-            seen.append((clock.last.step, clock.last.steps, clock.last.call, clock.last.new_run))
-    return seen
+def places(timesteps, *schedulers):
+    clock = StepClock()
+    found = [clock.place(t, lambda: schedulers) for t in timesteps]
+    assert len({place.walk for place in found}) == 1
+    return [(place.position, place.length) for place in found]
 
 
 @pytest.mark.parametrize("name", EXECUTED)
-@pytest.mark.parametrize("calls", [1, 3])
-def test_every_executed_step_counts_once(name, calls):
+@pytest.mark.parametrize("known", [True, False])
+def test_every_element_of_timesteps_has_its_place(name, known):
     made, n = scheduler(name), EXECUTED[name]
-    clock = StepClock(lambda: made)
-    for _ in range(2):  # set_timesteps begins another run
-        made.set_timesteps(5)
-        expected = [(step, n, call, step == call == 0) for step in range(n) for call in range(calls)]
-        assert ticks(clock, made.timesteps, calls) == expected
+    assert places(made.timesteps, *([made] if known else [])) == [(i, n) for i in range(n)]
 
 
 @pytest.mark.parametrize("name", EXECUTED)
-def test_a_run_may_begin_late_and_take_an_expanded_timestep(name):
-    made = scheduler(name)
+def test_a_walk_may_begin_late_end_early_and_take_expanded_timesteps(name):
+    made, n = scheduler(name), EXECUTED[name]
+    part = [t.expand(4) for t in made.timesteps[2:-1]]
+    assert places(part, made) == [(i, n) for i in range(2, n - 1)]
+
+
+def test_timesteps_are_another_walk_than_those_of_another_scheduler_or_time():
+    made, clock = scheduler("DDIMScheduler"), StepClock()
+    first = clock.place(made.timesteps[0], lambda: [made])
     made.set_timesteps(5)
-    clock = StepClock(lambda: made)
-    late = made.timesteps[2:]
-    assert [step for step, *_ in ticks(clock, (t.expand(4) for t in late))] == list(range(len(late)))
-    assert clock.last.steps == len(late)
+    second = clock.place(made.timesteps[0], lambda: [made])
+    other = clock.place(scheduler("EulerDiscreteScheduler").timesteps[0], lambda: [made])
+    assert len({first.walk, second.walk, other.walk}) == 3
 
 
-def test_an_aborted_run_is_followed_by_a_new_one():
+def test_a_state_put_back_between_calls_does_not_matter():
+    """Panorama copies the scheduler's state for every view; the loop goes on over the first timesteps."""
+    made, clock = scheduler("PNDMScheduler"), StepClock()
+    found = []
+    for t in made.timesteps:
+        for _ in range(2):
+            made.__dict__.update(copy.deepcopy(made.__dict__))
+            found.append(clock.place(t, lambda: [made]))
+    assert [place.position for place in found] == [i for i in range(6) for _ in range(2)]
+    assert len({place.walk for place in found}) == 1
+
+
+def test_reversed_timesteps_walk_on():
     made = scheduler("DDIMScheduler")
-    clock = StepClock(lambda: made)
-    made.set_timesteps(5)
-    ticks(clock, made.timesteps[:3])
-    made.set_timesteps(5)
-    assert clock.place(made.timesteps[0]).new_run
-    ticks(clock, made.timesteps[:3])
-    assert clock.place(made.timesteps[0]).new_run  # back to the start on the same timesteps
+    assert places(reversed(made.timesteps), made) == [(i, 5) for i in range(5)]
+    assert places([made.timesteps[4 - i] for i in range(5)], made) == [(4 - i, 5) for i in range(5)]
 
 
-def test_plain_numbers_are_looked_up_and_ambiguous_ones_refused():
-    made = scheduler("PNDMScheduler")
-    made.set_timesteps(5)
-    clock = StepClock(lambda: made)
-    values = made.timesteps.tolist()
-    assert clock.place(values[0]).step == 0
-    with pytest.raises(AttnReuseError, match=r"timestep 600 is 2 times among the scheduler's 6 timesteps"):
-        clock.place(torch.tensor(600))
+def test_the_scheduler_in_force_is_the_one_whose_timestep_it_is():
+    first, second = scheduler("DDIMScheduler"), scheduler("EulerDiscreteScheduler", 7)
+    place = StepClock().place(second.timesteps[3], lambda: [first, second])
+    assert (place.scheduler, place.position, place.length) == (second, 3, 7)
 
 
-def test_explicit_steps_override_the_scheduler():
-    clock = StepClock(lambda: None)
-    seen = []
-    for step in (0, 1, 2, 0, 1):
+def test_plain_numbers_are_looked_up():
+    made = scheduler("DDIMScheduler")
+    assert places(made.timesteps.tolist(), made) == [(i, 5) for i in range(5)]
+    assert places([t.clone() for t in made.timesteps], made) == [(i, 5) for i in range(5)]
+
+
+def test_numbers_that_repeat_take_the_schedulers_own_count():
+    made = scheduler("HeunDiscreteScheduler")
+    x, found = torch.randn(1, 4, 8, 8), []
+    for t in made.timesteps.tolist():
+        if found:  # before its first step the scheduler has no count
+            found.append(StepClock().place(t, lambda: [made]).position)
+        else:
+            found.append(0)
+        x = made.step(torch.zeros_like(x), torch.tensor(t), x).prev_sample
+    assert found == list(range(9))
+
+
+def test_what_cannot_be_told_is_refused_and_says_how_to_help():
+    made, clock = scheduler("PNDMScheduler"), StepClock()
+    with pytest.raises(UnknownStepError, match=r"600 is 2 times among the scheduler's 6 timesteps; call session\.step"):
+        clock.place(torch.tensor(600), lambda: [made])
+    with pytest.raises(UnknownStepError, match=r"3 is not among the scheduler's 6 timesteps; call session\.step"):
+        clock.place(3, lambda: [made])
+    with pytest.raises(UnknownStepError, match=r"pass scheduler= .* or call session\.step"):
+        clock.place(3, list)
+    with pytest.raises(UnknownStepError, match="differ within the batch"):
+        clock.place(torch.tensor([800, 600]), lambda: [made])
+
+
+def test_steps_that_are_told_override_the_scheduler():
+    made, clock, seen = scheduler("DDIMScheduler"), StepClock(), []
+    for step in (0, 0, 1, 2, 0, 1):
         clock.set(step, 3)
-        clock.last = clock.place(999)
-        seen.append((clock.last.step, clock.last.new_run))
-    assert seen == [(0, True), (1, False), (2, False), (0, True), (1, False)]
+        seen.append(clock.place(made.timesteps[4], lambda: [made]))
+    assert [(place.position, place.length) for place in seen] == [(s, 3) for s in (0, 0, 1, 2, 0, 1)]
+    assert [place.walk == seen[0].walk for place in seen] == [True] * 4 + [False] * 2  # back to the start: another walk
+    clock.reset()
+    assert clock.place(made.timesteps[4], lambda: [made]).position == 4
     with pytest.raises(ValueError, match=r"step must be in \[0, 3\), got 3"):
         clock.set(3, 3)
-
-
-def test_sdxl_may_end_early():
-    made = scheduler("DDIMScheduler")
-    made.set_timesteps(5)
-    pipe = type("Pipe", (), {"denoising_end": 0.6, "num_timesteps": 3})()
-    assert ticks(StepClock(lambda: made, pipe), made.timesteps[:3])[-1][:2] == (2, 3)

@@ -14,12 +14,14 @@ from attnreuse import native
 PACKAGE = Path(attnreuse.__file__).parent
 # Imports point one way: a module may import only those before it.
 LAYERS = [
-    {"errors", "environment", "report", "timing", "tiny_shapes"},
-    {"formats", "policy", "caption_oracle"},
-    {"reference", "native", "kernels", "ring", "metrics"},
-    {"ops"},
+    {"errors", "environment", "timing", "tiny_shapes", "loops", "conditions"},
+    {"formats", "policy", "caption_oracle", "clock", "guard"},
+    {"reference", "native", "kernels", "ring", "metrics", "report"},
+    {"ops", "run"},
     {"processors"},
-    {"planner", "clock", "bench"},
+    {"denoiser", "bench"},
+    {"planner", "layers"},
+    {"compiled"},
     {"session"},
     {"evaluate", "forecast", "sampling"},
     {"search", "analysis"},

@@ -1,5 +1,7 @@
 """The ring's plan: no two living maps share a byte, and what is predicted is what is allocated."""
 
+from operator import attrgetter
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from attnreuse.formats import FORMATS
 from attnreuse.ring import MapRequest, MapRing, plan_ring
 
 CPU = torch.device("cpu")
+PARTS = [attrgetter("codes"), attrgetter("block_max"), attrgetter("lse")]
 
 
 @st.composite
@@ -41,7 +44,7 @@ def test_living_maps_never_overlap_and_the_prediction_is_exact(made, map_format)
     assert peak(made, map_format) <= plan.nbytes <= sum(map_format.nbytes(r.shape) for r in made)
     ring = MapRing(plan, CPU)
     assert ring.nbytes == ring.buffer.numel() == plan.nbytes == max(ends.values())
-    assert all(slot.shape == plan.requests[name].shape for name, slot in ring.slots.items())
+    assert not ring.slots  # nothing is held yet
 
 
 def test_maps_that_never_live_together_share_bytes():
@@ -85,8 +88,25 @@ def test_capture_writes_only_inside_its_slot(name):
         ring.buffer.fill_(0xA5)
         _, h, m, n = request.shape
         q, k, v = torch.randn(1, h, m, 40), torch.randn(1, h, n, 40), torch.randn(1, h, n, 40)
-        ops.capture(q, k, v, into=ring.slots[request.name])
+        ops.capture(q, k, v, into=ring.place(request.name))
         start = ring.plan.offsets[request.name]
-        end = start + ring.slots[request.name].nbytes
+        end = start + ring.place(request.name).nbytes
         assert (ring.buffer[:start] == 0xA5).all()
         assert (ring.buffer[end:] == 0xA5).all()
+
+
+@pytest.mark.parametrize("rows", [[1], [2, 0], [0, 1, 2], [2, 1, 0]])
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_that_are_kept_keep_their_maps(name, rows):
+    shape = (3, 2, 33, 129)
+    made = [MapRequest("held", shape, 0, 1, 1), MapRequest("not yet", shape, 0, 1, 1)]
+    ring = MapRing(plan_ring(made, FORMATS[name]), CPU)
+    q, k, v = torch.randn(3, 2, 33, 40), torch.randn(3, 2, 129, 40), torch.randn(3, 2, 129, 40)
+    ops.capture(q, k, v, into=ring.place("held"))
+    ring.captured("held", 0)
+    expected = [part(ring.slots["held"])[rows] for part in PARTS]
+    ring.keep_rows(rows)
+    assert set(ring.slots) == {"held"}
+    assert all(torch.equal(part(ring.slots["held"]), was) for part, was in zip(PARTS, expected, strict=True))
+    assert ring.place("not yet").shape == (len(rows), 2, 33, 129)
+    assert ring.slots["held"].storage.data_ptr() >= ring.buffer.data_ptr()

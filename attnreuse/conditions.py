@@ -1,0 +1,125 @@
+"""What a denoiser call attends over, and which rows of an earlier call's batch attend over the same.
+
+Identity first: the same memory, not written to since, holds the same values, which costs no wait for the
+device. Values are compared only where the memory differs. Tensors of ``torch.inference_mode`` do not count
+what is written to them, so they are kept as copies and always compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMES = ("encoder_hidden_states", "encoder_attention_mask", "attention_mask", "class_labels")
+
+
+class Conditions:
+    """The conditions of one denoiser call, row by row.
+
+    Args:
+        given: arguments of the denoiser, by name.
+        batch: rows of its sample.
+
+    Attributes:
+        group: equal for calls whose conditions are known to be the same, row by row.
+    """
+
+    def __init__(self, given: dict[str, Any], batch: int):
+        self.batch, self.group = batch, id(self)
+        self.tensors = {name: given[name] for name in NAMES if isinstance(given.get(name), Tensor)}
+        for name, value in (given.get("added_cond_kwargs") or {}).items():
+            parts = value if isinstance(value, (list, tuple)) else [value]
+            self.tensors |= {f"{name}[{i}]" if len(parts) > 1 else name: v for i, v in enumerate(parts) if _is(v)}
+        self._versions = {name: None if t.is_inference() else t._version for name, t in self.tensors.items()}
+        self._kept = {name: t.clone() if t.is_inference() else t for name, t in self.tensors.items()}
+
+    def rows_of(self, earlier: Conditions) -> list[int] | None:
+        """For each row of this call, the row of `earlier` with the same conditions; None if one has none.
+
+        Rows that cannot be told apart are taken in order if there are as many of them in both calls.
+        """
+        if self.difference(earlier) is not None:
+            return None
+        names = list(self.tensors)
+        if self.batch == earlier.batch and all(self._same_memory(earlier, name) for name in names):
+            return list(range(self.batch))
+        memory = [[self._address(n, i) for n in names] for i in range(self.batch)]
+        held = [[earlier._address(n, j) for n in names] for j in range(earlier.batch)]
+        if all(earlier._untouched(name) for name in names):
+            rows = _matched(self.batch, earlier.batch, lambda i, j: memory[i] == held[j])
+            if rows is not None:
+                return rows
+        same = self._same_values(earlier, names)
+        return _matched(self.batch, earlier.batch, lambda i, j: same[i][j])
+
+    def join(self, earlier: Conditions) -> None:
+        """Note that these conditions are those of `earlier`, row by row."""
+        self.group = earlier.group
+
+    def difference(self, earlier: Conditions) -> str | None:
+        """What keeps all rows from being the same, without a look at values; or None."""
+        if self.tensors.keys() != earlier.tensors.keys():
+            name = next(iter(self.tensors.keys() ^ earlier.tensors.keys()))
+            return f"{name} is {'new' if name in self.tensors else 'gone'}"
+        for name, now in self.tensors.items():
+            then = earlier.tensors[name]
+            if (now.shape[1:], now.dtype, now.device) != (then.shape[1:], then.dtype, then.device):
+                return f"{name} is {_described(now)}, it was {_described(then)}"
+            if not earlier._untouched(name) and earlier._versions[name] is not None:
+                return f"{name} was written to in place"
+        return None
+
+    def _untouched(self, name: str) -> bool:
+        version = self._versions[name]
+        return version is not None and self.tensors[name]._version == version
+
+    def _same_memory(self, earlier: Conditions, name: str) -> bool:
+        now, then = self.tensors[name], earlier.tensors[name]
+        same = now is then or (now.data_ptr(), now.shape, now.stride()) == (then.data_ptr(), then.shape, then.stride())
+        return same and earlier._untouched(name)
+
+    def _address(self, name: str, row: int) -> tuple:
+        t = self.tensors[name]
+        step = t.stride(0) * t.element_size() if self._per_row(name) else 0
+        return (t.data_ptr() + row * step, t.stride()[1:])
+
+    def _same_values(self, earlier: Conditions, names: list[str]) -> list[list[bool]]:
+        """Row by row: are all conditions equal? Waits for the device once."""
+        same: Tensor | None = None  # [batch, earlier.batch]
+        for name in names:
+            now, then = self.tensors[name], earlier._kept[name]
+            if self._per_row(name) and earlier._per_row(name):
+                equal = (now[:, None] == then[None]).flatten(2).all(-1) if now.ndim > 1 else now[:, None] == then[None]
+            else:
+                equal = (now == then).all() if now.shape == then.shape else now.new_zeros((), dtype=torch.bool)
+            same = equal if same is None else same.to(equal.device) & equal
+        if same is None:
+            return [[True] * earlier.batch] * self.batch
+        return same.expand(self.batch, earlier.batch).tolist()
+
+    def _per_row(self, name: str) -> bool:
+        t = self.tensors[name]
+        return t.ndim > 0 and len(t) == self.batch
+
+
+def _is(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _matched(rows: int, held: int, same: Callable[[int, int], bool]) -> list[int] | None:
+    matches = [[j for j in range(held) if same(i, j)] for i in range(rows)]
+    taken: dict[tuple[int, ...], int] = {}
+    found = []
+    for match in map(tuple, matches):
+        if not match or len(match) != matches.count(list(match)):
+            return None
+        found.append(match[taken.get(match, 0)])
+        taken[match] = taken.get(match, 0) + 1
+    return found
+
+
+def _described(t: Tensor) -> str:
+    return f"{list(t.shape)} {t.dtype}".replace("torch.", "")
