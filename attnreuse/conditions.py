@@ -24,11 +24,11 @@ class Conditions:
         batch: rows of its sample.
 
     Attributes:
-        group: equal for calls whose conditions are known to be the same, row by row.
+        group: one object for calls whose conditions are known to be the same, row by row.
     """
 
     def __init__(self, given: dict[str, Any], batch: int):
-        self.batch, self.group = batch, id(self)
+        self.batch, self.group = batch, object()
         self.tensors = {name: given[name] for name in NAMES if isinstance(given.get(name), Tensor)}
         for name, value in (given.get("added_cond_kwargs") or {}).items():
             parts = value if isinstance(value, (list, tuple)) else [value]

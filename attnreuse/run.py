@@ -148,10 +148,10 @@ class Run:
 
     def find(self, call: Call, step: int) -> tuple[Branch, list[int]] | None:
         """The branch that `call` of `step` continues, and the branch's row for each row of the call."""
-        known: dict[tuple, list[int] | None] = {}  # by what they attend over: branches may share it
-        fitting = []
+        known: dict[tuple[object, tuple], list[int] | None] = {}  # by what they attend over: branches may share it
+        fitting, oldest = [], self.step if step > self.step else self.before[0]
         for branch in self.branches:
-            if branch.step < step:
+            if oldest <= branch.step < step:
                 about = (branch.call.conditions.group, branch.call.shape)
                 if about not in known:
                     known[about] = branch.rows(call)

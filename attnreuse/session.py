@@ -244,7 +244,7 @@ class Session:
         run.report.steps = max(run.report.steps, run.step + 1)
         self._complain(run)
         if run.loop is None and run.complete:
-            self._runs.remove(run)
+            self._end([run])
             self._clock.reset()
 
     def _complain(self, run: Run) -> None:
@@ -294,7 +294,7 @@ class Session:
         if loop is None:
             for branch in (branch for run in own for branch in run.branches):  # their loops may have been given up
                 branch.release("its memory went to another run")
-            self._runs = [run for run in self._runs if run not in own[: 1 - RUNS]]
+            self._end(own[: 1 - RUNS])
         elif first:
             loop.on_exit(lambda: self._loop_left(loop))
         backward = loop is None and place.position == place.length - 1 > 0
@@ -307,10 +307,18 @@ class Session:
         self._runs.append(run)
         return run
 
+    def _end(self, runs: list[Run]) -> None:
+        """These runs are over: their maps are let go of."""
+        for run in runs:
+            run.branches.clear()
+            self._runs.remove(run)
+
     def _loop_left(self, loop: loops.Loop) -> None:
         """The pipeline is done, or failed: nothing of its runs is needed any more."""
-        self._layers.disarm()
-        self._runs = [run for run in self._runs if run.loop is not loop]
+        self._layers.disarm()  # no hook hears an interrupt inside the denoiser
+        self._now = None
+        self._guard.leave()
+        self._end([run for run in self._runs if run.loop is loop])
         self._clock.reset()
         outer = [run for run in self._runs if run.loop is not None]
         if outer:
@@ -403,7 +411,8 @@ class Session:
     def _abort(self) -> None:
         """After an exception nothing of the runs is to be trusted."""
         self._layers.disarm()
-        self._runs, self._now = [], None
+        self._end(list(self._runs))
+        self._now = None
         self._clock.reset()
         self._guard.leave()
 
