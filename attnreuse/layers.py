@@ -14,7 +14,7 @@ from typing import Any
 from attnreuse.denoiser import foreign, layer_kinds, never_served, select_layers
 from attnreuse.errors import PolicyMismatchError, UnsupportedLayerError
 from attnreuse.policy import Action, Policy
-from attnreuse.processors import OTHER_SHAPE, ReuseAttnProcessor, attention_layers, stock_processors
+from attnreuse.processors import CAPTURE, COMPUTE, OTHER_SHAPE, ReuseAttnProcessor, attention_layers, stock_processors
 from attnreuse.report import LayerReport
 from attnreuse.run import Branch, Run
 
@@ -100,7 +100,7 @@ class Layers:
         for (name, attributes, processor), planned in zip(self._entries, self._plan(run.step), strict=True):
             current = attributes.get("processor")
             processor.did = processor.why = None
-            processor.action, reason = Action.COMPUTE, off
+            action, reason = Action.COMPUTE, off
             if type(current) not in self._stock:
                 self._others.append(processor)
                 self._reasons[name] = foreign(self.modules[name])
@@ -108,10 +108,11 @@ class Layers:
             processor.original = current
             attributes["processor"] = processor
             if branch is not None and planned is not Action.COMPUTE:
-                processor.action, reason = self._action(name, planned, run, branch)
-                if processor.action is not Action.COMPUTE:
+                action, reason = self._action(name, planned, run, branch)
+                if action is not Action.COMPUTE:
                     processor.slot, processor.outline = branch.ring.place(name), branch.ring.outlines[name]
                     self._armed.append((name, processor))
+            processor.action = action.value
             if reason is not None:
                 self._reasons[name] = reason
 
@@ -157,14 +158,14 @@ class Layers:
         for name, processor in self._armed:
             if processor.why:
                 self._reasons[name] = processor.why
-            if processor.did is Action.CAPTURE:
+            if processor.did == CAPTURE:
                 branch.ring.captured(name, run.step)
                 branch.missed.pop(name, None)
-            elif processor.action is Action.CAPTURE:
+            elif processor.action == CAPTURE:
                 branch.ring.captured_at.pop(name, None)
                 branch.missed[name] = f"it wrote no map at step {run.step}: {processor.why or NOT_CALLED}"
         for processor in self._others:
-            processor.did = Action.COMPUTE
+            processor.did = COMPUTE
         run.calls.append((run.step, [processor.did for _, _, processor in self._entries], self._reasons))
         if run.step == 0 and self._armed and all(processor.why is OTHER_SHAPE for _, processor in self._armed):
             name, count = self._armed[0][0], len(self._armed)
@@ -175,7 +176,7 @@ class Layers:
         for step, dids, reasons in run.calls:
             for layer, did in zip(run.report.layers, dids, strict=True):
                 reason = NOT_CALLED if did is None else reasons.get(layer.name)
-                layer.count(self.planned(layer.name, step), did, reason)
+                layer.count(self.planned(layer.name, step), None if did is None else Action(did), reason)
         run.calls.clear()
 
     def deviation(self, run: Run) -> str | None:

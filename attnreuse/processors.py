@@ -12,6 +12,7 @@ from attnreuse import ops
 from attnreuse.formats import AttentionMap
 from attnreuse.policy import Action
 
+COMPUTE, CAPTURE = Action.COMPUTE.value, Action.CAPTURE.value
 OTHER_SHAPE = "it attends over other tokens than its map is planned for (another tool merges, tiles or adds tokens)"
 OVERRIDDEN = "another tool overrides its attention"
 
@@ -42,17 +43,18 @@ class ReuseAttnProcessor:
 
     Attributes:
         original: the processor it replaced.
-        action: what the next call is to do.
+        action: what the next call is to do: "compute", "capture" or "reuse" (:class:`Action` by value: the
+            compiler guards a string on every layer, but one and the same enum member on the first alone).
         slot: the map of the next call, ``(B, H, M, N)``, when it captures or reuses.
         outline: a tensor of the slot's shape; code compiled for any size takes its sizes as symbols.
-        did: what the layer did; None as long as it was not called.
+        did: what the layer did, likewise; None as long as it was not called.
         why: why it computed instead of capturing or reusing, or None.
     """
 
     def __init__(self, original: Any = None):
         self.original = original if original is not None else stock_processors()[0]()
-        self.action = Action.COMPUTE
-        self.did: Action | None = None
+        self.action = COMPUTE
+        self.did: str | None = None
         self.why: str | None = None
         self.slot: AttentionMap | None = None
         self.outline: Tensor | None = None
@@ -76,13 +78,13 @@ class ReuseAttnProcessor:
         **kwargs: Any,
     ) -> Tensor:
         action = self.action
-        if action is not Action.COMPUTE:
+        if action != COMPUTE:
             if not self._fits(attn, hidden_states, encoder_hidden_states):
-                action, self.why = Action.COMPUTE, OTHER_SHAPE
+                action, self.why = COMPUTE, OTHER_SHAPE
             elif _overridden():
-                action, self.why = Action.COMPUTE, OVERRIDDEN
+                action, self.why = COMPUTE, OVERRIDDEN
         self.did = action
-        if action is Action.COMPUTE:
+        if action == COMPUTE:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         residual, shape = hidden_states, hidden_states.shape
         if attn.spatial_norm is not None:
@@ -98,7 +100,7 @@ class ReuseAttnProcessor:
                 context = attn.norm_encoder_hidden_states(context)
 
         value = _split_heads(attn.to_v(context), attn.heads)  # [B, H, N, D]
-        if action is Action.CAPTURE:
+        if action == CAPTURE:
             output = self._capture(attn, hidden_states, context, value, attention_mask)
         else:
             output = ops.reuse_into(

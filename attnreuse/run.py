@@ -15,7 +15,6 @@ from torch import Tensor
 from attnreuse.clock import Place
 from attnreuse.conditions import Conditions
 from attnreuse.loops import Loop
-from attnreuse.policy import Action
 from attnreuse.report import Report
 from attnreuse.ring import MapRing, plan_ring
 
@@ -105,7 +104,7 @@ class Run:
     before: tuple[int, int] = (-1, 0)  # the step before the latest, and the calls it made
     off: str | None = None
     warned: bool = False
-    calls: list[tuple[int, list[Action | None], dict[str, str]]] = field(default_factory=list)
+    calls: list[tuple[int, list[str | None], dict[str, str]]] = field(default_factory=list)
 
     def step_of(self, place: Place) -> int:
         """Executed step that `place` is; negative before the run's first."""

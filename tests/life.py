@@ -78,11 +78,11 @@ class StoppedError(Exception):
     pass
 
 
-def lora_state(seed: int) -> dict[str, torch.Tensor]:
+def lora_state(seed: int, donor=None) -> dict[str, torch.Tensor]:
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    donor = random_unet()
+    donor = donor or random_unet()
     torch.manual_seed(seed)
     donor.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v", "to_out.0"], init_lora_weights=False))
     return {f"unet.{name}": value for name, value in get_peft_model_state_dict(donor).items()}
@@ -275,6 +275,7 @@ class Life:
             thread.start()
             thread.join()
         elif kind == "run compiled":
+            torch._dynamo.reset()  # graphs of earlier lives count towards its limit
             self.pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
             run()
             for module in self.pipe.unet.modules():
