@@ -41,10 +41,14 @@ class Place:
     scheduler: Any = None
 
     @property
+    def is_read(self) -> bool:
+        """Read off the call, not told."""
+        return isinstance(self.timesteps, Tensor)
+
+    @property
     def walk(self) -> Any:
         """Equal for places of one walk."""
-        is_tensor = isinstance(self.timesteps, Tensor)
-        return self.timesteps.untyped_storage().data_ptr() if is_tensor else id(self.timesteps)
+        return self.timesteps.untyped_storage().data_ptr() if self.is_read else id(self.timesteps)
 
 
 class StepClock:
@@ -52,26 +56,33 @@ class StepClock:
 
     def __init__(self) -> None:
         self._told: tuple[object, int, int] | None = None  # token of the walk, step, steps
+        self._told_in: object = None  # the loop it was told in
         self._last: Place | None = None
 
-    def set(self, step: int, steps: int) -> None:
-        """Say that the next denoiser calls are step `step` of `steps`; overrides the schedulers."""
+    def set(self, step: int, steps: int, loop: object = None) -> None:
+        """Say that the next denoiser calls, in this `loop`, are step `step` of `steps`; overrides the schedulers."""
         if not 0 <= step < steps:
             raise ValueError(f"step must be in [0, {steps}), got {step}")
         token, last, total = self._told or (None, steps, steps)
         self._told = (object() if step < last or steps != total else token, step, steps)
+        self._told_in = loop
 
     def reset(self) -> None:
         """A step that was set is no longer in force."""
         self._told = None
 
-    def place(self, timestep: Any, schedulers: Callable[[], Iterable[Any]]) -> Place:
+    def place(self, timestep: Any, schedulers: Callable[[], Iterable[Any]], loop: object = None) -> Place:
         """Where a call with this `timestep` stands; `schedulers` gives those that may have made it.
+
+        A step that was told outside of the pipeline's `loop` counts within it only if it is the first: the
+        loop it was told for has been given up otherwise.
 
         Raises:
             UnknownStepError: that cannot be told; the message says how to help.
         """
-        if self._told:
+        if self._told and loop is not self._told_in and self._told[1] == 0:
+            self._told_in = loop
+        if self._told and loop is self._told_in:
             return Place(*self._told)
         if isinstance(timestep, Tensor) and _one_place(timestep):
             self._last = _on_walk(timestep, self._last) or _by_address(timestep, schedulers())

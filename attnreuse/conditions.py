@@ -34,6 +34,7 @@ class Conditions:
             parts = value if isinstance(value, (list, tuple)) else [value]
             self.tensors |= {f"{name}[{i}]" if len(parts) > 1 else name: v for i, v in enumerate(parts) if _is(v)}
         self._versions = {name: None if t.is_inference() else t._version for name, t in self.tensors.items()}
+        self._addresses = {name: t.data_ptr() for name, t in self.tensors.items()}
         self._kept = {name: t.clone() if t.is_inference() else t for name, t in self.tensors.items()}
 
     def rows_of(self, earlier: Conditions) -> list[int] | None:
@@ -74,7 +75,8 @@ class Conditions:
 
     def _untouched(self, name: str) -> bool:
         version = self._versions[name]
-        return version is not None and self.tensors[name]._version == version
+        t = self.tensors[name]
+        return version is not None and (t._version, t.data_ptr()) == (version, self._addresses[name])
 
     def _same_memory(self, earlier: Conditions, name: str) -> bool:
         now, then = self.tensors[name], earlier.tensors[name]

@@ -87,9 +87,9 @@ def _stack() -> list[Loop]:
     return _local.loops
 
 
-def current(denoiser: Any) -> Loop | None:
-    """The innermost loop this thread is in whose pipeline may be calling `denoiser`."""
-    return next((loop for loop in reversed(_stack()) if loop.may_call(denoiser)), None)
+def current(denoiser: Any, pipe: Any = None) -> Loop | None:
+    """The innermost loop this thread is in, of `pipe` or another pipeline that may be calling `denoiser`."""
+    return next((loop for loop in reversed(_stack()) if loop.pipe is pipe or loop.may_call(denoiser)), None)
 
 
 def components(pipe: Any) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def capture(
     query, key, value = query.float(), key.float(), value.float()
     sizes = (*into.shape, query.shape[-1], value.shape[-1])
     threads, target = torch.get_num_threads(), _writable(out)
-    workspace = torch.empty(extension.cpu_workspace(sizes, threads)[0])
+    workspace = _floats(extension.cpu_workspace(sizes, threads)[0])
     mask = None if mask is None else _additive(mask).expand(into.shape)
     extension.cpu_capture(
         path(), sizes, _strided(query), _strided(key), _strided(value), None if mask is None else _strided(mask),
@@ -71,7 +71,7 @@ def reuse(attn_map: AttentionMap, value: Tensor, out: Tensor) -> None:
     value = value.float()
     sizes = (*attn_map.shape, value.shape[-1], value.shape[-1])
     threads, target = torch.get_num_threads(), _writable(out)
-    workspace = torch.empty(extension.cpu_workspace(sizes, threads)[1])
+    workspace = _floats(extension.cpu_workspace(sizes, threads)[1])
     extension.cpu_reuse(
         path(), sizes, attn_map.format.name, _slot(attn_map), _strided(value), _strided(target)[:4],
         workspace.data_ptr(), threads,
@@ -83,6 +83,11 @@ def reuse(attn_map: AttentionMap, value: Tensor, out: Tensor) -> None:
 def multiply_add() -> float:
     """FLOP of some milliseconds of chained FMAs on all of torch's threads, to be timed: the CPU's fp32 peak."""
     return extension.cpu_multiply_add(path(), 1 << 20, torch.get_num_threads())
+
+
+def _floats(*sizes: int) -> Tensor:
+    """Unfilled fp32 memory of the host, whatever torch's default type and device are."""
+    return torch.empty(*sizes, dtype=torch.float32, device="cpu")
 
 
 def _strided(tensor: Tensor) -> tuple[int, ...]:
@@ -98,13 +103,13 @@ def _slot(attn_map: AttentionMap) -> tuple[int, int, int]:
 def _writable(out: Tensor) -> Tensor:
     """`out` where the kernels can write to it: fp32 with rows of adjacent elements; else a stand-in."""
     direct = out.dtype == torch.float32 and (out.stride(-1) == 1 or out.shape[-1] == 1)
-    return out if direct else torch.empty(out.shape)
+    return out if direct else _floats(*out.shape)
 
 
 def _additive(mask: Tensor) -> Tensor:
     """What is added to the scores, fp32, as in :mod:`attnreuse.reference`; broadcast axes stay."""
     if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+        return _floats(*mask.shape).zero_().masked_fill_(~mask, float("-inf"))
     mask = mask.float()
     return mask - mask.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
 

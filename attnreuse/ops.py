@@ -316,7 +316,7 @@ def drift(first: AttentionMap, second: AttentionMap) -> tuple[Tensor, Tensor]:
     _check_map(second, first.shape, device)
     if first.format != second.format:
         raise ValueError(f"both maps must be {first.format.name} maps, got {second.format.name}")
-    found = torch.empty(2, *first.shape[:3], device=device)
+    found = torch.empty(2, *first.shape[:3], dtype=torch.float32, device=device)
     if native.Cuda.present(device) and first.format.name in native.Cuda.FORMATS:
         native.Cuda.drift(first, second, *found)
     else:

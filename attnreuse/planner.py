@@ -8,6 +8,7 @@ into the model (merged, tiled or skipped tokens) is not in it, so a patched laye
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import re
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ def map_shapes(denoiser: Any, inputs: dict[str, Any], layers: dict[str, Any] | N
     Raises:
         UnsupportedLayerError: they cannot be told; the message holds the reason.
     """
-    given = {k: _on_meta(v) for k, v in inputs.items() if k not in ("cross_attention_kwargs", "self")}
+    accepted = inspect.signature(type(denoiser).forward).parameters.keys() - {"self", "cross_attention_kwargs"}
+    given = {name: _on_meta(inputs[name]) for name in sorted(accepted & inputs.keys())}
     layers = layers or attention_layers(denoiser)
     heads = {name: (attn.heads, head_dim(attn)) for name, attn in layers.items()}
     key = f"{type(denoiser).__name__} {denoiser.to_json_string()} {heads} {given}"

@@ -14,6 +14,7 @@ from attnreuse.policy import Action
 
 COMPUTE, CAPTURE = Action.COMPUTE.value, Action.CAPTURE.value
 OTHER_SHAPE = "it attends over other tokens than its map is planned for (another tool merges, tiles or adds tokens)"
+CALLED_AGAIN = "it was called several times in one denoiser call"
 OVERRIDDEN = "another tool overrides its attention"
 
 
@@ -81,6 +82,8 @@ class ReuseAttnProcessor:
         if action != COMPUTE:
             if not self._fits(attn, hidden_states, encoder_hidden_states):
                 action, self.why = COMPUTE, OTHER_SHAPE
+            elif self.did is not None:
+                action, self.why = COMPUTE, CALLED_AGAIN
             elif _overridden():
                 action, self.why = COMPUTE, OVERRIDDEN
         self.did = action

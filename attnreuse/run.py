@@ -14,27 +14,37 @@ from torch import Tensor
 
 from attnreuse.clock import Place
 from attnreuse.conditions import Conditions
+from attnreuse.formats import MapFormat
 from attnreuse.loops import Loop
 from attnreuse.report import Report
-from attnreuse.ring import MapRing, plan_ring
+from attnreuse.ring import MapRing, RingPlan, plan_ring
 
+NEAR = 0.7  # distance of samples from which on a call is not taken to continue a branch; unrelated ones are at 1
+CLEARLY = 0.7  # how much nearer than any other the branch must be
 CROWD = 8  # calls of one step that a loop nobody announced may make before they count as runs given up
 
 
 class Call:
-    """A denoiser call: its sample ``[B, C, H, W]`` and its conditions."""
+    """A denoiser call: its sample ``[B, C, H, W]`` and its conditions.
 
-    def __init__(self, given: dict[str, Any]):
-        self.sample: Tensor = given["sample"]
-        self.conditions = Conditions(given, len(self.sample))
-        self.shape = (self.sample.shape[1:], self.sample.dtype, self.sample.device)
+    Args:
+        given: arguments of the denoiser, by name.
+        keep: the sample may be overwritten before the next step, so keep a copy.
+    """
+
+    def __init__(self, given: dict[str, Any], keep: bool):
+        sample: Tensor = given["sample"]
+        self.sample = sample.clone() if keep or sample.is_inference() else sample
+        self.conditions = Conditions(given, len(sample))
+        self.shape = (sample.shape[1:], sample.dtype, sample.device)
         self._version = None if self.sample.is_inference() else self.sample._version
 
     def distance(self, earlier: Call, rows: list[int]) -> Tensor:
-        """Squared distance to these rows of an earlier sample, fp32 scalar; infinite where that was overwritten."""
-        if earlier._version is None or earlier.sample._version != earlier._version:
-            return torch.full((), torch.inf, device=self.sample.device)
-        return (self.sample - earlier.sample[rows]).float().square().sum()
+        """One minus the cosine to these rows of an earlier sample, fp32 scalar; 1 where that was overwritten."""
+        if not earlier.sample.is_inference() and earlier.sample._version != earlier._version:
+            return torch.ones((), device=self.sample.device)
+        now, then = self.sample.float().flatten(), earlier.sample[rows].float().flatten()
+        return 1 - torch.nn.functional.cosine_similarity(now, then, dim=0)
 
 
 @dataclass(eq=False)
@@ -44,8 +54,10 @@ class Branch:
     Attributes:
         call: the latest.
         step: of the latest call.
-        ring: its maps; one without bytes where it holds none.
+        ring: its maps; without bytes as long as it has no memory.
         why: why it holds no map of an earlier step, where there is more to say than that it is the first.
+        waits: it has been given no memory yet, or has lost it.
+        released: it has lost its memory.
         missed: layers whose latest capture did not happen, with the reason.
     """
 
@@ -53,6 +65,8 @@ class Branch:
     step: int
     ring: MapRing
     why: str
+    waits: bool = True
+    released: bool = False
     missed: dict[str, str] = field(default_factory=dict)
 
     def rows(self, call: Call) -> list[int] | None:
@@ -62,7 +76,13 @@ class Branch:
     def release(self, why: str) -> None:
         """Let go of the maps and their memory."""
         if self.ring.nbytes:
-            self.ring, self.why = MapRing(plan_ring([], self.ring.plan.map_format), self.ring.buffer.device), why
+            self.ring, self.why = _no_maps(self.ring.plan.map_format, self.call), why
+            self.waits = self.released = True
+
+    def forget(self, why: str) -> None:
+        """Hold no map any more; the memory stays."""
+        self.ring.captured_at.clear()
+        self.why = why
 
     def is_whole(self, rows: list[int] | None) -> bool:
         """Whether `rows` are all of this branch, in order."""
@@ -75,6 +95,8 @@ class Branch:
         change = call.conditions.difference(self.call.conditions)
         if change is None and len(call.sample) != len(self.call.sample):
             change = f"the batch is {len(call.sample)}, it was {len(self.call.sample)}"
+        if change is None and self.rows(call) is not None:
+            change = "its sample continues that of no earlier call"
         return change or "the prompt has changed"
 
 
@@ -131,13 +153,23 @@ class Run:
         """More calls of one step than a loop of somebody's own is taken to make."""
         return self.loop is None and len(self.branches) >= CROWD
 
-    def join(self, branch: Branch) -> None:
-        """Another branch begins: the report counts its memory."""
+    def begin_branch(self, call: Call, map_format: MapFormat) -> Branch:
+        """A branch that `call` begins, without memory yet."""
+        before = [other for other in self.branches if other.step < self.step]
         for other in self.branches:
-            if other.is_whole(other.rows(branch.call)):
-                branch.call.conditions.join(other.call.conditions)
+            if other.is_whole(other.rows(call)):
+                call.conditions.join(other.call.conditions)
                 break
-        self.branches.append(branch)
+        why = before[-1].difference(call) if before else ""
+        self.branches.append(Branch(call, self.step, _no_maps(map_format, call), why))
+        return self.branches[-1]
+
+    def allocate(self, branch: Branch, plan: RingPlan | None) -> None:
+        """Give a branch the memory of its plan, if it has one, and count it in the report."""
+        branch.waits = False
+        if plan is None:
+            return
+        branch.ring = MapRing(plan, branch.call.sample.device)
         report, rings = self.report, [b.ring for b in self.branches]
         report.predicted_bytes = max(report.predicted_bytes, sum(ring.plan.nbytes for ring in rings))
         report.allocated_bytes = max(report.allocated_bytes, sum(ring.nbytes for ring in rings))
@@ -145,28 +177,61 @@ class Run:
             places = [ring.place(layer.name) for ring in rings]
             layer.map_bytes = max(layer.map_bytes, sum(place.nbytes for place in places if place is not None))
 
-    def find(self, call: Call, step: int) -> tuple[Branch, list[int]] | None:
-        """The branch that `call` of `step` continues, and the branch's row for each row of the call."""
+    def fitting(self, call: Call, step: int) -> list[tuple[Branch, list[int]]]:
+        """Branches that `call` of `step` may continue, with the branch's row for each row of the call."""
         known: dict[tuple[object, tuple], list[int] | None] = {}  # by what they attend over: branches may share it
-        fitting, oldest = [], self.step if step > self.step else self.before[0]
+        found, oldest = [], self.step if step > self.step else self.before[0]
         for branch in self.branches:
             if oldest <= branch.step < step:
                 about = (branch.call.conditions.group, branch.call.shape)
                 if about not in known:
                     known[about] = branch.rows(call)
                 if known[about] is not None:
-                    fitting.append((branch, known[about]))
-        fitting = [fit for fit in fitting if fit[0].is_whole(fit[1])] or fitting
-        if len(fitting) > 1:  # the nearest sample tells them apart; at a tie, the order
-            distances = torch.stack([call.distance(branch.call, rows) for branch, rows in fitting]).tolist()
-            return fitting[distances.index(min(distances))]
-        return fitting[0] if fitting else None
+                    found.append((branch, known[about]))
+        return found
 
     def rewind(self, call: Call, step: int) -> Branch | None:
         """The branch that `call` repeats from a later step on: what it holds is forgotten."""
         for branch in self.branches:
             if branch.step > step and branch.is_whole(branch.rows(call)):
-                branch.why = f"the run went back from step {branch.step} to step {step}"
-                branch.ring.captured_at.clear()
+                branch.forget(f"the run went back from step {branch.step} to step {step}")
                 return branch
         return None
+
+
+@dataclass(frozen=True)
+class Continued:
+    """The branch that a call continues: its run, its rows for the rows of the call, and the step it now is at."""
+
+    run: Run
+    step: int
+    branch: Branch
+    rows: list[int]
+
+
+def continued(call: Call, walks: list[tuple[Run, int]], announced: bool) -> Continued | None:
+    """The branch of these runs (each with the step that `call` would be) that `call` continues; None if it begins one.
+
+    Conditions and shapes decide. Where several branches share them, the sample tells: it must be near to its own
+    branch's last one, and nearer than to any other's. In a loop that no pipeline announced, calls of another
+    request may come in between at any time, so there the sample must tell always. In doubt what the branch holds
+    is forgotten.
+    """
+    found = [Continued(r, step, branch, rows) for r, step in walks for branch, rows in r.fitting(call, step)]
+    found = [c for c in found if c.branch.is_whole(c.rows)] or found
+    found = [c for c in found if c.step - c.branch.step == min(f.step - f.branch.step for f in found)]
+    if not found or (announced and len(found) == 1):
+        return found[0] if found else None
+    distances = torch.stack([call.distance(c.branch.call, c.rows) for c in found]).tolist()
+    best = distances.index(min(distances))
+    rivals = [d for d in distances if d != distances[best]]  # at a tie both saw the same: the order decides
+    if distances[best] < NEAR and all(distances[best] < CLEARLY * d for d in rivals):
+        return found[best]
+    if not announced and distances[best] >= NEAR:
+        return None
+    found[best].branch.forget("several calls attend over the same, and their samples do not tell which is which")
+    return found[best]
+
+
+def _no_maps(map_format: MapFormat, call: Call) -> MapRing:
+    return MapRing(plan_ring([], map_format), call.sample.device)

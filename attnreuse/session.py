@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from attnreuse import compiled, loops, ops, planner
 from attnreuse.clock import HELP, Place, StepClock
@@ -26,8 +27,8 @@ from attnreuse.guard import ThreadGuard
 from attnreuse.layers import Layers, check_patterns
 from attnreuse.policy import Policy, load_policy
 from attnreuse.report import Report
-from attnreuse.ring import MapRing, RingPlan, plan_ring
-from attnreuse.run import Branch, Call, Run
+from attnreuse.ring import RingPlan, plan_ring
+from attnreuse.run import Branch, Call, Run, continued
 
 RUNS = 8  # loops of somebody's own that may be under way at once
 GRADIENT = "a gradient is wanted, and reuse has none (call the denoiser under torch.no_grad())"
@@ -67,6 +68,7 @@ class Session:
         self._budget, self._chosen, self._strict = memory_budget, layers, strict
         self._clock, self._guard = StepClock(), ThreadGuard()
         self._runs: list[Run] = []  # under way; the one called last is last
+        self._heard: weakref.WeakSet[loops.Loop] = weakref.WeakSet()  # entered since the session began
         self._now: tuple[Run, Branch | None] | None = None  # of the denoiser call in progress
         self._bind(denoiser)
         self._shown: Run | Report = self._empty_report()
@@ -76,7 +78,7 @@ class Session:
     def _bind(self, denoiser: Any) -> None:
         """Choose the layers of `denoiser` to serve."""
         self.denoiser = denoiser
-        self._signature = inspect.signature(type(denoiser).forward)
+        self._parameters = list(inspect.signature(type(denoiser).forward).parameters)[1:]
         self._layers = Layers(denoiser, self._chosen, self.policy)
         refused = self._layers.refused
         if refused:
@@ -109,7 +111,7 @@ class Session:
             hook.remove()
         delattr(self.denoiser, ATTRIBUTE)
         loops.stop(self)
-        self._abort()
+        self._end(self._runs)
         self._layers.put_back()
 
     def __deepcopy__(self, memo: dict) -> None:
@@ -127,11 +129,20 @@ class Session:
 
     def loop_entered(self, loop: loops.Loop) -> None:
         """A pipeline enters its loop: if it is the enabled one and has another denoiser now, go over to that."""
+        self._heard.add(loop)
         if self._pipe is None or loop.pipe is not self._pipe or unwrapped(self._pipe) is self.denoiser:
             return
+        try:
+            denoiser = find_denoiser(self._pipe)
+        except UnsupportedLayerError:  # a wrapper, it may be
+            self._warn(
+                f"the pipeline's unet is a {type(self._pipe.unet).__name__} now; reuse stays on the model it had"
+            )
+            return
+        self._shown = self.report()
         self.disable()
         try:
-            self._bind(find_denoiser(self._pipe))
+            self._bind(denoiser)
         except (AttnReuseError, ValueError) as error:
             self._warn(f"the pipeline has another denoiser now, which cannot be served: {error}; nothing reuses")
             return
@@ -148,7 +159,7 @@ class Session:
 
     def step(self, step: int, steps: int) -> None:
         """For custom loops: say before the denoiser calls of each step that they are step `step` of `steps`."""
-        self._clock.set(step, steps)
+        self._clock.set(step, steps, loops.current(self.denoiser, self._pipe))
 
     @property
     def tick(self) -> Tick | None:
@@ -165,8 +176,8 @@ class Session:
 
     @property
     def _branches(self) -> dict[int, Branch]:
-        """Branches of all runs under way."""
-        return dict(enumerate(branch for run in self._runs for branch in run.branches))
+        """Branches that hold memory, of all runs under way."""
+        return dict(enumerate(b for run in self._runs for b in run.branches if b.ring.nbytes or not b.released))
 
     def _before(self, args: tuple, kwargs: dict) -> None:
         """Runs before each denoiser call: place it, and tell the layers what to do."""
@@ -174,16 +185,18 @@ class Session:
         try:
             self._layers.disarm()  # after an interrupt that no hook heard
             self._now = None
-            given = self._signature.bind(self.denoiser, *args, **kwargs).arguments
-            loop = loops.current(self.denoiser)
+            given = dict(zip(self._parameters, args, strict=False)) | kwargs
+            if not given.keys() >= {"sample", "timestep"}:
+                return  # the denoiser itself says what is missing
+            loop = loops.current(self.denoiser, self._pipe)
             try:
-                place = self._clock.place(given["timestep"], lambda: self._schedulers(loop))
+                place = self._clock.place(given["timestep"], lambda: self._schedulers(loop), loop)
             except UnknownStepError as error:
                 self._not_placed(error)
             else:
                 self._placed(place, loop, given)
         except BaseException:
-            self._abort()
+            self._failed()
             raise
 
     def _after(self, args: tuple, output: Any) -> None:
@@ -193,15 +206,23 @@ class Session:
         try:
             self._layers.disarm()
             if output is None:
-                self._abort()
+                self._failed()
             elif self._now is not None:
                 self._done(*self._now)
-        except BaseException:
-            self._abort()
-            raise
-        finally:
             self._now = None
             self._guard.leave()
+        except BaseException:
+            self._failed()
+            raise
+
+    def _failed(self) -> None:
+        """The call raised: nothing that its run holds is to be trusted."""
+        self._layers.disarm()
+        if self._now is not None:
+            self._now[0].branches.clear()
+        self._now = None
+        self._clock.reset()
+        self._guard.leave()
 
     def _schedulers(self, loop: loops.Loop | None) -> Iterator[Any]:
         """Those that may have made the timestep of this call, likeliest first."""
@@ -222,18 +243,20 @@ class Session:
 
     def _placed(self, place: Place, loop: loops.Loop | None, given: dict[str, Any]) -> None:
         """Find the run and the branch of this call, and arm the layers."""
-        call = None if self._wants_gradient(given) else Call(given)
+        call = None if self._wants_gradient(given) else Call(given, keep=loop is None)
         run, step, branch, rows = self._find(place, loop, call)
         run.advance(step)
         self._now, self._shown = (run, None), run
         if call is not None and run.off is None:
             if branch is None:
-                branch = self._new_branch(run, call, given)
+                branch = run.begin_branch(call, self.map_format)
             elif branch.is_whole(rows):
                 call.conditions.join(branch.call.conditions)
             else:
                 branch.ring.keep_rows(rows)
             branch.call, branch.step = call, run.step
+            if branch.waits and self._layers.reuse_after(run.step):
+                self._give_memory(run, branch, given)
             self._now = (run, branch)
         self._layers.arm(run, branch if run.off is None else None, run.off or GRADIENT)
         self._complain(run)
@@ -243,8 +266,9 @@ class Session:
         self._layers.note(run, branch)
         run.report.steps = max(run.report.steps, run.step + 1)
         self._complain(run)
+        if branch is not None and not self._layers.reuse_after(run.step):
+            branch.release("the policy reuses no more")
         if run.loop is None and run.complete:
-            self._end([run])
             self._clock.reset()
 
     def _complain(self, run: Run) -> None:
@@ -261,7 +285,7 @@ class Session:
     def _wants_gradient(self, given: dict[str, Any]) -> bool:
         if not torch.is_grad_enabled():
             return False
-        tensors = [v for v in given.values() if isinstance(v, torch.Tensor)]
+        tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
         return any(t.requires_grad for t in (*tensors, *self.denoiser.parameters()))
 
     def _find(
@@ -270,10 +294,9 @@ class Session:
         """The run this call belongs to, its step, and the branch it continues with the branch's rows; or no branch."""
         walks = [run for run in reversed(self._runs) if run.begin.walk == place.walk and run.loop is loop]
         walks = [(run, step) for run in walks if (step := run.step_of(place)) >= 0]
-        for run, step in walks if call is not None else []:
-            continued = run.find(call, step)
-            if continued is not None:
-                return self._latest(run), step, *continued
+        found = None if call is None else continued(call, walks, loop is not None)
+        if found is not None:
+            return self._latest(found.run), found.step, found.branch, found.rows
         for run, step in walks:
             if call is None or step > run.step or (step == run.step and not run.crowded):
                 return self._latest(run), step, None, None
@@ -284,40 +307,38 @@ class Session:
         return run, run.step_of(place), None, None
 
     def _latest(self, run: Run) -> Run:
-        self._runs.remove(run)
-        self._runs.append(run)
+        self._runs = [other for other in self._runs if other is not run] + [run]
         return run
 
     def _new_run(self, place: Place, loop: loops.Loop | None) -> Run:
-        first = all(run.loop is not loop for run in self._runs)
+        first = loop in self._heard and all(run.loop is not loop for run in self._runs)
         own = [run for run in self._runs if run.loop is None]
         if loop is None:
             for branch in (branch for run in own for branch in run.branches):  # their loops may have been given up
                 branch.release("its memory went to another run")
             self._end(own[: 1 - RUNS])
-        elif first:
+        elif all(run.loop is not loop for run in self._runs):
             loop.on_exit(lambda: self._loop_left(loop))
-        backward = loop is None and place.position == place.length - 1 > 0
+        backward = loop is None and place.is_read and place.position == place.length - 1 > 0
         steps = place.length if backward else _executed(place, loop)
         run = Run(place, steps, loop, backward, self._empty_report())
         self._only_compute(run, self._layers.foreign())
         if len(self._layers.foreign()) < len(self._layers.modules):
-            run.off = self._mismatch(run, first and (loop is not None or place.position == 0))
+            run.off = self._mismatch(run, first if loop is not None else place.position == 0)
         compiled.make_room(self.denoiser, self._pipe, self._layers, self._warn)
         self._runs.append(run)
         return run
 
     def _end(self, runs: list[Run]) -> None:
         """These runs are over: their maps are let go of."""
+        self._runs = [run for run in self._runs if run not in runs]
         for run in runs:
             run.branches.clear()
-            self._runs.remove(run)
 
     def _loop_left(self, loop: loops.Loop) -> None:
         """The pipeline is done, or failed: nothing of its runs is needed any more."""
-        self._layers.disarm()  # no hook hears an interrupt inside the denoiser
-        self._now = None
-        self._guard.leave()
+        if self._guard.inside():  # an interrupt within the denoiser, which no hook hears
+            self._failed()
         self._end([run for run in self._runs if run.loop is loop])
         self._clock.reset()
         outer = [run for run in self._runs if run.loop is not None]
@@ -360,18 +381,12 @@ class Session:
 
     # -- maps
 
-    def _new_branch(self, run: Run, call: Call, given: dict[str, Any]) -> Branch:
-        """A branch that holds no map yet, with memory for those its layers will write."""
-        waiting = [branch for branch in run.branches if branch.step < run.step]
-        plan = None
-        if self._layers.reuse_after(run.step):
-            if waiting:  # whose turn of this step may not come: memory stays what the plan says
-                min(waiting, key=lambda branch: branch.step).release("its memory went to another call of the step")
-            plan = self._plan(run, given)
-        why = waiting[-1].difference(call) if waiting else ""
-        ring = MapRing(plan or plan_ring([], self.map_format), call.sample.device)
-        run.join(Branch(call, run.step, ring, why))
-        return run.branches[-1]
+    def _give_memory(self, run: Run, branch: Branch, given: dict[str, Any]) -> None:
+        """Allocate the maps of a branch; a branch that this step has not called gives up its own for a new one."""
+        waiting = [other for other in run.branches if other.step < run.step]
+        if waiting and not branch.released:  # whose turn may not come: memory stays what the plan says
+            min(waiting, key=lambda other: other.step).release("its memory went to another call of the step")
+        run.allocate(branch, self._plan(run, given))
 
     def _plan(self, run: Run, given: dict[str, Any]) -> RingPlan | None:
         """Plan the maps of a branch for inputs of these shapes; layers left out are reported."""
@@ -407,14 +422,6 @@ class Session:
                 raise UnsupportedLayerError(message)
             self._warn(message)
         run.report.skipped.update(new)
-
-    def _abort(self) -> None:
-        """After an exception nothing of the runs is to be trusted."""
-        self._layers.disarm()
-        self._end(list(self._runs))
-        self._now = None
-        self._clock.reset()
-        self._guard.leave()
 
     def _warn(self, message: str) -> None:
         warnings.warn(f"attnreuse: {message}", stacklevel=2)
@@ -505,9 +512,8 @@ def enable(
     denoiser = find_denoiser(pipe)
     is_pipe = hasattr(pipe, "unet")
     chosen = (format_named(map_format), planner.parse_bytes(memory_budget), layers, strict)
-    policy = load_policy(policy)
+    session = Session(denoiser, pipe if is_pipe else None, scheduler, load_policy(policy), *chosen)
     disable(denoiser)
-    session = Session(denoiser, pipe if is_pipe else None, scheduler, policy, *chosen)
     session._attach()
     return session
 

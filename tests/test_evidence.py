@@ -1,8 +1,14 @@
 """A policy is advice, a map is evidence: layers reuse what they wrote for this run, branch and shape, or compute."""
 
+import asyncio
+import contextlib
 import copy
+import random
+import threading
 import warnings
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -17,10 +23,16 @@ from attnreuse import Policy, hurry, periodic
 LATE = Policy(steps=4, reuse=[0, 1, 1, 1])
 
 
-def call(unet, seed=0, batch=1, context=None, **given):
-    """The denoiser's output for a seeded sample."""
-    x = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
-    context = conditions(seed, batch) if context is None else context
+def latents(step, batch=1):
+    """The sample at `step` of one path."""
+    start, change = (torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    return start + 0.1 * step * change
+
+
+def call(unet, step=0, batch=1, context=None, **given):
+    """The denoiser's output for the sample at `step`."""
+    x = latents(step, batch)
+    context = conditions(0, batch) if context is None else context
     with torch.no_grad():
         return unet(x, 10, context, **given).sample
 
@@ -38,6 +50,33 @@ def kinds(session):
     """What the first layer did: computed, captured, reused."""
     layer = session.report().layers[0]
     return layer.computed, layer.captured, layer.reused
+
+
+class Owners:
+    """Notes whose map every reuse applies; `now` is set to whose call it is."""
+
+    def __init__(self, monkeypatch):
+        from attnreuse import ops
+
+        self.now, self.foreign, self.own, wrote = None, 0, 0, {}
+        capture, reuse = ops.capture_into, ops.reuse_into
+
+        def capture_into(storage, *args, **kwargs):
+            wrote[storage.data_ptr()] = self.now
+            return capture(storage, *args, **kwargs)
+
+        def reuse_into(storage, *args, **kwargs):
+            mine = wrote[storage.data_ptr()] == self.now
+            self.own, self.foreign = self.own + mine, self.foreign + (not mine)
+            return reuse(storage, *args, **kwargs)
+
+        monkeypatch.setattr(ops, "capture_into", capture_into)
+        monkeypatch.setattr(ops, "reuse_into", reuse_into)
+
+
+@pytest.fixture
+def owners(monkeypatch):
+    return Owners(monkeypatch)
 
 
 # -- a capture counts only once the layer has written
@@ -139,8 +178,107 @@ def test_equal_conditions_in_other_memory_are_the_same(unet):
         assert kinds(session) == (0, 1, 3)
 
 
+SIX = Policy(steps=6, reuse=[0, 1, 1, 0, 1, 1])
+ORDERS = {  # which of several images of one prompt each call is for, step by step
+    "together": [[0, 1, 2]] * 6,
+    "in any order": [random.Random(i).sample([0, 1, 2], 3) for i in range(6)],
+    "one drops out": [[0, 1, 2]] * 2 + [[1, 2]] * 4,
+    "one joins and is called first": [[0]] * 2 + [[1, 0]] * 4,
+    "a dozen": [list(range(12))] * 6,
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("samples", ["new", "overwritten", "views of a canvas", "inference"])
+def test_images_of_one_prompt_never_get_each_others_maps(unet, owners, order, samples):
+    scheduler, context = DDIMScheduler(clip_sample=False, steps_offset=1), conditions(9)
+    scheduler.set_timesteps(6)
+    with (
+        torch.inference_mode() if samples == "inference" else torch.no_grad(),
+        attnreuse.enable(unet, SIX) as session,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        canvas = torch.randn(1, 4, 8, 8 * 12, generator=torch.Generator().manual_seed(0))
+        images = list(canvas.split(8, dim=-1)) if samples == "views of a canvas" else list(canvas.clone().split(8, -1))
+        images = images if samples == "views of a canvas" else [image.clone() for image in images]
+        for t, who in zip(scheduler.timesteps, ORDERS[order], strict=True):
+            for i in who:
+                owners.now = i
+                after = scheduler.step(unet(images[i], t, context).sample, t, images[i]).prev_sample
+                if samples in ("overwritten", "views of a canvas"):
+                    images[i].copy_(after)
+                else:
+                    images[i] = after
+    assert owners.foreign == 0
+    assert owners.own > 7 * len(ORDERS[order][-1])
+    assert session.report().steps == 6
+
+
+@pytest.mark.parametrize("order", ["001010101011", "001100001111", "000110001111"])
+def test_requests_that_begin_at_other_times_never_get_each_others_maps(unet, owners, order):
+    """Loops of one's own over one scheduler's timesteps, with one prompt, a call of each in turn."""
+    scheduler, context = DDIMScheduler(clip_sample=False, steps_offset=1), conditions(9)
+    scheduler.set_timesteps(6)
+
+    @torch.no_grad()
+    def image(seed):
+        x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        for t in scheduler.timesteps:
+            owners.now = seed
+            x = scheduler.step(unet(x, t, context).sample, t, x).prev_sample
+            yield x
+
+    with attnreuse.enable(unet, LONG_BLOCK), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        images = [image(0), image(1)]
+        for i in order:
+            next(images[int(i)])
+    assert owners.foreign == 0
+    assert owners.own > 0
+
+
+LONG_BLOCK = Policy(steps=6, reuse=[0, 1, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("scheduler", ["DDPMScheduler", "LCMScheduler"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_warm_up_call_lends_no_map_to_a_sampler_that_forgets_its_samples(owners, scheduler, seed):
+    unet, scheduler, context = random_unet(), getattr(diffusers, scheduler)(), conditions(9)
+    scheduler.set_timesteps(6)
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad(), attnreuse.enable(unet, Policy(steps=6, reuse=[0, 1, 0, 1, 0, 1])), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x = torch.randn(1, 4, 8, 8, generator=g)
+        owners.now = "warm-up"
+        unet(torch.zeros_like(x), scheduler.timesteps[0], context)
+        owners.now = "run"
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(x, t, context).sample, t, x, generator=g).prev_sample
+    assert owners.foreign == 0
+
+
+def test_a_layer_called_twice_in_a_denoiser_call_keeps_no_map(unet, owners):
+    attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    forward, context = attn.forward, conditions(0)
+
+    def twice(hidden_states, *args, **kwargs):
+        return 0.5 * (forward(hidden_states, *args, **kwargs) + forward(2 * hidden_states, *args, **kwargs))
+
+    attn.forward = twice
+    expected = call(unet, 1, context=context)
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    with attnreuse.enable(unet, Policy(steps=2, reuse=[0, 1]), layers=[name]) as session, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(2):
+            session.step(step, 2)
+            out = call(unet, step, context=context)
+    assert torch.equal(out, expected)
+    assert any("called several times in one denoiser call" in reason for reason in session.report().layers[0].reasons)
+
+
 @pytest.mark.parametrize("layers", ["self", "cross", "all"])
-@pytest.mark.parametrize("change", ["another tensor", "in place", "another length", "inference mode"])
+@pytest.mark.parametrize("change", ["another tensor", "in place", "other data", "another length", "inference mode"])
 def test_a_changed_prompt_computes(unet, layers, change):
     first, then = conditions(0), conditions(1, tokens=9 if change == "another length" else TOKENS)
     with torch.inference_mode(change == "inference mode"):
@@ -152,8 +290,10 @@ def test_a_changed_prompt_computes(unet, layers, change):
             session.step(1, 3)
             if change in ("in place", "inference mode"):
                 first.copy_(then)
+            if change == "other data":
+                first.data = then
             with pytest.warns(UserWarning, match="computes at step 1 instead of reusing: "):
-                out = call(unet, 1, context=first if change in ("in place", "inference mode") else then)
+                out = call(unet, 1, context=then if change in ("another tensor", "another length") else first)
             assert torch.equal(out, expected)
             assert kinds(session) == (1, 1, 0)
 
@@ -257,9 +397,8 @@ def test_a_loop_that_goes_back_in_time_forgets_its_maps(unet):
     with attnreuse.enable(unet, Policy(steps=5, reuse=[0, 0, 1, 1, 1])) as session, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for i in (0, 1, 2, 3, 2, 3, 4):
-            x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i))
             with torch.no_grad():
-                out = unet(x, scheduler.timesteps[i], context).sample
+                out = unet(latents(i), scheduler.timesteps[i], context).sample
         assert torch.isfinite(out).all()
         layer = session.report().layers[0]
         assert (layer.computed, layer.captured, layer.reused) == (1, 2, 4)
@@ -282,6 +421,75 @@ def test_gradients_compute_and_say_so(unet):
         out.sum().backward()
         assert "a gradient is wanted, and reuse has none" in str(said[0].message)
         assert kinds(session) == (2, 0, 0)
+
+
+def test_gradients_of_residuals_are_noticed(unet):
+    unet.requires_grad_(False)
+    residual = torch.zeros(1, 32, 4, 4, requires_grad=True)
+    grads, context = [], conditions(0)
+    for enabled in (False, True):
+        with contextlib.ExitStack() as stack:
+            session = stack.enter_context(attnreuse.enable(unet, LATE)) if enabled else None
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            for step in range(4):
+                if enabled:
+                    session.step(step, 4)
+                given = {"mid_block_additional_residual": residual, "down_block_additional_residuals": downs()}
+                out = unet(latents(step), 10, context, **given).sample
+            grads.append(torch.autograd.grad(out.square().sum(), residual)[0])
+    assert torch.equal(*grads)
+
+
+def downs():
+    return tuple(torch.zeros(1, c, s, s) for c, s in ((16, 8), (16, 8), (16, 4), (32, 4)))
+
+
+def test_arguments_that_another_tools_forward_takes_are_let_through(unet):
+    original, context = unet.forward, conditions(0)
+    unet.forward = lambda sample, timestep, encoder_hidden_states, theirs=None: original(
+        sample, timestep, encoder_hidden_states
+    )
+    with attnreuse.enable(unet, LATE) as session:
+        for step in range(4):
+            session.step(step, 4)
+            call(unet, step, context=context, theirs=True)
+        assert kinds(session) == (0, 1, 3)
+        with pytest.raises(TypeError, match="missing"):
+            unet(latents(0))
+
+
+def test_a_step_told_for_a_loop_given_up_is_not_taken_for_a_pipelines(pipe):
+    with attnreuse.enable(pipe, LATE) as session:
+        expected = sample(pipe, 4)
+        for step in range(3):
+            session.step(step, 4)
+            call(pipe.unet, step)
+        assert torch.equal(sample(pipe, 4), expected)
+
+
+def test_reuse_may_be_switched_off_and_on_in_mid_run(pipe):
+    sessions = [attnreuse.enable(pipe, LATE)]
+
+    def toggle(pipe, step, t, kwargs):
+        if step == 0:
+            sessions[0].disable()
+        if step == 2:
+            sessions.append(attnreuse.enable(pipe, LATE))
+        return kwargs
+
+    expected = sample(random_pipeline(), 4)
+    with pytest.warns(UserWarning, match=r"this run executes 1.*every layer computes"):
+        torch.testing.assert_close(sample(pipe, 4, callback_on_step_end=toggle), expected, rtol=1e-3, atol=1e-3)
+    attnreuse.disable(pipe)
+
+
+def test_a_call_of_enable_that_fails_leaves_the_session_before_in_force(pipe):
+    with attnreuse.enable(pipe, LATE) as session:
+        with pytest.raises(ValueError, match="matches none"):
+            attnreuse.enable(pipe, LATE, layers="nosuch*")
+        sample(pipe, 4)
+        assert kinds(session) == (0, 1, 3)
 
 
 def test_a_step_that_cannot_be_told_computes_and_says_how_to_help(unet):
@@ -426,6 +634,18 @@ def test_memory_is_what_the_plan_says_when_prompts_change_at_every_step(unet):
     assert max(sizes) == session.report().allocated_bytes
 
 
+def test_a_cancelled_call_does_not_shut_other_threads_out(pipe):
+    def cancel(*args):
+        raise asyncio.CancelledError
+
+    hook = pipe.unet.mid_block.register_forward_pre_hook(cancel)
+    with attnreuse.enable(pipe, LATE), ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
+        with pytest.raises((asyncio.CancelledError, CancelledError)):
+            one.submit(sample, pipe, 4).result()
+        hook.remove()
+        assert two.submit(sample, pipe, 4).result().isfinite().all()
+
+
 # -- the denoiser of a pipeline may be replaced
 
 
@@ -451,3 +671,115 @@ def test_listening_to_pipelines_ends_with_the_last_session(pipe):
         assert DiffusionPipeline.__dict__["progress_bar"] is not original
     assert DiffusionPipeline.__dict__["progress_bar"] is original
     assert StableDiffusionPipeline.progress_bar is original
+
+
+# -- what fails or stops in one place is not felt in another
+
+
+def test_a_branch_that_gave_up_its_memory_captures_again(unet):
+    """Guidance that starts late takes the other branch's memory for a moment, not for good."""
+    p, n = conditions(1), conditions(2)
+    policy = Policy(steps=6, reuse=[0, 1, 0, 1, 0, 1])
+    with attnreuse.enable(unet, policy) as session, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(6):
+            session.step(step, 6)
+            for context in (p,) if step < 2 else (n, p):
+                call(unet, step, context=context)
+        layer = session.report().layers[0]
+        assert (layer.computed, layer.captured, layer.reused) == (0, 5, 5)
+
+
+def test_a_denoiser_call_that_failed_may_be_made_again(pipe):
+    """As after an out-of-memory error that the caller handles: no refusal, and nothing of the failed call is used."""
+    stock, armed = sample(pipe, 6), []
+    forward = pipe.unet.mid_block.forward
+
+    def fail_once(*args, **kwargs):
+        if len(armed) == 3:
+            armed.append(1)
+            raise RuntimeError("out of memory, say")
+        armed.append(1)
+        return forward(*args, **kwargs)
+
+    original = type(pipe.unet).__call__
+
+    def persistent(*args, **kwargs):
+        try:
+            return original(pipe.unet, *args, **kwargs)
+        except RuntimeError:
+            return original(pipe.unet, *args, **kwargs)
+
+    class Persistent:
+        def __getattr__(self, name):
+            return getattr(unet, name)
+
+        def __call__(self, *args, **kwargs):
+            return persistent(*args, **kwargs)
+
+    unet = pipe.unet
+    unet.mid_block.forward = fail_once
+    with attnreuse.enable(pipe, periodic(6, 2)) as session, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe.__dict__["unet"] = Persistent()
+        out = sample(pipe, 6)
+        del pipe.__dict__["unet"]
+        layer = session.report().layers[0]
+    assert len(armed) == 7
+    assert (layer.computed, layer.captured, layer.reused) == (1, 3, 2)
+    assert 0 < (out - stock).norm() / stock.norm() < 0.1
+
+
+def test_a_run_that_fails_in_one_thread_leaves_another_threads_run_alone(pipe):
+    parts = {**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)}
+    other = type(pipe)(**parts, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+
+    def broken(pipe, step, t, kwargs):
+        raise RuntimeError("broken")
+
+    def fail():
+        with contextlib.suppress(RuntimeError):
+            sample(other, 4, callback_on_step_end=broken)
+
+    def between(pipe, step, t, kwargs):
+        if step == 1:
+            thread = threading.Thread(target=fail)
+            thread.start()
+            thread.join()
+        return kwargs
+
+    with attnreuse.enable(pipe, LATE) as session:
+        expected = sample(pipe, 4)
+        assert torch.equal(sample(pipe, 4, callback_on_step_end=between), expected)
+        assert kinds(session) == (0, 1, 3)
+
+
+def test_a_loop_left_in_one_thread_leaves_a_call_in_another_alone(pipe):
+    inside, left = threading.Event(), threading.Event()
+    parts = {**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)}
+    other = type(pipe)(**parts, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+
+    def wait(*args):
+        if threading.current_thread().name == "slow":
+            inside.set()
+            left.wait(30)
+
+    with attnreuse.enable(pipe, LATE) as session:
+        expected, outs = sample(pipe, 4), []
+        hook = pipe.unet.down_blocks[0].register_forward_pre_hook(wait)
+        slow = threading.Thread(target=lambda: outs.append(sample(other, 4)), name="slow")
+
+        def start(pipe, step, t, kwargs):
+            if step == 3:
+                slow.start()
+                assert inside.wait(30)
+            return kwargs
+
+        assert torch.equal(sample(pipe, 4, callback_on_step_end=start), expected)
+        left.set()
+        slow.join()
+        hook.remove()
+        assert torch.equal(outs[0], expected)
+        assert kinds(session) == (0, 1, 3)

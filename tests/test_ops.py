@@ -421,3 +421,18 @@ def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
     q, k, v = tensors((1, 1, 3, 3, 8))
     with pytest.raises(ValueError, match="ATTNREUSE_CPU must be one of"):
         ops.capture(q, k, v, backend="native")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_torchs_default_type_does_not_matter(dtype):
+    q, k, v = (torch.randn(2, 3, 65, 40) for _ in range(3))
+    mask = torch.rand(1, 1, 65, 65) > 0.2
+    outs = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            out, attn_map = ops.capture(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask=mask)
+            outs.append((out, ops.reuse(attn_map, v), *ops.drift(attn_map, attn_map)))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))

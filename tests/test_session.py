@@ -247,7 +247,7 @@ def test_two_calls_of_a_step_keep_their_maps_apart():
 
 
 def test_one_buffer_is_allocated_before_the_first_step_and_none_later(pipe, monkeypatch):
-    from attnreuse import session as module
+    from attnreuse import run as module
 
     made, addresses = [], set()
     ring = module.MapRing
@@ -261,6 +261,7 @@ def test_one_buffer_is_allocated_before_the_first_step_and_none_later(pipe, monk
             return kwargs
 
         sample(pipe, 6, callback_on_step_end=watch)
+        made = [ring for ring in made if ring.nbytes]
         assert len(made) == 1
         assert len(addresses) == len(made[0].plan.requests)
         assert made[0].nbytes == made[0].plan.nbytes == session.report().predicted_bytes
