@@ -312,13 +312,13 @@ class Session:
 
     def _new_run(self, place: Place, loop: loops.Loop | None) -> Run:
         first = loop in self._heard and all(run.loop is not loop for run in self._runs)
-        own = [run for run in self._runs if run.loop is None]
-        if loop is None:
-            for branch in (branch for run in own for branch in run.branches):  # their loops may have been given up
-                branch.release("its memory went to another run")
-            self._end(own[: 1 - RUNS])
-        elif all(run.loop is not loop for run in self._runs):
+        if loop is not None and all(run.loop is not loop for run in self._runs):
             loop.on_exit(lambda: self._loop_left(loop))
+        own = [run for run in self._runs if run.loop is None]
+        for branch in (branch for run in own for branch in run.branches):  # their loops may have been given up
+            branch.release("its memory went to another run")
+        if loop is None:
+            self._end(own[: 1 - RUNS])
         backward = loop is None and place.is_read and place.position == place.length - 1 > 0
         steps = place.length if backward else _executed(place, loop)
         run = Run(place, steps, loop, backward, self._empty_report())
