@@ -406,6 +406,7 @@ def probing(evaluator: Evaluator, steps: set[int], visit: Visit) -> Iterator[Non
 
     def arm(module: Any, args: tuple) -> None:
         for processor in probes.values():
+            processor.did = None
             processor.action = (Action.CAPTURE if session.tick.step in steps else Action.COMPUTE).value
 
     with enable(evaluator.pipe, never) as session:  # which tells the step, and leaves the probes alone

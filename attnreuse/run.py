@@ -40,11 +40,11 @@ class Call:
         self._version = None if self.sample.is_inference() else self.sample._version
 
     def distance(self, earlier: Call, rows: list[int]) -> Tensor:
-        """One minus the cosine to these rows of an earlier sample, fp32 scalar; 1 where that was overwritten."""
+        """One minus the cosine to these rows of an earlier sample, the farthest row's; 1 where that was overwritten."""
         if not earlier.sample.is_inference() and earlier.sample._version != earlier._version:
             return torch.ones((), device=self.sample.device)
-        now, then = self.sample.float().flatten(), earlier.sample[rows].float().flatten()
-        return 1 - torch.nn.functional.cosine_similarity(now, then, dim=0)
+        now, then = self.sample.float().flatten(1), earlier.sample[rows].float().flatten(1)  # [B, C H W]
+        return 1 - torch.nn.functional.cosine_similarity(now, then).amin()
 
 
 @dataclass(eq=False)
@@ -150,8 +150,8 @@ class Run:
 
     @property
     def crowded(self) -> bool:
-        """More calls of one step than a loop of somebody's own is taken to make."""
-        return self.loop is None and len(self.branches) >= CROWD
+        """More calls of one step than a loop that nobody announced is taken to make."""
+        return len(self.branches) >= CROWD
 
     def begin_branch(self, call: Call, map_format: MapFormat) -> Branch:
         """A branch that `call` begins, without memory yet."""

@@ -69,6 +69,7 @@ class Session:
         self._clock, self._guard = StepClock(), ThreadGuard()
         self._runs: list[Run] = []  # under way; the one called last is last
         self._heard: weakref.WeakSet[loops.Loop] = weakref.WeakSet()  # entered since the session began
+        self._walks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loop to the walk it announced
         self._now: tuple[Run, Branch | None] | None = None  # of the denoiser call in progress
         self._bind(denoiser)
         self._shown: Run | Report = self._empty_report()
@@ -243,8 +244,10 @@ class Session:
 
     def _placed(self, place: Place, loop: loops.Loop | None, given: dict[str, Any]) -> None:
         """Find the run and the branch of this call, and arm the layers."""
-        call = None if self._wants_gradient(given) else Call(given, keep=loop is None)
-        run, step, branch, rows = self._find(place, loop, call)
+        # A loop of somebody's own may run within a pipeline's, in a callback: that announced its own walk alone.
+        announced = loop is not None and self._walks.setdefault(loop, place.walk) == place.walk
+        call = None if self._wants_gradient(given) else Call(given, keep=not announced)
+        run, step, branch, rows = self._find(place, loop, announced, call)
         run.advance(step)
         self._now, self._shown = (run, None), run
         if call is not None and run.off is None:
@@ -289,18 +292,18 @@ class Session:
         return any(t.requires_grad for t in (*tensors, *self.denoiser.parameters()))
 
     def _find(
-        self, place: Place, loop: loops.Loop | None, call: Call | None
+        self, place: Place, loop: loops.Loop | None, announced: bool, call: Call | None
     ) -> tuple[Run, int, Branch | None, list[int] | None]:
         """The run this call belongs to, its step, and the branch it continues with the branch's rows; or no branch."""
         walks = [run for run in reversed(self._runs) if run.begin.walk == place.walk and run.loop is loop]
         walks = [(run, step) for run in walks if (step := run.step_of(place)) >= 0]
-        found = None if call is None else continued(call, walks, loop is not None)
+        found = None if call is None else continued(call, walks, announced)
         if found is not None:
             return self._latest(found.run), found.step, found.branch, found.rows
         for run, step in walks:
-            if call is None or step > run.step or (step == run.step and not run.crowded):
+            if call is None or step > run.step or (step == run.step and (announced or not run.crowded)):
                 return self._latest(run), step, None, None
-            if loop is not None or step > 0:  # the loop goes back: what it holds is not of this step's past
+            if announced or step > 0:  # the loop goes back: what it holds is not of this step's past
                 branch = run.rewind(call, step)
                 return self._latest(run), step, branch, None if branch is None else list(range(len(call.sample)))
         run = self._new_run(place, loop)

@@ -132,7 +132,7 @@ def step_calls(unet: Any, given: dict[str, Any], processors: list[ReuseAttnProce
     def eager(action: Action) -> Callable[[], torch.Tensor]:
         def call() -> torch.Tensor:
             for processor in processors:
-                processor.action = action.value
+                processor.action, processor.did = action.value, None
             return forward(**given, return_dict=False)[0]
 
         return call
