@@ -191,12 +191,11 @@ class Run:
         return found
 
     def rewind(self, call: Call, step: int) -> Branch | None:
-        """The branch that `call` repeats from a later step on: what it holds is forgotten."""
-        for branch in self.branches:
-            if branch.step > step and branch.is_whole(branch.rows(call)):
-                branch.forget(f"the run went back from step {branch.step} to step {step}")
-                return branch
-        return None
+        """The branch that `call` repeats from a later step on; what branches hold of later steps is forgotten."""
+        later = [branch for branch in self.branches if branch.step > step]
+        for branch in later:
+            branch.forget(f"the run went back from step {branch.step} to step {step}")
+        return next((branch for branch in later if branch.is_whole(branch.rows(call))), None)
 
 
 @dataclass(frozen=True)

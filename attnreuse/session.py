@@ -25,7 +25,7 @@ from attnreuse.formats import MapFormat
 from attnreuse.formats import map_format as format_named
 from attnreuse.guard import ThreadGuard
 from attnreuse.layers import Layers, check_patterns
-from attnreuse.policy import Policy, load_policy
+from attnreuse.policy import Action, Policy, load_policy
 from attnreuse.report import Report
 from attnreuse.ring import RingPlan, plan_ring
 from attnreuse.run import Branch, Call, Run, continued
@@ -238,9 +238,12 @@ class Session:
         """Nothing is known of this call: every layer computes."""
         if self._strict:
             raise error
-        self._warn(f"{error}; until then every layer computes")
-        self._shown = self._empty_report()
-        self._shown.skipped.update(dict.fromkeys(self._layers.modules, str(error)))
+        if not isinstance(self._shown, Report) or not self._shown.layers[0].computed:  # the first such call
+            self._warn(f"{error}; until then every layer computes")
+            self._shown = self._empty_report()
+            self._shown.skipped.update(dict.fromkeys(self._layers.modules, str(error)))
+        for layer in self._shown.layers:
+            layer.count(Action.COMPUTE, Action.COMPUTE, None)
 
     def _placed(self, place: Place, loop: loops.Loop | None, given: dict[str, Any]) -> None:
         """Find the run and the branch of this call, and arm the layers."""

@@ -497,6 +497,10 @@ def test_a_step_that_cannot_be_told_computes_and_says_how_to_help(unet):
     with attnreuse.enable(unet, LATE) as session:
         with pytest.warns(UserWarning, match=r"pass scheduler= .* or call session\.step\(i, n\)"):
             assert torch.equal(call(unet), expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # said once
+            call(unet)
+        assert kinds(session) == (2, 0, 0)
         assert "call session.step" in session.report().skipped[session.report().layers[0].name]
     with (
         attnreuse.enable(unet, LATE, strict=True),
