@@ -32,7 +32,9 @@ class Conditions:
         self.tensors = {name: given[name] for name in NAMES if isinstance(given.get(name), Tensor)}
         for name, value in (given.get("added_cond_kwargs") or {}).items():
             parts = value if isinstance(value, (list, tuple)) else [value]
-            self.tensors |= {f"{name}[{i}]" if len(parts) > 1 else name: v for i, v in enumerate(parts) if _is(v)}
+            self.tensors |= {
+                f"{name}[{i}]" if len(parts) > 1 else name: v for i, v in enumerate(parts) if isinstance(v, Tensor)
+            }
         self._versions = {name: None if t.is_inference() else t._version for name, t in self.tensors.items()}
         self._addresses = {name: t.data_ptr() for name, t in self.tensors.items()}
         self._kept = {name: t.clone() if t.is_inference() else t for name, t in self.tensors.items()}
@@ -47,9 +49,9 @@ class Conditions:
         names = list(self.tensors)
         if self.batch == earlier.batch and all(self._same_memory(earlier, name) for name in names):
             return list(range(self.batch))
-        memory = [[self._address(n, i) for n in names] for i in range(self.batch)]
-        held = [[earlier._address(n, j) for n in names] for j in range(earlier.batch)]
         if all(earlier._untouched(name) for name in names):
+            memory = [[self._address(n, i) for n in names] for i in range(self.batch)]
+            held = [[earlier._address(n, j) for n in names] for j in range(earlier.batch)]
             rows = _matched(self.batch, earlier.batch, lambda i, j: memory[i] == held[j])
             if rows is not None:
                 return rows
@@ -105,10 +107,6 @@ class Conditions:
     def _per_row(self, name: str) -> bool:
         t = self.tensors[name]
         return t.ndim > 0 and len(t) == self.batch
-
-
-def _is(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _matched(rows: int, held: int, same: Callable[[int, int], bool]) -> list[int] | None:
