@@ -12,7 +12,7 @@ import itertools
 from typing import Any
 
 from attnreuse.denoiser import foreign, layer_kinds, never_served, select_layers
-from attnreuse.errors import PolicyMismatchError, UnsupportedLayerError
+from attnreuse.errors import UnsupportedLayerError
 from attnreuse.policy import Action, Policy
 from attnreuse.processors import CAPTURE, COMPUTE, OTHER_SHAPE, ReuseAttnProcessor, attention_layers, stock_processors
 from attnreuse.report import LayerReport
@@ -191,14 +191,3 @@ def _captures(row: list[Action]) -> list[int]:
     """Per step: the latest step up to it that captures, or -1."""
     latest = itertools.accumulate((i if action is Action.CAPTURE else -1 for i, action in enumerate(row)), max)
     return list(latest)
-
-
-def check_patterns(layers: Layers, policy: Policy, strict: bool) -> str | None:
-    """What to say of layer patterns in the policy that match nothing; an error under `strict`."""
-    unmatched = layers.unmatched(policy)
-    if not unmatched:
-        return None
-    message = f"policy {policy.name!r} names layers that are not served here: {', '.join(unmatched)}"
-    if strict:
-        raise PolicyMismatchError(message)
-    return message

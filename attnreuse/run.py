@@ -199,16 +199,16 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Continued:
-    """The branch that a call continues: its run, its rows for the rows of the call, and the step it now is at."""
+class Found:
+    """The run of a call, the step it is at, and the branch it continues, with the branch's row for each of its own."""
 
     run: Run
     step: int
-    branch: Branch
-    rows: list[int]
+    branch: Branch | None = None
+    rows: list[int] | None = None
 
 
-def continued(call: Call, walks: list[tuple[Run, int]], announced: bool) -> Continued | None:
+def continued(call: Call, walks: list[tuple[Run, int]], announced: bool) -> Found | None:
     """The branch of these runs (each with the step that `call` would be) that `call` continues; None if it begins one.
 
     Conditions and shapes decide. Where several branches share them, the sample tells: it must be near to its own
@@ -216,7 +216,7 @@ def continued(call: Call, walks: list[tuple[Run, int]], announced: bool) -> Cont
     request may come in between at any time, so there the sample must tell always. In doubt what the branch holds
     is forgotten.
     """
-    found = [Continued(r, step, branch, rows) for r, step in walks for branch, rows in r.fitting(call, step)]
+    found = [Found(r, step, branch, rows) for r, step in walks for branch, rows in r.fitting(call, step)]
     found = [c for c in found if c.branch.is_whole(c.rows)] or found
     found = [c for c in found if c.step - c.branch.step == min(f.step - f.branch.step for f in found)]
     if not found or (announced and len(found) == 1):

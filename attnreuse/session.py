@@ -24,11 +24,11 @@ from attnreuse.errors import AttnReuseError, PolicyMismatchError, StaleMapError,
 from attnreuse.formats import MapFormat
 from attnreuse.formats import map_format as format_named
 from attnreuse.guard import ThreadGuard
-from attnreuse.layers import Layers, check_patterns
+from attnreuse.layers import Layers
 from attnreuse.policy import Action, Policy, load_policy
 from attnreuse.report import Report
 from attnreuse.ring import RingPlan, plan_ring
-from attnreuse.run import Branch, Call, Run, continued
+from attnreuse.run import Branch, Call, Found, Run, continued
 
 RUNS = 8  # loops of somebody's own that may be under way at once
 GRADIENT = "a gradient is wanted, and reuse has none (call the denoiser under torch.no_grad())"
@@ -85,12 +85,11 @@ class Session:
         if refused:
             name, reason = next(iter(refused.items()))
             message = f"leaves {len(refused)} of the chosen layers alone, such as {name}: {reason}"
-            if self._strict:
-                raise UnsupportedLayerError(message)
-            self._warn(f"{message} (session.report().skipped lists them)")
-        unmatched = check_patterns(self._layers, self.policy, self._strict)
+            self._object(UnsupportedLayerError(message), " (session.report().skipped lists them)")
+        unmatched = self._layers.unmatched(self.policy)
         if unmatched:
-            self._warn(unmatched)
+            message = f"policy {self.policy.name!r} names layers that are not served here: {', '.join(unmatched)}"
+            self._object(PolicyMismatchError(message))
 
     def _attach(self) -> None:
         before, after = _Hook.of(self, "_before"), _Hook.of(self, "_after")
@@ -250,16 +249,18 @@ class Session:
         # A loop of somebody's own may run within a pipeline's, in a callback: that announced its own walk alone.
         announced = loop is not None and self._walks.setdefault(loop, place.walk) == place.walk
         call = None if self._wants_gradient(given) else Call(given, keep=not announced)
-        run, step, branch, rows = self._find(place, loop, announced, call)
-        run.advance(step)
+        found = self._find(place, loop, announced, call)
+        run, branch = found.run, found.branch
+        self._runs = [other for other in self._runs if other is not run] + [run]
+        run.advance(found.step)
         self._now, self._shown = (run, None), run
         if call is not None and run.off is None:
             if branch is None:
                 branch = run.begin_branch(call, self.map_format)
-            elif branch.is_whole(rows):
+            elif branch.is_whole(found.rows):
                 call.conditions.join(branch.call.conditions)
             else:
-                branch.ring.keep_rows(rows)
+                branch.ring.keep_rows(found.rows)
             branch.call, branch.step = call, run.step
             if branch.waits and self._layers.reuse_after(run.step):
                 self._give_memory(run, branch, given)
@@ -279,14 +280,10 @@ class Session:
 
     def _complain(self, run: Run) -> None:
         """Name the first layer of the run that does not reuse as planned."""
-        message = None if run.off else self._layers.deviation(run)
-        if message is None:
-            return
-        if self._strict:
-            raise StaleMapError(message)
-        if not run.warned:
+        message = None if run.off or run.warned else self._layers.deviation(run)
+        if message is not None:
             run.warned = True
-            self._warn(f"{message} (session.report() counts such calls)")
+            self._object(StaleMapError(message), " (session.report() counts such calls)")
 
     def _wants_gradient(self, given: dict[str, Any]) -> bool:
         if not torch.is_grad_enabled():
@@ -294,27 +291,21 @@ class Session:
         tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
         return any(t.requires_grad for t in (*tensors, *self.denoiser.parameters()))
 
-    def _find(
-        self, place: Place, loop: loops.Loop | None, announced: bool, call: Call | None
-    ) -> tuple[Run, int, Branch | None, list[int] | None]:
-        """The run this call belongs to, its step, and the branch it continues with the branch's rows; or no branch."""
+    def _find(self, place: Place, loop: loops.Loop | None, announced: bool, call: Call | None) -> Found:
+        """The run this call belongs to, its step, and the branch it continues, if it does."""
         walks = [run for run in reversed(self._runs) if run.begin.walk == place.walk and run.loop is loop]
         walks = [(run, step) for run in walks if (step := run.step_of(place)) >= 0]
         found = None if call is None else continued(call, walks, announced)
         if found is not None:
-            return self._latest(found.run), found.step, found.branch, found.rows
+            return found
         for run, step in walks:
             if call is None or step > run.step or (step == run.step and (announced or not run.crowded)):
-                return self._latest(run), step, None, None
+                return Found(run, step)
             if announced or step > 0:  # the loop goes back: what it holds is not of this step's past
                 branch = run.rewind(call, step)
-                return self._latest(run), step, branch, None if branch is None else list(range(len(call.sample)))
+                return Found(run, step, branch, None if branch is None else list(range(len(call.sample))))
         run = self._new_run(place, loop)
-        return run, run.step_of(place), None, None
-
-    def _latest(self, run: Run) -> Run:
-        self._runs = [other for other in self._runs if other is not run] + [run]
-        return run
+        return Found(run, run.step_of(place))
 
     def _new_run(self, place: Place, loop: loops.Loop | None) -> Run:
         first = loop in self._heard and all(run.loop is not loop for run in self._runs)
@@ -332,7 +323,6 @@ class Session:
         if len(self._layers.foreign()) < len(self._layers.modules):
             run.off = self._mismatch(run, first if loop is not None else place.position == 0)
         compiled.make_room(self.denoiser, self._pipe, self._layers, self._warn)
-        self._runs.append(run)
         return run
 
     def _end(self, runs: list[Run]) -> None:
@@ -366,9 +356,9 @@ class Session:
                 f"({made_with or 'unknown scheduler'}; Heun executes 2 N - 1, PNDM N + 1, img2img N * strength; "
                 f"if that is not so, {HELP}): make the policy for {run.steps}"
             )
-            if self._strict or (certain and policy.steps == getattr(scheduler, "num_inference_steps", None)):
+            if certain and policy.steps == getattr(scheduler, "num_inference_steps", None):
                 raise PolicyMismatchError(message)
-            self._warn(f"{message}; every layer computes")
+            self._object(PolicyMismatchError(message), "; every layer computes")
             return f"the policy is for {policy.steps} executed steps, this run executes {run.steps}"
         differences = [
             f"{what}: policy {made_for!r}, run {here!r}"
@@ -380,9 +370,7 @@ class Session:
         ]
         if differences:
             message = f"policy {policy.name!r} was made for something else: {'; '.join(differences)}"
-            if self._strict:
-                raise PolicyMismatchError(message)
-            self._warn(message)
+            self._object(PolicyMismatchError(message))
         return None
 
     # -- maps
@@ -413,21 +401,25 @@ class Session:
         plan = plan_ring(planner.map_requests(self.policy, names, shapes), self.map_format, self._budget)
         for layer in run.report.layers:
             layer.shape, layer.head_dim = shapes.get(layer.name, (None, None))
-        for name, nbytes in plan.dropped.items():
-            reason = f"its map of {nbytes:,} bytes does not fit the memory budget of {self._budget:,}"
-            self._only_compute(run, {name: reason}, allowed=True)
+        unfit = "its map of {:,} bytes does not fit the memory budget of {:,}"
+        dropped = {name: unfit.format(nbytes, self._budget) for name, nbytes in plan.dropped.items()}
+        self._only_compute(run, dropped, asked_for=True)
         return plan
 
-    def _only_compute(self, run: Run, reasons: dict[str, str], allowed: bool = False) -> None:
-        """Report layers that will not reuse in this run, and warn; an error under `strict` unless `allowed`."""
+    def _only_compute(self, run: Run, reasons: dict[str, str], asked_for: bool = False) -> None:
+        """Report layers that will not reuse in this run, and warn; an error under `strict` unless `asked_for`."""
         new = {name: reason for name, reason in reasons.items() if run.report.skipped.get(name) != reason}
         if new:
             name, reason = next(iter(new.items()))
             message = f"{len(new)} layers only compute, such as {name}: {reason}"
-            if self._strict and not allowed:
-                raise UnsupportedLayerError(message)
-            self._warn(message)
+            self._warn(message) if asked_for else self._object(UnsupportedLayerError(message))
         run.report.skipped.update(new)
+
+    def _object(self, error: AttnReuseError, more: str = "") -> None:
+        """Something does not go as the policy says: an error under `strict`, else a warning, which says `more`."""
+        if self._strict:
+            raise error
+        self._warn(f"{error}{more}")
 
     def _warn(self, message: str) -> None:
         warnings.warn(f"attnreuse: {message}", stacklevel=2)
