@@ -63,8 +63,8 @@ class StepClock:
         """Say that the next denoiser calls, in this `loop`, are step `step` of `steps`; overrides the schedulers."""
         if not 0 <= step < steps:
             raise ValueError(f"step must be in [0, {steps}), got {step}")
-        token, last, total = self._told or (None, steps, steps)
-        self._told = (object() if step < last or steps != total else token, step, steps)
+        token, last, total = self._told or (object(), 0, steps)
+        self._told = (object() if (step == 0 < last) or steps != total else token, step, steps)
         self._told_in = loop
 
     def reset(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 NAMES = ("encoder_hidden_states", "encoder_attention_mask", "attention_mask", "class_labels")
+NOT_TOLD = {"sample", "timestep", "return_dict", *NAMES}  # all that tells nothing about a call by being there
 
 
 class Conditions:
@@ -25,10 +26,12 @@ class Conditions:
 
     Attributes:
         group: one object for calls whose conditions are known to be the same, row by row.
+        extras: names of further arguments, such as a ControlNet's residuals.
     """
 
     def __init__(self, given: dict[str, Any], batch: int):
         self.batch, self.group = batch, object()
+        self.extras = {name for name, value in given.items() if value is not None} - NOT_TOLD
         self.tensors = {name: given[name] for name in NAMES if isinstance(given.get(name), Tensor)}
         for name, value in (given.get("added_cond_kwargs") or {}).items():
             parts = value if isinstance(value, (list, tuple)) else [value]
@@ -39,10 +42,11 @@ class Conditions:
         self._addresses = {name: t.data_ptr() for name, t in self.tensors.items()}
         self._kept = {name: t.clone() if t.is_inference() else t for name, t in self.tensors.items()}
 
-    def rows_of(self, earlier: Conditions) -> list[int] | None:
+    def rows_of(self, earlier: Conditions, values: bool = True) -> list[int] | None:
         """For each row of this call, the row of `earlier` with the same conditions; None if one has none.
 
         Rows that cannot be told apart are taken in order if there are as many of them in both calls.
+        Without `values` only memory that is the same counts.
         """
         if self.difference(earlier) is not None:
             return None
@@ -55,6 +59,8 @@ class Conditions:
             rows = _matched(self.batch, earlier.batch, lambda i, j: memory[i] == held[j])
             if rows is not None:
                 return rows
+        if not values:
+            return None
         same = self._same_values(earlier, names)
         return _matched(self.batch, earlier.batch, lambda i, j: same[i][j])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -19,7 +20,8 @@ class ThreadGuard:
         """Raises :class:`AttnReuseError` while another thread is inside."""
         me = threading.get_ident()
         with self._door:
-            if self._busy not in (None, me):
+            alive = sys._current_frames()  # a thread that died inside has left
+            if self._busy in alive and self._busy != me:
                 raise AttnReuseError(
                     f"thread {me} calls the {type(denoiser).__name__} that thread {self._busy} is inside of: pipelines "
                     "that share a denoiser must take turns (a lock around their calls), or have a copy each "

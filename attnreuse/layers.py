@@ -64,6 +64,7 @@ class Layers:
         self._steps = list(zip(*self.actions.values(), strict=True))
         self._in_place = False  # our processors
         self._due = {name: _captures(row) for name, row in self.actions.items()}
+        self._first_capture = next((i for i, step in enumerate(self._steps) if Action.CAPTURE in step), None)
         self._armed: list[tuple[str, ReuseAttnProcessor]] = []  # in this call
         self._others: list[ReuseAttnProcessor] = []  # that another tool's stands in the place of, in this call
         self._reasons: dict[str, str] = {}  # why layers do not do what the policy says, in this call
@@ -167,7 +168,8 @@ class Layers:
         for processor in self._others:
             processor.did = COMPUTE
         run.calls.append((run.step, [processor.did for _, _, processor in self._entries], self._reasons))
-        if run.step == 0 and self._armed and all(processor.why is OTHER_SHAPE for _, processor in self._armed):
+        first = run.step == self._first_capture
+        if first and self._armed and all(processor.why is OTHER_SHAPE for _, processor in self._armed):
             name, count = self._armed[0][0], len(self._armed)
             raise UnsupportedLayerError(f"none of the {count} layers can reuse, such as {name}: {OTHER_SHAPE}")
 

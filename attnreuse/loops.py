@@ -49,7 +49,7 @@ class Loop:
     def _enter(self) -> None:
         self._stack = _stack()
         self._stack.append(self)
-        for listener in list(_listeners):
+        for listener in listeners():
             listener.loop_entered(self)
 
     def _exit(self) -> None:
@@ -76,6 +76,9 @@ class Loop:
 
     def __len__(self) -> int:
         return len(self._bar)
+
+    def __bool__(self) -> bool:
+        return True  # also a bar over an iterable without a length
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_bar"], name)
@@ -106,6 +109,11 @@ def listen(listener: Any, pipe: Any = None) -> None:
             if owner not in _patched:
                 _patched[owner] = owner.__dict__["progress_bar"]
                 owner.progress_bar = _heard(_patched[owner])
+
+
+def listeners() -> list[Any]:
+    """Those that :func:`listen` was called for."""
+    return list(_listeners)
 
 
 def stop(listener: Any) -> None:

@@ -58,6 +58,7 @@ class Branch:
         why: why it holds no map of an earlier step, where there is more to say than that it is the first.
         waits: it has been given no memory yet, or has lost it.
         released: it has lost its memory.
+        unproven: the latest step at which its conditions alone told that the call continues it.
         missed: layers whose latest capture did not happen, with the reason.
     """
 
@@ -67,11 +68,15 @@ class Branch:
     why: str
     waits: bool = True
     released: bool = False
+    unproven: int = -1
     missed: dict[str, str] = field(default_factory=dict)
 
-    def rows(self, call: Call) -> list[int] | None:
-        """For each row of `call`, the row of this branch that attends over the same; or None."""
-        return call.conditions.rows_of(self.call.conditions) if call.shape == self.call.shape else None
+    def rows(self, call: Call, values: bool = True) -> list[int] | None:
+        """For each row of `call`, the row of this branch that attends over the same; or None.
+
+        Without `values` only conditions in the same memory count, which costs no wait for the device.
+        """
+        return call.conditions.rows_of(self.call.conditions, values) if call.shape == self.call.shape else None
 
     def release(self, why: str) -> None:
         """Let go of the maps and their memory."""
@@ -138,7 +143,7 @@ class Run:
         if step == self.step:
             self.call += 1
             return
-        if self.step >= 0:
+        if self.step > self.before[0]:
             self.before = (self.step, self.call + 1)
         self.step, self.call = step, 0
         self.branches = [b for b in self.branches if b.step in (self.before[0], step)]
@@ -156,8 +161,12 @@ class Run:
     def begin_branch(self, call: Call, map_format: MapFormat) -> Branch:
         """A branch that `call` begins, without memory yet."""
         before = [other for other in self.branches if other.step < self.step]
+        for other, _ in alike(call, [b for b in self.branches if b.unproven == self.step], values=True):
+            other.forget(
+                f"a second call of step {self.step} attends over the same, and may be the one that it continued"
+            )
         for other in self.branches:
-            if other.is_whole(other.rows(call)):
+            if other.is_whole(other.rows(call, values=False)):
                 call.conditions.join(other.call.conditions)
                 break
         why = before[-1].difference(call) if before else ""
@@ -179,23 +188,28 @@ class Run:
 
     def fitting(self, call: Call, step: int) -> list[tuple[Branch, list[int]]]:
         """Branches that `call` of `step` may continue, with the branch's row for each row of the call."""
-        known: dict[tuple[object, tuple], list[int] | None] = {}  # by what they attend over: branches may share it
-        found, oldest = [], self.step if step > self.step else self.before[0]
-        for branch in self.branches:
-            if oldest <= branch.step < step:
-                about = (branch.call.conditions.group, branch.call.shape)
-                if about not in known:
-                    known[about] = branch.rows(call)
-                if known[about] is not None:
-                    found.append((branch, known[about]))
-        return found
+        oldest = self.step if step > self.step else self.before[0]
+        branches = [branch for branch in self.branches if oldest <= branch.step < step]
+        return alike(call, branches, values=False) or alike(call, branches, values=True)
 
-    def rewind(self, call: Call, step: int) -> Branch | None:
-        """The branch that `call` repeats from a later step on; what branches hold of later steps is forgotten."""
-        later = [branch for branch in self.branches if branch.step > step]
-        for branch in later:
-            branch.forget(f"the run went back from step {branch.step} to step {step}")
-        return next((branch for branch in later if branch.is_whole(branch.rows(call))), None)
+    def rewind(self, step: int) -> None:
+        """Stand before `step` again; what branches hold of this step and later ones is forgotten."""
+        for branch in self.branches:
+            if branch.step >= step:
+                branch.forget(f"the run went back from step {self.step} to step {step}")
+                branch.step = step - 1
+        self.before, self.step = (step - 1, self.call + 1), step - 1
+
+
+def alike(call: Call, branches: list[Branch], values: bool) -> list[tuple[Branch, list[int]]]:
+    """Branches that attend over the same as `call`, with the branch's row for each row of the call."""
+    known: dict[tuple[object, tuple], list[int] | None] = {}  # by what they attend over: branches may share it
+    for branch in branches:
+        about = (branch.call.conditions.group, branch.call.shape)
+        if about not in known:
+            known[about] = branch.rows(call, values)
+    rows = [(branch, known[branch.call.conditions.group, branch.call.shape]) for branch in branches]
+    return [(branch, found) for branch, found in rows if found is not None]
 
 
 @dataclass(frozen=True)
@@ -219,8 +233,12 @@ def continued(call: Call, walks: list[tuple[Run, int]], announced: bool) -> Foun
     found = [Found(r, step, branch, rows) for r, step in walks for branch, rows in r.fitting(call, step)]
     found = [c for c in found if c.branch.is_whole(c.rows)] or found
     found = [c for c in found if c.step - c.branch.step == min(f.step - f.branch.step for f in found)]
-    if not found or (announced and len(found) == 1):
-        return found[0] if found else None
+    found = [c for c in found if c.branch.call.conditions.extras == call.conditions.extras] or found
+    if not found:
+        return None
+    if announced and len(found) == 1:
+        found[0].branch.unproven = found[0].step
+        return found[0]
     distances = torch.stack([call.distance(c.branch.call, c.rows) for c in found]).tolist()
     best = distances.index(min(distances))
     rivals = [d for d in distances if d != distances[best]]  # at a tie both saw the same: the order decides

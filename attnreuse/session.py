@@ -10,7 +10,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,14 @@ from torch.utils._pytree import tree_leaves
 from attnreuse import compiled, loops, ops, planner
 from attnreuse.clock import HELP, Place, StepClock
 from attnreuse.denoiser import find_denoiser, model_name, unwrapped
-from attnreuse.errors import AttnReuseError, PolicyMismatchError, StaleMapError, UnknownStepError, UnsupportedLayerError
+from attnreuse.errors import (
+    AttnReuseError,
+    MemoryBudgetError,
+    PolicyMismatchError,
+    StaleMapError,
+    UnknownStepError,
+    UnsupportedLayerError,
+)
 from attnreuse.formats import MapFormat
 from attnreuse.formats import map_format as format_named
 from attnreuse.guard import ThreadGuard
@@ -49,6 +56,7 @@ class Session:
 
     Attributes:
         denoiser: the model; another one once the pipeline was given another one.
+        pipe: the pipeline, or None where a denoiser alone was enabled.
         policy, map_format: what it was enabled with.
     """
 
@@ -62,10 +70,11 @@ class Session:
         memory_budget: int | None,
         layers: str | list[str],
         strict: bool,
+        given_compiled: bool,
     ):
         self.policy, self.map_format = policy, map_format
-        self._pipe, self._scheduler = pipe, scheduler
-        self._budget, self._chosen, self._strict = memory_budget, layers, strict
+        self.pipe, self._scheduler = pipe, scheduler
+        self._budget, self._chosen, self._strict, self._given_compiled = memory_budget, layers, strict, given_compiled
         self._clock, self._guard = StepClock(), ThreadGuard()
         self._runs: list[Run] = []  # under way; the one called last is last
         self._heard: weakref.WeakSet[loops.Loop] = weakref.WeakSet()  # entered since the session began
@@ -98,7 +107,7 @@ class Session:
             self.denoiser.register_forward_hook(after, always_call=True),
         ]
         setattr(self.denoiser, ATTRIBUTE, self)
-        loops.listen(self, self._pipe)
+        loops.listen(self, self.pipe)
 
     def disable(self) -> None:
         """Take the session off its denoiser, bit for bit.
@@ -111,6 +120,7 @@ class Session:
             hook.remove()
         delattr(self.denoiser, ATTRIBUTE)
         loops.stop(self)
+        compiled.give_back(self)
         self._end(self._runs)
         self._layers.put_back()
 
@@ -130,14 +140,16 @@ class Session:
     def loop_entered(self, loop: loops.Loop) -> None:
         """A pipeline enters its loop: if it is the enabled one and has another denoiser now, go over to that."""
         self._heard.add(loop)
-        if self._pipe is None or loop.pipe is not self._pipe or unwrapped(self._pipe) is self.denoiser:
+        if self.pipe is None or loop.pipe is not self.pipe or unwrapped(self.pipe) is self.denoiser:
             return
         try:
-            denoiser = find_denoiser(self._pipe)
+            denoiser = find_denoiser(self.pipe)
+            if getattr(denoiser, ATTRIBUTE, None) is not None:
+                self._warn("the pipeline has another denoiser now, which another session serves: this session ends")
+                self.disable()
+                return
         except UnsupportedLayerError:  # a wrapper, it may be
-            self._warn(
-                f"the pipeline's unet is a {type(self._pipe.unet).__name__} now; reuse stays on the model it had"
-            )
+            self._warn(f"the pipeline's unet is a {type(self.pipe.unet).__name__} now; reuse stays on the model it had")
             return
         self._shown = self.report()
         self.disable()
@@ -146,7 +158,6 @@ class Session:
         except (AttnReuseError, ValueError) as error:
             self._warn(f"the pipeline has another denoiser now, which cannot be served: {error}; nothing reuses")
             return
-        disable(self.denoiser)
         self._attach()
         self._warn("the pipeline has another denoiser now: reuse goes over to it, and the old one is stock again")
 
@@ -159,7 +170,7 @@ class Session:
 
     def step(self, step: int, steps: int) -> None:
         """For custom loops: say before the denoiser calls of each step that they are step `step` of `steps`."""
-        self._clock.set(step, steps, loops.current(self.denoiser, self._pipe))
+        self._clock.set(step, steps, loops.current(self.denoiser, self.pipe))
 
     @property
     def tick(self) -> Tick | None:
@@ -176,7 +187,7 @@ class Session:
 
     @property
     def _branches(self) -> dict[int, Branch]:
-        """Branches that hold memory, of all runs under way."""
+        """Branches that have memory or wait for it, of all runs under way."""
         return dict(enumerate(b for run in self._runs for b in run.branches if b.ring.nbytes or not b.released))
 
     def _before(self, args: tuple, kwargs: dict) -> None:
@@ -188,7 +199,7 @@ class Session:
             given = dict(zip(self._parameters, args, strict=False)) | kwargs
             if not given.keys() >= {"sample", "timestep"}:
                 return  # the denoiser itself says what is missing
-            loop = loops.current(self.denoiser, self._pipe)
+            loop = loops.current(self.denoiser, self.pipe)
             try:
                 place = self._clock.place(given["timestep"], lambda: self._schedulers(loop), loop)
             except UnknownStepError as error:
@@ -226,7 +237,7 @@ class Session:
 
     def _schedulers(self, loop: loops.Loop | None) -> Iterator[Any]:
         """Those that may have made the timestep of this call, likeliest first."""
-        pipes = [pipe for pipe in (loop and loop.pipe, self._pipe) if pipe is not None]
+        pipes = [pipe for pipe in (None if loop is None else loop.pipe, self.pipe) if pipe is not None]
         yield self._scheduler
         for pipe in pipes:
             yield getattr(pipe, "scheduler", None)
@@ -280,7 +291,7 @@ class Session:
 
     def _complain(self, run: Run) -> None:
         """Name the first layer of the run that does not reuse as planned."""
-        message = None if run.off or run.warned else self._layers.deviation(run)
+        message = None if run.off or (run.warned and not self._strict) else self._layers.deviation(run)
         if message is not None:
             run.warned = True
             self._object(StaleMapError(message), " (session.report() counts such calls)")
@@ -299,11 +310,12 @@ class Session:
         if found is not None:
             return found
         for run, step in walks:
-            if call is None or step > run.step or (step == run.step and (announced or not run.crowded)):
+            more = announced or step > 0  # calls of step 0 that nobody announced may begin a run
+            if call is None or step > run.step or (step == run.step and (more or not run.crowded)):
                 return Found(run, step)
-            if announced or step > 0:  # the loop goes back: what it holds is not of this step's past
-                branch = run.rewind(call, step)
-                return Found(run, step, branch, None if branch is None else list(range(len(call.sample))))
+            if more:  # the loop goes back: what it holds is not of this step's past
+                run.rewind(step)
+                return continued(call, [(run, step)], announced) or Found(run, step)
         run = self._new_run(place, loop)
         return Found(run, run.step_of(place))
 
@@ -317,12 +329,14 @@ class Session:
         if loop is None:
             self._end(own[: 1 - RUNS])
         backward = loop is None and place.is_read and place.position == place.length - 1 > 0
-        steps = place.length if backward else _executed(place, loop)
-        run = Run(place, steps, loop, backward, self._empty_report())
+        steps = place.length if backward or not place.is_read else _executed(place, loop)
+        begin = place if place.is_read else replace(place, position=0)  # what was told holds from the first step on
+        run = Run(begin, steps, loop, backward, self._empty_report())
         self._only_compute(run, self._layers.foreign())
         if len(self._layers.foreign()) < len(self._layers.modules):
             run.off = self._mismatch(run, first if loop is not None else place.position == 0)
-        compiled.make_room(self.denoiser, self._pipe, self._layers, self._warn)
+        whole = self._given_compiled or hasattr(getattr(self.pipe, "unet", None), "_orig_mod")
+        compiled.make_room(self, self.denoiser, whole, self._layers, self._warn)
         return run
 
     def _end(self, runs: list[Run]) -> None:
@@ -364,7 +378,7 @@ class Session:
             f"{what}: policy {made_for!r}, run {here!r}"
             for what, made_for, here in (
                 ("scheduler", policy.scheduler, made_with),
-                ("model", policy.model, model_name(self._pipe or self.denoiser)),
+                ("model", policy.model, model_name(self.pipe or self.denoiser)),
             )
             if None not in (made_for, here) and made_for != here
         ]
@@ -398,7 +412,11 @@ class Session:
             reason = ops.fallback_reason(self.map_format, sample.device, sample.dtype, shapes[name][1])
             if reason:
                 raise UnsupportedLayerError(f"layer {name} would run through plain torch: {reason}")
-        plan = plan_ring(planner.map_requests(self.policy, names, shapes), self.map_format, self._budget)
+        try:
+            plan = plan_ring(planner.map_requests(self.policy, names, shapes), self.map_format, self._budget)
+        except MemoryBudgetError as error:
+            self._only_compute(run, dict.fromkeys(names, str(error)))
+            return None
         for layer in run.report.layers:
             layer.shape, layer.head_dim = shapes.get(layer.name, (None, None))
         unfit = "its map of {:,} bytes does not fit the memory budget of {:,}"
@@ -497,7 +515,8 @@ def enable(
         layers: "self", "cross", "all", or ``fnmatch`` patterns of layer names.
         scheduler: for a denoiser without its pipeline whose timesteps are not taken from a tensor; or
             call :meth:`Session.step` in your loop.
-        strict: whatever keeps a layer from doing what the policy says is an error instead of a warning.
+        strict: whatever keeps a layer from doing what the policy says is an error instead of a warning, but for
+            the memory budget, and layers that another tool does not call.
 
     Returns:
         The session: ``.report()`` after a run, ``.disable()``, usable in ``with``. A session already
@@ -509,15 +528,17 @@ def enable(
     """
     denoiser = find_denoiser(pipe)
     is_pipe = hasattr(pipe, "unet")
-    chosen = (format_named(map_format), planner.parse_bytes(memory_budget), layers, strict)
+    chosen = (format_named(map_format), planner.parse_bytes(memory_budget), layers, strict, hasattr(pipe, "_orig_mod"))
     session = Session(denoiser, pipe if is_pipe else None, scheduler, load_policy(policy), *chosen)
-    disable(denoiser)
+    disable(pipe)
     session._attach()
     return session
 
 
 def disable(pipe: Any) -> None:
     """Undo :func:`enable` on a pipeline or denoiser; nothing happens where nothing was enabled."""
-    session = getattr(find_denoiser(pipe), ATTRIBUTE, None)
-    if session is not None:
-        session.disable()
+    sessions = [getattr(find_denoiser(pipe), ATTRIBUTE, None)]
+    sessions += [session for session in loops.listeners() if session.pipe is pipe]  # of a denoiser it had before
+    for session in sessions:
+        if session is not None:
+            session.disable()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from life import maps_alive
 from tiny_random import prompt, random_pipeline, random_unet, sample
 
 import attnreuse
@@ -255,17 +256,16 @@ def test_one_buffer_is_allocated_before_the_first_step_and_none_later(pipe, monk
     with attnreuse.enable(pipe, periodic(6, 2), layers="all") as session:
 
         def watch(pipe, step, t, kwargs):
-            addresses.update(
-                slot.storage.data_ptr() for b in session._branches.values() for slot in b.ring.slots.values()
-            )
+            addresses.update(slot.storage.data_ptr() for ring in made for slot in ring.slots.values())
             return kwargs
 
         sample(pipe, 6, callback_on_step_end=watch)
-        made = [ring for ring in made if ring.nbytes]
+        made[:] = [ring for ring in made if ring.nbytes]
         assert len(made) == 1
         assert len(addresses) == len(made[0].plan.requests)
         assert made[0].nbytes == made[0].plan.nbytes == session.report().predicted_bytes
-        assert not session._branches  # released at the end
+        made.clear()
+        assert maps_alive() == 0  # released at the end
 
 
 def test_layers_that_do_not_fit_the_budget_only_compute_and_are_told(pipe):
@@ -399,7 +399,7 @@ def test_an_exception_inside_the_denoiser_ends_the_run(pipe):
     hook = pipe.unet.mid_block.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory, say"):
         sample(pipe, 4)
-    assert not session._branches
+    assert maps_alive() == 0
     assert torch.equal(sample(pipe, 4), reused)
     hook.remove()
     session.disable()
@@ -671,7 +671,7 @@ def test_interrupted_runs_leave_nothing_behind(pipe):
         expected = sample(pipe, 6)
         sample(pipe, 6, callback_on_step_end=interrupt)
         assert session.report().steps == 3
-        assert not session._branches
+        assert maps_alive() == 0
         assert torch.equal(sample(pipe, 6), expected)
 
 
@@ -705,3 +705,68 @@ def test_a_layer_that_no_kernel_serves_is_an_error_under_strict(pipe, monkeypatc
         ),
     ):
         sample(pipe, 3)
+
+
+def test_a_pipeline_given_another_denoiser_has_one_session_at_most(pipe):
+    old, new, expected = pipe.unet, random_unet(), sample(pipe, 4)
+    attnreuse.enable(pipe, hurry(4, 2))
+    pipe.unet = new
+    attnreuse.disable(pipe)
+    assert not hasattr(old, ATTRIBUTE)
+    stock = sample(pipe, 4)
+
+    pipe.unet = old
+    attnreuse.enable(pipe, hurry(4, 2))
+    pipe.unet = new
+    with attnreuse.enable(pipe, hurry(4, 0)) as session:
+        assert torch.equal(sample(pipe, 4), stock)
+        assert session.report().steps == 4
+    assert not hasattr(old, ATTRIBUTE)
+
+    pipe.unet = old
+    first = attnreuse.enable(pipe, hurry(4, 2))
+    with attnreuse.enable(new, hurry(4, 0)) as second:
+        pipe.unet = new
+        with pytest.warns(UserWarning, match="another session serves: this session ends"):
+            assert torch.equal(sample(pipe, 4), stock)
+        assert second.report().steps == 4
+    assert not hasattr(old, ATTRIBUTE)
+    first.disable()
+    pipe.unet = old
+    assert torch.equal(sample(pipe, 4), expected)
+
+
+def test_a_bar_over_an_iterator_is_heard_and_stays_what_it_is(pipe):
+    context, x = torch.randn(1, 7, pipe.unet.config.cross_attention_dim), torch.randn(1, 4, 8, 8)
+    pipe.scheduler.set_timesteps(4)
+    with torch.no_grad(), attnreuse.enable(pipe, hurry(4, 2)) as session:
+        for _, t in pipe.progress_bar(enumerate(pipe.scheduler.timesteps)):
+            pipe.unet(x, t, context)
+    assert session.report().layers[0].reused == 2
+
+
+def test_a_budget_that_holds_no_map_computes_and_says_so(pipe):
+    expected = sample(pipe, 4)
+    with attnreuse.enable(pipe, hurry(4, 2), memory_budget=100) as session:
+        with pytest.warns(UserWarning, match="7 layers only compute.*memory_budget of 100 bytes holds no map"):
+            assert torch.equal(sample(pipe, 4), expected)
+        assert session.report().allocated_bytes == 0
+
+
+def test_a_thread_that_died_inside_the_denoiser_shuts_nobody_out():
+    """What is no Exception, such as a cancelled task, is heard by no hook of torch."""
+    unet = random_unet()
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 7, unet.config.cross_attention_dim)
+
+    def die(*args):
+        raise SystemExit
+
+    with torch.no_grad(), attnreuse.enable(unet, hurry(4, 2)) as session:
+        session.step(0, 4)
+        hook = unet.mid_block.register_forward_pre_hook(die)
+        thread = threading.Thread(target=unet, args=(x, 10, context))
+        thread.start()
+        thread.join()
+        hook.remove()
+        session.step(0, 4)
+        assert torch.isfinite(unet(x, 10, context).sample).all()

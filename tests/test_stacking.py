@@ -419,13 +419,18 @@ def test_a_policy_of_many_patterns_raises_the_compilers_limit_and_says_so(pipe):
         pytest.warns(UserWarning, match="recompile_limit, is raised from 8 to"),
     ):
         actual = sample(pipe, 8)
+    assert torch._dynamo.config.recompile_limit == 8
+    torch._dynamo.reset()
+    with attnreuse.enable(pipe.unet, policy), pytest.warns(UserWarning, match="is raised from 8 to"):
+        torch.testing.assert_close(sample(pipe, 8), expected, rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.config.recompile_limit == 8
     pipe.unet = unet
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_every_tool_has_its_row_in_the_docs():
     page = Path(__file__).parent.parent / "docs" / "stacking.md"
-    rows = {line.split("|")[1].strip(): line for line in page.read_text(encoding="utf-8").splitlines() if "|" in line}
-    for name, (_, fate, _) in TOOLS.items():
-        assert fate in rows[name], name
+    lines = [line.split("|") for line in page.read_text(encoding="utf-8").splitlines() if "|" in line]
+    rows = {cells[1].strip(): cells[2].strip() for cells in lines}
+    assert {name: rows.get(name) for name in TOOLS} == {name: fate for name, (_, fate, _) in TOOLS.items()}
     assert {"perturbed attention guidance", "ControlNet", "T2I-Adapter"} <= set(rows)

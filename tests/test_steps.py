@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
+from life import maps_alive
 from reference_run import reference
 from test_stacking import guided
 from tiny_random import WIDTH, captioned_pipeline, random_unet, sample
@@ -44,7 +45,7 @@ def check_against_reference(target, unet, run, steps, calls=1):
         actual = run()
         report = session.report()
         assert torch.equal(run(), actual)
-        assert not session._branches
+        assert maps_alive() == 0
     assert (actual - expected).norm() / expected.norm() < 2e-3
     assert report.steps == steps
     assert {layer.reused for layer in report.layers} == {calls * policy.reuse_steps}
@@ -279,7 +280,7 @@ def check_with_scheduler(unet, scheduler, run):
     with attnreuse.enable(unet, policy, scheduler=scheduler, map_format="fp32") as session:
         assert (run() - expected).norm() / expected.norm() < 2e-3
         assert session.report().layers[0].reused == 3
-        assert not session._branches
+        assert maps_alive() == 0
 
 
 def test_a_loop_over_timesteps_needs_no_scheduler():
@@ -307,7 +308,7 @@ def test_telling_a_step_before_each_of_its_calls_is_telling_it_once():
                 session.step(step, 3)
                 unet(x + 0.1 * step, 10, context)
         assert session.report().layers[0].reused == 4
-        assert not session._branches
+        assert maps_alive() == 0
 
 
 @pytest.mark.parametrize("act", ["invert", "edit"])
@@ -392,7 +393,7 @@ def test_modular_pipelines_and_their_guiders(name):
             with attnreuse.enable(pipe, policy, map_format="fp32") as session:
                 outs.append(run(pipe))
                 report = session.report()
-                assert not session._branches
+                assert maps_alive() == 0
     torch.testing.assert_close(outs[0], stock, rtol=0, atol=1e-4)
     assert 0 < (outs[1] - stock).norm() / stock.norm() < 0.3
     assert min(layer.reused for layer in report.layers) >= 4
