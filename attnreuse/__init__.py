@@ -13,7 +13,7 @@ from attnreuse.errors import (
     UnsupportedLayerError,
 )
 from attnreuse.formats import AttentionMap, MapFormat
-from attnreuse.policy import Policy, hurry, periodic
+from attnreuse.policy import Policy, Rule, hurry, load_policy, periodic
 from attnreuse.report import Report
 from attnreuse.session import Session, disable, enable
 
@@ -40,6 +40,7 @@ __all__ = [
     "Policy",
     "PolicyMismatchError",
     "Report",
+    "Rule",
     "Session",
     "StaleMapError",
     "UnsupportedLayerError",
@@ -49,6 +50,7 @@ __all__ = [
     "exhaustive",
     "hurry",
     "layerwise",
+    "load_policy",
     "ops",
     "periodic",
     "phast",

@@ -26,8 +26,9 @@ from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Evaluator, Sampled
 from attnreuse.formats import AttentionMap, map_format
 from attnreuse.metrics import psnr_each
-from attnreuse.policy import Action, Policy, hurry, strip, trades
+from attnreuse.policy import Action, Policy
 from attnreuse.processors import ReuseAttnProcessor, attention_layers
+from attnreuse.rows import ReuseError, best_row, call_age_error, level_error, schedule_error, strip
 from attnreuse.session import enable
 
 ROWS = 64  # query rows per head at which drift is measured
@@ -101,7 +102,10 @@ class Prediction(_Part):
     Attributes:
         schedules: the rows judged.
         measured, predicted: distances.
-        rank, rank_hurry: correlation of :func:`predict`, and of "latest is best" (mean reuse step).
+        rank: correlation of :func:`predict`, from measured growth and drift.
+        rank_level: of the rule ``hurry(reuse=...)``, from noise levels alone; None where there are none.
+        rank_age: of the same with ages counted in calls.
+        rank_hurry: of "latest is best" (mean reuse step).
         rank_growth: of the growth fit alone, without drift.
     """
 
@@ -109,6 +113,8 @@ class Prediction(_Part):
     measured: list[float]
     predicted: list[float]
     rank: float
+    rank_level: float | None = None
+    rank_age: float | None = None
     rank_hurry: float
     rank_growth: float
 
@@ -119,6 +125,7 @@ class Analysis(_Part):
     model: str
     scheduler: str
     steps: int
+    levels: tuple[float, ...] | None = None
     images: int
     growth: Growth
     noise: Growth
@@ -159,34 +166,32 @@ def predict(policy: Policy, analysis: Analysis) -> float:
     if policy.steps != analysis.steps:
         raise ValueError(f"the analysis is of {analysis.steps} executed steps, the policy for {policy.steps}")
     layers = list(analysis.drift.frobenius) if isinstance(policy.reuse, dict) else [None]
-    total = 0.0
-    for layer in layers:
-        captured = 0
-        for step, action in enumerate(policy.actions(layer or "")):
-            if action is not Action.REUSE:
-                captured = step
-                continue
-            total += _gain(analysis, step) * analysis.drift.between(captured, step, layer) / len(layers)
-    return total
+    errors = [schedule_error(policy.row(layer or ""), measured_error(analysis, layer)) for layer in layers]
+    return sum(errors) / len(layers)
 
 
-def _gain(analysis: Analysis, step: int) -> float:
-    """Distance of the final latent per unit of drift at `step`."""
-    measured = analysis.growth.distances[analysis.growth.steps.index(step)]
-    return measured / max(analysis.drift.between(step - 1, step), 1e-12)
+def measured_error(analysis: Analysis, layer: str | None = None) -> ReuseError:
+    """The error of a reuse as :func:`predict` takes it, of a layer or the mean over all: growth times drift."""
+
+    def drift(then: int, now: int) -> float:
+        return analysis.drift.between(then, now, layer)
+
+    measured = dict(zip(analysis.growth.steps, analysis.growth.distances, strict=True))
+    gains = {step: found / max(analysis.drift.between(step - 1, step), 1e-12) for step, found in measured.items()}
+    known: dict[tuple[int, int], float] = {}
+
+    def error(captured: int, step: int) -> float:
+        if (captured, step) not in known:
+            known[captured, step] = gains[step] * drift(captured, step)
+        return known[captured, step]
+
+    return error
 
 
 def best_predicted(analysis: Analysis, reuse: int) -> Policy:
-    """The schedule with `reuse` reuse steps that is predicted best, by trades from HURRY on."""
-    row = hurry(analysis.steps, reuse, None).reuse
-    error = predict(Policy(steps=analysis.steps, reuse=row), analysis)
-    while True:
-        rows = trades(row)
-        errors = [predict(Policy(steps=analysis.steps, reuse=trade), analysis) for trade in rows]
-        if not errors or min(errors) >= error:
-            return Policy(steps=analysis.steps, reuse=row, name=f"predicted({analysis.steps},{reuse})")
-        error = min(errors)
-        row = rows[errors.index(error)]
+    """The schedule with `reuse` reuse steps that is predicted best."""
+    row = best_row(analysis.steps, reuse, measured_error(analysis))
+    return Policy(steps=analysis.steps, reuse=row, name=f"predicted({analysis.steps},{reuse})", levels=analysis.levels)
 
 
 # -- measurements
@@ -220,7 +225,7 @@ def analyze(
     }
     advance(0.0)
     parts["staleness"] = staleness(evaluator, places, ages, advance=advance)
-    about = {"model": evaluator.model, "scheduler": evaluator.scheduler, "steps": steps}
+    about = {"model": evaluator.model, "scheduler": evaluator.scheduler, "steps": steps, "levels": evaluator.levels}
     found = Analysis(**about, images=len(evaluator.setting.prompts), **parts)
     if not schedules:
         return found
@@ -352,14 +357,24 @@ def check_prediction(
     predicted = [predict(policy, analysis) for policy in policies]
     late = [-sum(step for step, on in enumerate(row) if on) for row in ordered]
     grown = [sum(analysis.growth.fitted(step, steps) for step, on in enumerate(row) if on) for row in ordered]
-    ranks = [float(spearmanr(scores, measured).statistic) for scores in (predicted, late, grown)]
+
+    def rank(scores: list[float]) -> float:
+        return float(spearmanr(scores, measured).statistic)
+
+    by_level = by_age = None
+    if analysis.levels is not None:
+        error = level_error(analysis.levels)
+        by_level = rank([schedule_error(row, error) for row in ordered])
+        by_age = rank([schedule_error(row, call_age_error(analysis.levels)) for row in ordered])
     return Prediction(
         schedules=[strip(row) for row in ordered],
         measured=measured,
         predicted=predicted,
-        rank=ranks[0],
-        rank_hurry=ranks[1],
-        rank_growth=ranks[2],
+        rank=rank(predicted),
+        rank_level=by_level,
+        rank_age=by_age,
+        rank_hurry=rank(late),
+        rank_growth=rank(grown),
     )
 
 

@@ -616,7 +616,7 @@ def _progress() -> Iterator[Any]:
 
 def _search_table(found: Any, metric: str) -> Table:
     """Improvements of a step-wise search, or the groups of a layer-wise one."""
-    from attnreuse.policy import strip
+    from attnreuse.rows import strip
     from attnreuse.search import LayerwiseResult
 
     if isinstance(found, LayerwiseResult):
@@ -670,11 +670,19 @@ def _analysis_tables(found: Any) -> Iterator[Table]:
         stale.add_row(str(step), *("" if d is None else f"{d:.2e}" for d in distances))
     yield stale
     if found.prediction is not None:
-        ranks = Table(title=f"rank correlation with the error of {len(found.prediction.schedules)} random schedules")
-        for column in ("growth and drift (attnreuse.predict)", "growth fit alone", "latest is best (HURRY)"):
-            ranks.add_column(column, justify="right")
+        ranks = Table(
+            "predicted from", title=f"rank correlation with the error of {len(found.prediction.schedules)} schedules"
+        )
+        ranks.add_column("rank", justify="right")
         p = found.prediction
-        ranks.add_row(*(f"{rank:.3f}" for rank in (p.rank, p.rank_growth, p.rank_hurry)))
+        for column, rank in (
+            ("growth and drift, measured (attnreuse.predict)", p.rank),
+            ("noise levels (the rule hurry)", p.rank_level),
+            ("the same, ages in calls", p.rank_age),
+            ("growth fit alone", p.rank_growth),
+            ("latest is best (the paper)", p.rank_hurry),
+        ):
+            ranks.add_row(column, "" if rank is None else f"{rank:.3f}")
         yield ranks
 
 

@@ -23,7 +23,8 @@ from attnreuse.environment import environment, package_version
 from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Evaluator, Setting
 from attnreuse.forecast import make_scheduler
-from attnreuse.policy import Action, Policy, hurry, periodic, strip
+from attnreuse.policy import Action, Policy, hurry, periodic
+from attnreuse.rows import strip
 from attnreuse.session import enable
 
 

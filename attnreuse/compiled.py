@@ -8,14 +8,17 @@ from collections.abc import Callable
 from typing import Any
 
 from attnreuse.layers import Layers
+from attnreuse.schedule import Schedule
 
 STOCK = 8  # graphs that the compiler keeps of one function
 _users: weakref.WeakSet = weakref.WeakSet()  # sessions that the limit was raised for
 _limits: list[int] = []  # what it was before, and what it was raised to
 
 
-def make_room(user: Any, denoiser: Any, whole: bool, layers: Layers, warn: Callable[[str], None]) -> None:
-    """Raise the compiler's limit of graphs to what the policy of `user` needs, and say so.
+def make_room(
+    user: Any, denoiser: Any, whole: bool, layers: Layers, schedule: Schedule, warn: Callable[[str], None]
+) -> None:
+    """Raise the compiler's limit of graphs to what `schedule`, of the session `user`, needs, and say so.
 
     A denoiser compiled as a `whole` has a graph for each pattern of its layers' actions, a compiled block for
     each pattern of its own, and each of them for every shape that the stock model has one for.
@@ -27,8 +30,8 @@ def make_room(user: Any, denoiser: Any, whole: bool, layers: Layers, warn: Calla
     blocks = any(module._compiled_call_impl is not None for module in layers.around)
     if not (whole or blocks):
         return
-    steps = list(zip(*layers.actions.values(), strict=True))
-    patterns = len(set(steps)) if whole else len({action for step in steps for action in step})
+    steps = set(schedule.steps)
+    patterns = len(steps) if whole else len({action for step in steps for action in step})
     config, needed = dynamo.config, patterns * STOCK
     if config.recompile_limit < needed:
         warn(

@@ -26,6 +26,7 @@ from attnreuse.clock import executed_steps
 from attnreuse.denoiser import find_denoiser, layer_kinds, model_name, select_layers, unsupported
 from attnreuse.errors import AttnReuseError, PolicyMismatchError
 from attnreuse.formats import map_format
+from attnreuse.levels import noise_levels
 from attnreuse.metrics import PAIRED
 from attnreuse.policy import Action, Policy
 from attnreuse.processors import attention_layers
@@ -112,12 +113,14 @@ class Evaluator:
 
     Attributes:
         executed_steps: denoiser steps of a run; policies must have this many.
+        levels: their noise levels (log-SNR), or None where the scheduler has none.
         calls: denoiser calls asked for and made so far.
     """
 
     def __init__(self, pipe: Any, setting: Setting, memo_bytes: int = 1 << 30):
         self.pipe, self.setting, self.calls = pipe, setting, Calls()
         self.executed_steps = executed_steps(pipe.scheduler, setting.steps)
+        self.levels = _levels(pipe.scheduler)
         self.scheduler, self.model = type(pipe.scheduler).__name__, model_name(pipe)
         self._memo = _Memo(memo_bytes)
         self._inputs: dict[str, Any] = {}  # the denoiser's, of the first call
@@ -140,6 +143,7 @@ class Evaluator:
             scheduler=self.scheduler,
             resolution=self.setting.size,
             map_format=self.setting.map_format,
+            levels=self.levels,
         )
 
     @property
@@ -247,6 +251,13 @@ class Evaluator:
             del denoiser.forward
             if bound is not None:
                 denoiser.forward = bound
+
+
+def _levels(scheduler: Any) -> tuple[float, ...] | None:
+    try:
+        return tuple(round(level, 4) for level in noise_levels(scheduler))
+    except ValueError:
+        return None
 
 
 @dataclass

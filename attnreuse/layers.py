@@ -8,12 +8,11 @@ whoever reads, sets, saves or copies processors finds their own; what the layer 
 from __future__ import annotations
 
 import fnmatch
-import itertools
 from typing import Any
 
 from attnreuse.denoiser import foreign, layer_kinds, never_served, select_layers
 from attnreuse.errors import UnsupportedLayerError
-from attnreuse.policy import Action, Policy
+from attnreuse.policy import Action
 from attnreuse.processors import CAPTURE, COMPUTE, OTHER_SHAPE, ReuseAttnProcessor, attention_layers, stock_processors
 from attnreuse.report import LayerReport
 from attnreuse.run import Branch, Run
@@ -27,13 +26,11 @@ class Layers:
     Args:
         denoiser: the model.
         layers: "self", "cross", "all", or ``fnmatch`` patterns of names.
-        policy: what they are to do.
 
     Attributes:
         all: every attention layer of the denoiser, by name.
         modules: those to serve, by name.
         kinds: "self" or "cross", by name.
-        actions: per step, what each does by the policy, by name.
         around: the layers and the blocks they lie in.
         refused: layers that cannot be served, with the reason; those whose processor is another tool's are
             in `modules` all the same, since it may be taken off again.
@@ -42,7 +39,7 @@ class Layers:
         UnsupportedLayerError: there is none to serve.
     """
 
-    def __init__(self, denoiser: Any, layers: str | list[str], policy: Policy):
+    def __init__(self, denoiser: Any, layers: str | list[str]):
         modules, kinds = attention_layers(denoiser), layer_kinds(denoiser)
         wanted = select_layers(kinds, layers)
         never = {name: reason for name in wanted if (reason := never_served(name, modules[name]))}
@@ -54,33 +51,24 @@ class Layers:
         self.all = modules
         self.modules = {name: modules[name] for name in wanted if name not in never}
         self.kinds = {name: kinds[name] for name in self.modules}
-        self.actions = {name: policy.actions(name) for name in self.modules}
         self._stock = set(stock_processors())
         self._found = {module: module.processor for module in modules.values() if not foreign(module)}
         parents = [name.split(".") for name in self.modules]
         paths = {".".join(parts[:i]) for parts in parents for i in range(1, len(parts) + 1)}
         self.around = [module for name, module in denoiser.named_modules() if name in paths]
         self._entries = [(name, module.__dict__, ReuseAttnProcessor()) for name, module in self.modules.items()]
-        self._steps = list(zip(*self.actions.values(), strict=True))
         self._in_place = False  # our processors
-        self._due = {name: _captures(row) for name, row in self.actions.items()}
-        self._first_capture = next((i for i, step in enumerate(self._steps) if Action.CAPTURE in step), None)
         self._armed: list[tuple[str, ReuseAttnProcessor]] = []  # in this call
         self._others: list[ReuseAttnProcessor] = []  # that another tool's stands in the place of, in this call
         self._reasons: dict[str, str] = {}  # why layers do not do what the policy says, in this call
 
-    def unmatched(self, policy: Policy) -> list[str]:
-        """Layer patterns of the policy that match no layer here."""
-        patterns = list(policy.reuse) if isinstance(policy.reuse, dict) else []
+    def unmatched(self, patterns: list[str]) -> list[str]:
+        """Those of these layer patterns that match no layer here."""
         return [p for p in patterns if not fnmatch.filter(self.kinds, p)]
 
     def foreign(self) -> dict[str, str]:
         """Layers whose processor is another tool's now, with the reason why they are left alone."""
         return {name: reason for name, module in self.modules.items() if (reason := foreign(module))}
-
-    def reuse_after(self, step: int) -> bool:
-        """Whether any layer is to reuse after `step`."""
-        return any(Action.REUSE in row[step + 1 :] for row in self.actions.values())
 
     def reports(self) -> list[LayerReport]:
         """Empty reports of the layers."""
@@ -98,7 +86,7 @@ class Layers:
     def arm(self, run: Run, branch: Branch | None, off: str | None = None) -> None:
         """Before a call: tell every layer what to do; all compute without a branch, for the reason `off`."""
         self._reasons, self._armed, self._others, self._in_place = {}, [], [], True
-        for (name, attributes, processor), planned in zip(self._entries, self._plan(run.step), strict=True):
+        for (name, attributes, processor), planned in zip(self._entries, run.schedule.at(run.step), strict=True):
             current = attributes.get("processor")
             processor.did = processor.why = None
             action, reason = Action.COMPUTE, off
@@ -117,27 +105,18 @@ class Layers:
             if reason is not None:
                 self._reasons[name] = reason
 
-    def _plan(self, step: int) -> tuple[Action, ...]:
-        """What the policy says for every layer at `step`."""
-        return self._steps[step] if step < len(self._steps) else (Action.COMPUTE,) * len(self._entries)
-
     def _action(self, name: str, planned: Action, run: Run, branch: Branch) -> tuple[Action, str | None]:
         """What layer `name` does where the policy says capture or reuse, and why, if that is something else."""
         if branch.ring.place(name) is None:
             return Action.COMPUTE, run.report.skipped.get(name) or branch.why or "it has no memory for a map"
         if planned is Action.CAPTURE:
             return planned, None
-        due = self._due[name][run.step]
+        due = run.schedule.due(name, run.step)
         if branch.ring.captured_at.get(name, -1) >= due:
             return planned, None
         reason = branch.missed.get(name) or branch.why or f"its map of step {due} was not captured"
-        goes_on = self.planned(name, run.step + 1) is Action.REUSE
+        goes_on = run.schedule.planned(name, run.step + 1) is Action.REUSE
         return Action.CAPTURE if goes_on else Action.COMPUTE, reason
-
-    def planned(self, name: str, step: int) -> Action:
-        """What the policy says for layer `name` at `step`."""
-        row = self.actions[name]
-        return row[step] if step < len(row) else Action.COMPUTE
 
     def disarm(self) -> None:
         """After a call: the layers get their processors back, and let go of the maps."""
@@ -168,7 +147,7 @@ class Layers:
         for processor in self._others:
             processor.did = COMPUTE
         run.calls.append((run.step, [processor.did for _, _, processor in self._entries], self._reasons))
-        first = run.step == self._first_capture
+        first = run.step == run.schedule.first_capture
         if first and self._armed and all(processor.why is OTHER_SHAPE for _, processor in self._armed):
             name, count = self._armed[0][0], len(self._armed)
             raise UnsupportedLayerError(f"none of the {count} layers can reuse, such as {name}: {OTHER_SHAPE}")
@@ -178,18 +157,12 @@ class Layers:
         for step, dids, reasons in run.calls:
             for layer, did in zip(run.report.layers, dids, strict=True):
                 reason = NOT_CALLED if did is None else reasons.get(layer.name)
-                layer.count(self.planned(layer.name, step), None if did is None else Action(did), reason)
+                layer.count(run.schedule.planned(layer.name, step), None if did is None else Action(did), reason)
         run.calls.clear()
 
     def deviation(self, run: Run) -> str | None:
         """The first layer that is to reuse in this call by the policy and does not, with the reason."""
         for name, reason in self._reasons.items():
-            if self.planned(name, run.step) is Action.REUSE and name not in run.report.skipped:
+            if run.schedule.planned(name, run.step) is Action.REUSE and name not in run.report.skipped:
                 return f"layer {name} computes at step {run.step} instead of reusing: {reason}"
         return None
-
-
-def _captures(row: list[Action]) -> list[int]:
-    """Per step: the latest step up to it that captures, or -1."""
-    latest = itertools.accumulate((i if action is Action.CAPTURE else -1 for i, action in enumerate(row)), max)
-    return list(latest)

@@ -1,7 +1,9 @@
-"""Policies: which executed steps (and layers) reuse their maps. Plain data; no tensors here.
+"""Policies: which executed steps (and layers) reuse their maps; rules: how a run's policy is made. No tensors here.
 
 A policy says only "reuse or not"; what a layer does at a step follows from it: reuse, capture (the
 next step reuses, so the map must be written) or compute (exact fused attention, nothing written).
+A policy is for one number of executed steps. A rule has none: at the start of each run it makes a policy
+from the noise levels (log-SNR) of the run's denoiser calls.
 """
 
 from __future__ import annotations
@@ -9,13 +11,18 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import json
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing_extensions import Self
+
+from attnreuse.rows import best_row, level_error, room_for, stretched, strip
 
 FILE = "policy.json"  # its name in a hub repository
 SHIPPED = Path(__file__).parent / "policies"  # found by `attnreuse search` for the shipped pipeline
@@ -36,7 +43,42 @@ def _library_version() -> str:
         return "unknown"
 
 
-class Policy(BaseModel):
+class _Saved(BaseModel):
+    """Plain data that is kept as a JSON file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write the policy as JSON."""
+        Path(path).write_text(self.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file that holds such a policy or rule.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: something else; the message says which field is wrong and how.
+        """
+        with _as_policy_file(path):
+            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    @classmethod
+    def from_hub(cls, repo_id: str, revision: str | None = None) -> Self:
+        """Download ``policy.json`` of a Hugging Face model repository and read it."""
+        return cls.load(_download(repo_id, revision))
+
+    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
+        """Upload as ``policy.json``; makes the repository if need be and returns the commit's URL."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        data = self.model_dump_json(indent=2, exclude_none=True).encode()
+        return str(api.upload_file(path_or_fileobj=data, path_in_repo=FILE, repo_id=repo_id))
+
+
+class Policy(_Saved):
     """Which of a run's executed steps reuse attention maps.
 
     Attributes:
@@ -47,12 +89,11 @@ class Policy(BaseModel):
             The first step never reuses.
         model, scheduler, resolution, map_format: what it was made for, where that matters. A run
             with another scheduler or model warns (or raises, under ``strict``).
+        levels: noise level (log-SNR) of each step, where known: what :meth:`stretch` goes by.
         metrics: measured figures, by name, such as ``{"psnr_db": 38.2}``.
         library_version: of attnreuse, at the time of making.
         version: of the file's layout.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = Field(ge=1)
     reuse: tuple[bool, ...] | dict[str, tuple[bool, ...]]
@@ -61,6 +102,7 @@ class Policy(BaseModel):
     scheduler: str | None = None
     resolution: tuple[int, int] | None = None
     map_format: str | None = None
+    levels: tuple[float, ...] | None = None
     metrics: dict[str, float] = {}
     library_version: str = Field(default_factory=_library_version)
     version: Literal[1] = 1
@@ -71,7 +113,7 @@ class Policy(BaseModel):
         """Accept lists and 0/1; refuse anything else, which pydantic would coerce."""
         rows = value.values() if isinstance(value, dict) else [value]
         for row in rows:
-            if isinstance(row, str) or any(v not in (0, 1) for v in row):
+            if not isinstance(row, Iterable) or isinstance(row, str) or any(v not in (0, 1) for v in row):
                 raise ValueError(f"reuse must hold booleans, got {row!r}")
         return value
 
@@ -82,10 +124,17 @@ class Policy(BaseModel):
                 raise ValueError(f"reuse[{pattern!r}] must have {self.steps} entries like steps, got {len(row)}")
             if row[0]:
                 raise ValueError(f"reuse[{pattern!r}] must not reuse at the first step: there is no map yet")
+        if self.levels is not None and len(self.levels) != self.steps:
+            raise ValueError(f"levels must have {self.steps} entries like steps, got {len(self.levels)}")
         return self
 
     def _rows(self) -> dict[str, tuple[bool, ...]]:
         return self.reuse if isinstance(self.reuse, dict) else {"*": self.reuse}
+
+    @property
+    def patterns(self) -> list[str]:
+        """Layer patterns that it names."""
+        return list(self.reuse) if isinstance(self.reuse, dict) else []
 
     def row(self, layer: str) -> tuple[bool, ...]:
         """Per step: does `layer` reuse?"""
@@ -111,61 +160,150 @@ class Policy(BaseModel):
         strips = {p: strip(row) for p, row in rows.items()}
         return f"{self.name} " + (strips["*"] if set(rows) == {"*"} else str(strips))
 
-    def save(self, path: str | Path) -> None:
-        """Write the policy as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
+    def stretch(self, steps: int, levels: Sequence[float] | None = None) -> Policy:
+        """This policy for a run of other steps: as much is reused around each noise level as here.
 
-    @classmethod
-    def load(cls, path: str | Path) -> Policy:
-        """Read a policy file.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: not a policy; the message says which field is wrong and how.
+        Args:
+            steps: executed steps of the run.
+            levels: their noise levels (log-SNR). Without them, or where the policy does not know its own, steps
+                are taken to lie evenly.
         """
-        try:
-            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
-        except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-            raise ValueError(f"{path} is not a policy file: {wrong}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a policy file: {error}") from None
-
-    @classmethod
-    def from_hub(cls, repo_id: str, revision: str | None = None) -> Policy:
-        """Download ``policy.json`` of a Hugging Face model repository and read it."""
-        from huggingface_hub import hf_hub_download
-
-        return cls.load(hf_hub_download(repo_id, FILE, revision=revision))
-
-    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
-        """Upload as ``policy.json``; makes the repository if need be and returns the commit's URL."""
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        data = self.model_dump_json(indent=2, exclude_none=True).encode()
-        return str(api.upload_file(path_or_fileobj=data, path_in_repo=FILE, repo_id=repo_id))
+        rows = {pattern: stretched(row, steps, self.levels, levels) for pattern, row in self._rows().items()}
+        changed = {
+            "steps": steps,
+            "reuse": rows if isinstance(self.reuse, dict) else rows["*"],
+            "levels": None if levels is None else tuple(levels),
+            "name": self.name if steps == self.steps else f"{self.name} stretched from {self.steps} steps",
+            "metrics": {},
+        }
+        return self.model_copy(update=changed)
 
 
-def strip(row: Iterable[bool]) -> str:
-    """A row as text: "R" where a step reuses, "." where it does not."""
-    return "".join(".R"[reuse] for reuse in row)
+class Rule(_Saved, ABC):
+    """A policy for any run: resolved at its start, from its noise levels."""
+
+    library_version: str = Field(default_factory=_library_version)
+    version: Literal[1] = 1
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What reports call it."""
+
+    @property
+    def patterns(self) -> list[str]:
+        """Layer patterns that it names."""
+        return []
+
+    @property
+    def needs_levels(self) -> bool:
+        """Whether it cannot be resolved without noise levels."""
+        return False
+
+    @abstractmethod
+    def resolve(self, steps: int, levels: Sequence[float] | None = None) -> Policy:
+        """The policy for a run of `steps` executed steps, which have these noise levels (log-SNR)."""
+
+    def __str__(self) -> str:
+        return self.name
 
 
-def trades(row: tuple[bool, ...]) -> list[tuple[bool, ...]]:
-    """The rows in which one reuse step and one computed step (not the first) trade places: Hamming distance two."""
-    on = [i for i, reuse in enumerate(row) if reuse]
-    off = [i for i, reuse in enumerate(row) if not reuse and i > 0]
-    return [tuple(r != (k in pair) for k, r in enumerate(row)) for pair in itertools.product(on, off)]
+class Hurry(Rule):
+    """Reuse a share of the steps: those whose map, by noise level, has changed least in effect.
+
+    Attributes:
+        reuse: share of the executed steps that reuse, in [0, 1].
+    """
+
+    rule: Literal["hurry"] = "hurry"
+    reuse: float = Field(ge=0, le=1)
+
+    @property
+    def name(self) -> str:
+        return f"hurry(reuse={self.reuse:g})"
+
+    @property
+    def needs_levels(self) -> bool:
+        return True
+
+    def resolve(self, steps: int, levels: Sequence[float] | None = None) -> Policy:
+        if levels is None:
+            raise ValueError(f"{self.name} needs the noise levels of the steps")
+        row = best_row(steps, min(round(self.reuse * steps), steps - 1), level_error(levels))
+        return Policy(steps=steps, reuse=row, name=self.name, levels=levels)
 
 
-def load_policy(source: Policy | str | Path) -> Policy:
-    """A policy as it is, from a file, or by the name of a hub repository."""
-    if isinstance(source, Policy):
+class Periodic(Rule):
+    """Compute every `interval`-th step, starting with the first, and reuse at the others."""
+
+    rule: Literal["periodic"] = "periodic"
+    interval: int = Field(ge=1)
+
+    @property
+    def name(self) -> str:
+        return f"periodic(interval={self.interval})"
+
+    def resolve(self, steps: int, levels: Sequence[float] | None = None) -> Policy:
+        row = [step % self.interval != 0 for step in range(steps)]
+        return Policy(steps=steps, reuse=row, name=self.name, levels=levels)
+
+
+class Stretched(Rule):
+    """A policy for one number of steps, stretched to any."""
+
+    rule: Literal["stretch"] = "stretch"
+    policy: Policy
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy.name}, stretched"
+
+    @property
+    def patterns(self) -> list[str]:
+        return self.policy.patterns
+
+    def resolve(self, steps: int, levels: Sequence[float] | None = None) -> Policy:
+        return self.policy.stretch(steps, levels)
+
+
+RULES: dict[str, type[Rule]] = {"hurry": Hurry, "periodic": Periodic, "stretch": Stretched}
+
+
+def load_policy(source: Policy | Rule | str | Path) -> Policy | Rule:
+    """A policy or rule as it is, from a file, or by the name of a hub repository.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file holds neither; the message says what is wrong.
+    """
+    if isinstance(source, (Policy, Rule)):
         return source
     is_file = isinstance(source, Path) or source.endswith(".json") or Path(source).exists()
-    return Policy.load(source) if is_file else Policy.from_hub(source)
+    path = source if is_file else _download(source)
+    with _as_policy_file(path):
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        rule = data.get("rule") if isinstance(data, dict) else None
+        if rule is not None and rule not in RULES:
+            raise ValueError(f"{path} is not a policy file: rule must be one of {', '.join(RULES)}, got {rule!r}")
+        return (Policy if rule is None else RULES[rule]).model_validate(data)
+
+
+@contextmanager
+def _as_policy_file(path: str | Path) -> Iterator[None]:
+    """Errors of reading `path` say what is wrong with it."""
+    try:
+        yield
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"{path} is not a policy file: {wrong}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a policy file: {error}") from None
+
+
+def _download(repo_id: str, revision: str | None = None) -> str:
+    from huggingface_hub import hf_hub_download
+
+    return hf_hub_download(repo_id, FILE, revision=revision)
 
 
 def shipped_policies(scheduler: str | None = None, steps: int | None = None) -> list[Policy]:
@@ -174,22 +312,37 @@ def shipped_policies(scheduler: str | None = None, steps: int | None = None) -> 
     return [p for p in found if scheduler in (None, p.scheduler) and steps in (None, p.steps)]
 
 
-def hurry(steps: int, reuse: int, max_age: int | Literal["least"] | None = "least") -> Policy:
-    """Reuse at the latest possible steps: a perturbation made late has less time to grow.
+@overload
+def hurry(steps: int, reuse: int, max_age: int | Literal["least"] | None = "least") -> Policy: ...
+@overload
+def hurry(*, reuse: float) -> Hurry: ...
+def hurry(steps: int | None = None, reuse: float = 0.5, max_age: Any = "least") -> Policy | Hurry:
+    """With `steps`, the policy that reuses at the latest possible steps; without, the rule for any run.
+
+    The rule, ``hurry(reuse=0.5)``, goes by noise levels: it reuses that share of a run's executed steps, those
+    where the drift of the map, by distance in log-SNR, has least effect on the picture (:class:`Hurry`).
 
     Args:
         steps: executed steps of the run.
-        reuse: how many of them reuse.
+        reuse: how many of them reuse; without `steps` the share of them, in [0, 1].
         max_age: how many steps old a reused map may be. "least": as few as leave room for `reuse`, since
             age costs more than lateness gains (README, "Find a schedule"). None: one late block, the paper's
             heuristic, which captures once instead of before every reuse. 1: every reuse follows a
             computed step.
 
     Raises:
-        ValueError: more reuses than fit.
+        ValueError: more reuses than fit, or a share outside [0, 1].
 
-    Source: arXiv 2401.01008; ``max_age`` is ours.
+    Source: arXiv 2401.01008; ``max_age`` and the rule are ours.
     """
+    if steps is None:
+        if not 0 <= reuse <= 1:
+            raise ValueError(f"reuse must be a share in [0, 1] without steps, got {reuse}: hurry(steps, {reuse})?")
+        if max_age != "least":
+            raise ValueError(f"max_age counts steps, so it needs steps: hurry(steps, reuse, max_age={max_age})")
+        return Hurry(reuse=reuse)
+    if reuse != int(reuse):
+        raise ValueError(f"reuse must be a number of steps beside steps, got {reuse}: hurry(reuse={reuse})?")
     if max_age == "least":
         max_age = next((age for age in range(1, steps) if reuse <= room_for(steps, age)), steps)
     age = steps if max_age is None else max_age
@@ -208,14 +361,18 @@ def hurry(steps: int, reuse: int, max_age: int | Literal["least"] | None = "leas
     return Policy(steps=steps, reuse=row, name=f"hurry({steps},{reuse},max_age={max_age})")
 
 
-def room_for(steps: int, age: int) -> int:
-    """Most steps that can reuse maps at most `age` steps old."""
-    return steps - -(-steps // (age + 1))
+@overload
+def periodic(steps: int, interval: int) -> Policy: ...
+@overload
+def periodic(*, interval: int) -> Periodic: ...
+def periodic(steps: int | None = None, interval: int = 2) -> Policy | Periodic:
+    """Compute every `interval`-th step, starting with the first, and reuse at the others.
 
-
-def periodic(steps: int, interval: int) -> Policy:
-    """Compute every `interval`-th step, starting with the first, and reuse at the others."""
+    With `steps` executed steps a policy, without them the rule for any run.
+    """
     if interval < 1:
         raise ValueError(f"interval must be at least 1, got {interval}")
-    row = [step % interval != 0 for step in range(steps)]
-    return Policy(steps=steps, reuse=row, name=f"periodic({steps},{interval})")
+    rule = Periodic(interval=interval)
+    if steps is None:
+        return rule
+    return rule.resolve(steps).model_copy(update={"name": f"periodic({steps},{interval})"})

@@ -18,6 +18,7 @@ from attnreuse.formats import MapFormat
 from attnreuse.loops import Loop
 from attnreuse.report import Report
 from attnreuse.ring import MapRing, RingPlan, plan_ring
+from attnreuse.schedule import Schedule
 
 NEAR = 0.7  # distance of samples from which on a call is not taken to continue a branch; unrelated ones are at 1
 CLEARLY = 0.7  # how much nearer than any other the branch must be
@@ -112,6 +113,7 @@ class Run:
     Attributes:
         begin: its first place.
         steps: that it will execute, as far as can be told.
+        schedule: what the layers are to do.
         loop: the pipeline's loop that it belongs to; None for a loop of somebody's own.
         backward: it walks from the last timestep to the first.
         step, call: of the latest denoiser call: executed step, and number of the call within it.
@@ -122,6 +124,7 @@ class Run:
 
     begin: Place
     steps: int
+    schedule: Schedule
     loop: Loop | None
     backward: bool
     report: Report

@@ -27,7 +27,8 @@ from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Calls, Evaluator, Setting
 from attnreuse.formats import map_format as format_named
 from attnreuse.metrics import HIGHER_IS_BETTER
-from attnreuse.policy import Policy, hurry, room_for, strip, trades
+from attnreuse.policy import Policy, hurry
+from attnreuse.rows import room_for, strip, trades
 
 Row = tuple[bool, ...]  # per executed step: reuse?
 Scores = dict[str, float]

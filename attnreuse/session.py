@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -32,10 +32,12 @@ from attnreuse.formats import MapFormat
 from attnreuse.formats import map_format as format_named
 from attnreuse.guard import ThreadGuard
 from attnreuse.layers import Layers
-from attnreuse.policy import Action, Policy, load_policy
+from attnreuse.levels import check_levels, noise_levels
+from attnreuse.policy import Action, Policy, Rule, Stretched, hurry, load_policy
 from attnreuse.report import Report
 from attnreuse.ring import RingPlan, plan_ring
 from attnreuse.run import Branch, Call, Found, Run, continued
+from attnreuse.schedule import Schedule
 
 RUNS = 8  # loops of somebody's own that may be under way at once
 GRADIENT = "a gradient is wanted, and reuse has none (call the denoiser under torch.no_grad())"
@@ -57,7 +59,7 @@ class Session:
     Attributes:
         denoiser: the model; another one once the pipeline was given another one.
         pipe: the pipeline, or None where a denoiser alone was enabled.
-        policy, map_format: what it was enabled with.
+        policy, map_format: what it was enabled with; the policy may be a rule.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Session:
         denoiser: Any,
         pipe: Any,
         scheduler: Any,
-        policy: Policy,
+        policy: Policy | Rule,
         map_format: MapFormat,
         memory_budget: int | None,
         layers: str | list[str],
@@ -89,13 +91,16 @@ class Session:
         """Choose the layers of `denoiser` to serve."""
         self.denoiser = denoiser
         self._parameters = list(inspect.signature(type(denoiser).forward).parameters)[1:]
-        self._layers = Layers(denoiser, self._chosen, self.policy)
+        self._layers = Layers(denoiser, self._chosen)
+        self._schedule: Schedule | None = None  # of the latest run
+        if isinstance(self.policy, Policy):
+            self._schedule = Schedule(self.policy, self._layers.modules)
         refused = self._layers.refused
         if refused:
             name, reason = next(iter(refused.items()))
             message = f"leaves {len(refused)} of the chosen layers alone, such as {name}: {reason}"
             self._object(UnsupportedLayerError(message), " (session.report().skipped lists them)")
-        unmatched = self._layers.unmatched(self.policy)
+        unmatched = self._layers.unmatched(self.policy.patterns)
         if unmatched:
             message = f"policy {self.policy.name!r} names layers that are not served here: {', '.join(unmatched)}"
             self._object(PolicyMismatchError(message))
@@ -165,8 +170,8 @@ class Session:
 
     @property
     def actions(self) -> dict[str, list]:
-        """Per step, what each served layer does by the policy, by layer name."""
-        return self._layers.actions
+        """Per step, what each served layer does by the policy of the latest run, by layer name."""
+        return {} if self._schedule is None else self._schedule.actions
 
     def step(self, step: int, steps: int) -> None:
         """For custom loops: say before the denoiser calls of each step that they are step `step` of `steps`."""
@@ -273,7 +278,7 @@ class Session:
             else:
                 branch.ring.keep_rows(found.rows)
             branch.call, branch.step = call, run.step
-            if branch.waits and self._layers.reuse_after(run.step):
+            if branch.waits and run.step < run.schedule.last_reuse:
                 self._give_memory(run, branch, given)
             self._now = (run, branch)
         self._layers.arm(run, branch if run.off is None else None, run.off or GRADIENT)
@@ -284,7 +289,7 @@ class Session:
         self._layers.note(run, branch)
         run.report.steps = max(run.report.steps, run.step + 1)
         self._complain(run)
-        if branch is not None and not self._layers.reuse_after(run.step):
+        if branch is not None and run.step >= run.schedule.last_reuse:
             branch.release("the policy reuses no more")
         if run.loop is None and run.complete:
             self._clock.reset()
@@ -331,13 +336,51 @@ class Session:
         backward = loop is None and place.is_read and place.position == place.length - 1 > 0
         steps = place.length if backward or not place.is_read else _executed(place, loop)
         begin = place if place.is_read else replace(place, position=0)  # what was told holds from the first step on
-        run = Run(begin, steps, loop, backward, self._empty_report())
+        schedule, off = self._scheduled(begin, steps, backward)
+        run = Run(begin, steps, schedule, loop, backward, self._empty_report(str(schedule.policy)))
+        run.off = off
         self._only_compute(run, self._layers.foreign())
         if len(self._layers.foreign()) < len(self._layers.modules):
-            run.off = self._mismatch(run, first if loop is not None else place.position == 0)
+            run.off = run.off or self._mismatch(run, first if loop is not None else place.position == 0)
         whole = self._given_compiled or hasattr(getattr(self.pipe, "unet", None), "_orig_mod")
-        compiled.make_room(self, self.denoiser, whole, self._layers, self._warn)
+        compiled.make_room(self, self.denoiser, whole, self._layers, schedule, self._warn)
         return run
+
+    def _scheduled(self, begin: Place, steps: int, backward: bool) -> tuple[Schedule, str | None]:
+        """The schedule of a run, and why all its layers only compute, if they do."""
+        policy, off = self.policy, None
+        if isinstance(policy, Rule):
+            try:
+                policy = policy.resolve(steps, self._levels(begin, steps, backward))
+            except ValueError as error:
+                off = f"{self.policy} cannot be resolved: {error}"
+                self._object(PolicyMismatchError(off), "; every layer computes")
+                policy = Policy(steps=steps, reuse=(False,) * steps, name=str(self.policy))
+        if self._schedule is None or self._schedule.policy != policy:
+            self._schedule = Schedule(policy, self._layers.modules)
+        return self._schedule, off
+
+    def _levels(self, begin: Place, steps: int, backward: bool) -> tuple[float, ...] | None:
+        """Noise levels of the run's steps; None where the rule does without and the scheduler has none.
+
+        Raises:
+            ValueError: the rule needs them.
+        """
+        scheduler = begin.scheduler if begin.is_read else self._scheduler or getattr(self.pipe, "scheduler", None)
+        try:
+            if scheduler is None:
+                raise ValueError("no scheduler to read the noise levels from: pass scheduler= to attnreuse.enable")
+            levels = noise_levels(scheduler)
+            levels = levels[: begin.position + 1][::-1] if backward else levels[begin.position :]
+            if len(levels) < steps:
+                raise ValueError(
+                    f"the run has {steps} steps, {type(scheduler).__name__} is set to {len(levels)}: call set_timesteps"
+                )
+            return tuple(levels[:steps])
+        except ValueError:
+            if self.policy.needs_levels:
+                raise
+            return None
 
     def _end(self, runs: list[Run]) -> None:
         """These runs are over: their maps are let go of."""
@@ -362,7 +405,7 @@ class Session:
             PolicyMismatchError: it is for as many steps as were asked for, but not as are executed; or
                 under `strict`, whatever differs.
         """
-        policy, scheduler = self.policy, run.begin.scheduler
+        policy, scheduler = run.schedule.policy, run.begin.scheduler
         made_with = None if scheduler is None else type(scheduler).__name__
         if policy.steps != run.steps:
             message = (
@@ -413,7 +456,7 @@ class Session:
             if reason:
                 raise UnsupportedLayerError(f"layer {name} would run through plain torch: {reason}")
         try:
-            plan = plan_ring(planner.map_requests(self.policy, names, shapes), self.map_format, self._budget)
+            plan = plan_ring(planner.map_requests(run.schedule.policy, names, shapes), self.map_format, self._budget)
         except MemoryBudgetError as error:
             self._only_compute(run, dict.fromkeys(names, str(error)))
             return None
@@ -442,10 +485,10 @@ class Session:
     def _warn(self, message: str) -> None:
         warnings.warn(f"attnreuse: {message}", stacklevel=2)
 
-    def _empty_report(self) -> Report:
+    def _empty_report(self, policy: str = "") -> Report:
         skipped = {name: reason for name, reason in self._layers.refused.items() if name not in self._layers.modules}
         skipped |= {n: r for n, r in self._layers.foreign().items() if self._layers.refused.get(n) == r}
-        return Report(str(self.policy), self.map_format.name, layers=self._layers.reports(), skipped=skipped)
+        return Report(policy or str(self.policy), self.map_format.name, layers=self._layers.reports(), skipped=skipped)
 
 
 class _Hook:
@@ -492,8 +535,9 @@ def _executed(place: Place, loop: loops.Loop | None) -> int:
 
 def enable(
     pipe: Any,
-    policy: Policy | str | Path,
+    policy: Policy | Rule | str | Path | None = None,
     *,
+    fit: Literal["exact", "stretch"] = "exact",
     map_format: str = "u8",
     memory_budget: int | str | None = None,
     layers: str | list[str] = "self",
@@ -507,8 +551,11 @@ def enable(
 
     Args:
         pipe: a diffusers pipeline with a ``UNet2DConditionModel``, or such a denoiser.
-        policy: which executed steps reuse; a :class:`Policy`, a policy file, or ``"user/name"`` on
-            the Hugging Face Hub.
+        policy: which executed steps reuse: a :class:`Policy` for one number of steps; a rule for any, such as
+            ``hurry(reuse=0.5)``; a file of either, or ``"user/name"`` on the Hugging Face Hub.
+            None: ``hurry(reuse=0.5)``.
+        fit: "exact": a policy for another number of steps than a run executes does not reuse in it.
+            "stretch": it is stretched to the run, by noise level (:meth:`Policy.stretch`).
         map_format: "fp32", "fp16", "bf16", "u8", "u7" or "u4".
         memory_budget: most bytes the maps of a denoiser call may take, a number or like "4GiB"; layers
             that do not fit only compute, and are reported. None: whatever the policy needs.
@@ -524,15 +571,28 @@ def enable(
 
     Raises:
         UnsupportedLayerError: no layer can be served, or under `strict` one cannot.
-        ValueError: unknown format, layer pattern or budget, or a broken policy file.
+        ValueError: unknown format, fit, layer pattern or budget, a broken policy file, or a rule that needs noise
+            levels where the scheduler has none.
     """
     denoiser = find_denoiser(pipe)
     is_pipe = hasattr(pipe, "unet")
     chosen = (format_named(map_format), planner.parse_bytes(memory_budget), layers, strict, hasattr(pipe, "_orig_mod"))
-    session = Session(denoiser, pipe if is_pipe else None, scheduler, load_policy(policy), *chosen)
+    session = Session(denoiser, pipe if is_pipe else None, scheduler, _fitted(policy, fit, pipe, scheduler), *chosen)
     disable(pipe)
     session._attach()
     return session
+
+
+def _fitted(policy: Policy | Rule | str | Path | None, fit: str, pipe: Any, scheduler: Any) -> Policy | Rule:
+    if fit not in ("exact", "stretch"):
+        raise ValueError(f"fit must be 'exact' or 'stretch', got {fit!r}")
+    found = hurry(reuse=0.5) if policy is None else load_policy(policy)
+    if fit == "stretch" and isinstance(found, Policy):
+        found = Stretched(policy=found)
+    scheduler = scheduler or getattr(pipe, "scheduler", None)
+    if isinstance(found, Rule) and found.needs_levels and scheduler is not None:
+        check_levels(scheduler)
+    return found
 
 
 def disable(pipe: Any) -> None:

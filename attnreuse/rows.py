@@ -1,0 +1,113 @@
+"""Rows: one boolean per executed step, whether it reuses. How good a row is, and which is best. No tensors here."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+Row = tuple[bool, ...]
+ReuseError = Callable[[int, int], float]  # (step that captured, step that reuses) to the predicted error
+SAME = 1e-3  # levels that differ less are one level
+
+
+def strip(row: Iterable[bool]) -> str:
+    """A row as text: "R" where a step reuses, "." where it does not."""
+    return "".join(".R"[reuse] for reuse in row)
+
+
+def trades(row: Row) -> list[Row]:
+    """The rows in which one reuse step and one computed step (not the first) trade places: Hamming distance two."""
+    on = [i for i, reuse in enumerate(row) if reuse]
+    off = [i for i, reuse in enumerate(row) if not reuse and i > 0]
+    return [tuple(r != (k in pair) for k, r in enumerate(row)) for pair in itertools.product(on, off)]
+
+
+def room_for(steps: int, age: int) -> int:
+    """Most steps that can reuse maps at most `age` steps old."""
+    return steps - -(-steps // (age + 1))
+
+
+def level_error(levels: Sequence[float]) -> ReuseError:
+    """The error that a reuse is predicted to cause, from noise levels (log-SNR) alone.
+
+    A map drifts with the distance in level. What it does to the denoiser's estimate of the picture reaches the
+    final picture in the measure of ``sqrt(alpha_bar)``: where noise prevails, the estimate moves the sample
+    little (for Gaussian data of unit variance this is the exact factor of the probability-flow ODE).
+    """
+    weights = _sqrt_alpha_bar(levels)
+    return lambda captured, step: weights[step] * abs(levels[step] - levels[captured])
+
+
+def call_age_error(levels: Sequence[float]) -> ReuseError:
+    """:func:`level_error` with the age of a map counted in calls: what distances in level are judged against."""
+    weights = _sqrt_alpha_bar(levels)
+    return lambda captured, step: weights[step] * (step - captured)
+
+
+def _sqrt_alpha_bar(levels: Sequence[float]) -> list[float]:
+    return [1 / math.sqrt(1 + math.exp(-level)) for level in levels]
+
+
+def schedule_error(row: Sequence[bool], error: ReuseError) -> float:
+    """The sum over the reuses of a schedule."""
+    total, captured = 0.0, 0
+    for step, reuses in enumerate(row):
+        if reuses:
+            total += error(captured, step)
+        else:
+            captured = step
+    return total
+
+
+def best_row(steps: int, reuse: int, error: ReuseError) -> Row:
+    """The schedule with `reuse` reuses of the least summed error, by dynamic programming.
+
+    Raises:
+        ValueError: more reuses than fit.
+    """
+    if not 0 <= reuse < max(steps, 1):
+        raise ValueError(f"reuse must be between 0 and {steps - 1} for {steps} steps, got {reuse}")
+    longest = min(reuse, max(16, 4 * steps // (steps - reuse)))  # reuses of one map
+    best: list[list[float]] = [[math.inf] * (reuse + 1) for _ in range(steps)] + [[0.0] + [math.inf] * reuse]
+    run: list[list[int]] = [[0] * (reuse + 1) for _ in range(steps)]  # reuses of the map of each computed step
+    for at in range(steps - 1, -1, -1):
+        cost = 0.0
+        for length in range(min(longest, steps - 1 - at) + 1):
+            cost += error(at, at + length) if length else 0.0
+            after = best[at + length + 1]
+            for left in range(length, reuse + 1):
+                if cost + after[left - length] < best[at][left]:
+                    best[at][left], run[at][left] = cost + after[left - length], length
+    row, left = [], reuse
+    while len(row) < steps:
+        length = run[len(row)][left]
+        row += [False] + [True] * length
+        left -= length
+    return tuple(row)
+
+
+def stretched(row: Row, steps: int, levels: Sequence[float] | None = None, to: Sequence[float] | None = None) -> Row:
+    """`row` for another number of steps: each captured map is reused as often as around the same place of `row`.
+
+    Args:
+        levels, to: noise levels of the row's steps and of the others; without them steps are placed evenly.
+    """
+    lengths: list[int] = []  # for each step: reuses of the map that it captures or reuses
+    for i, on in enumerate(row):
+        if not on:
+            following = itertools.takewhile(bool, row[i + 1 :])
+            lengths.append(len(list(following)))
+        else:
+            lengths.append(lengths[-1])
+
+    def nearest(at: int) -> int:
+        share = (at + 0.5) * len(row) / steps - 0.5
+        if levels is None or to is None:
+            return min(len(row) - 1, round(share))
+        return min(range(len(row)), key=lambda i: (round(abs(levels[i] - to[at]) / SAME), abs(i - share)))
+
+    out: list[bool] = []
+    while len(out) < steps:
+        out += [False] + [True] * lengths[nearest(len(out))]
+    return tuple(out[:steps])

@@ -1,0 +1,321 @@
+"""Rules: policies made at the start of each run, from the noise levels of its steps."""
+
+import copy
+import itertools
+import json
+import math
+import warnings
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_random import WIDTH, prompt, random_unet, sample
+
+import attnreuse
+from attnreuse import Policy, hurry, periodic
+from attnreuse.levels import noise_levels
+from attnreuse.policy import load_policy
+from attnreuse.rows import best_row, level_error, schedule_error, stretched, strip
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+# What the denoiser sees, by the name that people use: the sigma of each call, from the scheduler's own tensors.
+SAMPLERS = {
+    "DDIM": ("DDIMScheduler", {}),
+    "DDPM": ("DDPMScheduler", {}),
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "Euler a": ("EulerAncestralDiscreteScheduler", {}),
+    "Euler Karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "Heun": ("HeunDiscreteScheduler", {}),
+    "DPM2": ("KDPM2DiscreteScheduler", {}),
+    "DPM2 a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
+    "DPM++ 2M SDE Karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    ),
+    "DPM++ 2S": ("DPMSolverSinglestepScheduler", {}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+    "LMS": ("LMSDiscreteScheduler", {}),
+    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "LCM": ("LCMScheduler", {}),
+    "TCD": ("TCDScheduler", {}),
+}
+
+
+def scheduler(name, steps=8):
+    cls, extra = SAMPLERS[name]
+    made = getattr(diffusers, cls).from_config(DDIMScheduler(**SD).config, **extra)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made.set_timesteps(steps)
+    return made
+
+
+rows = st.lists(st.booleans(), min_size=1, max_size=24).map(lambda row: (False, *row[1:]))
+levels_of = st.lists(st.floats(-10, 10), min_size=2, max_size=9).map(sorted)
+
+
+# -- rows
+
+
+@given(levels_of, st.data())
+def test_the_best_row_is_the_best_of_all(levels, data):
+    steps, error = len(levels), level_error(levels)
+    reuse = data.draw(st.integers(0, steps - 1))
+    found = best_row(steps, reuse, error)
+    every = [
+        tuple(step in chosen for step in range(steps)) for chosen in itertools.combinations(range(1, steps), reuse)
+    ]
+    assert found in every
+    assert schedule_error(found, error) == pytest.approx(min(schedule_error(row, error) for row in every), abs=1e-9)
+
+
+def test_a_thousand_steps_are_resolved_too():
+    row = best_row(1000, 500, level_error([i / 50 - 10 for i in range(1000)]))
+    assert (len(row), sum(row), row[0]) == (1000, 500, False)
+
+
+@given(rows)
+def test_a_row_stretched_to_its_own_steps_is_itself(row):
+    assert stretched(row, len(row)) == row
+    levels = [i / 3 for i in range(len(row))]
+    assert stretched(row, len(row), levels, levels) == row
+    pairs = [(i + 1) // 2 for i in range(len(row))]  # two calls of each level, as Heun makes them
+    assert stretched(row, len(row), pairs, pairs) == row
+
+
+@given(rows, st.integers(1, 60))
+def test_a_stretched_row_never_ages_a_map_by_more_calls(row, steps):
+    def ages(found):
+        return max(map(len, strip(found).split(".")))
+
+    out = stretched(row, steps)
+    assert len(out) == steps
+    assert not out[0]
+    assert ages(out) <= ages(row)
+
+
+def test_stretching_keeps_the_share_and_its_place_by_noise_level():
+    early = [i / 2 for i in range(10)] + [5 + 2 * i for i in range(10)]  # many steps at low levels, few at high ones
+    late = [2 * i for i in range(10)] + [18 + i / 2 for i in range(10)]
+    row = (False,) * 10 + (False, True) * 5  # reuses from level 5 on
+    out = stretched(row, 20, early, late)
+    assert min(level for level, on in zip(late, out, strict=True) if on) in (6, 8)
+    assert stretched((False, True) * 10, 31) == (*(False, True) * 15, False)
+
+
+# -- noise levels
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_levels_are_those_that_the_denoiser_is_called_at(name):
+    """Against the scaling that the scheduler itself gives its samples at each call."""
+    made = scheduler(name)
+    levels, table = noise_levels(made), DDIMScheduler(**SD).alphas_cumprod
+    assert len(levels) == len(made.timesteps)
+    for t, level in zip(made.timesteps.tolist(), levels, strict=True):
+        if t == int(t):
+            alpha = table[int(t)].item()
+            assert level == pytest.approx(math.log(alpha / (1 - alpha)), abs=1e-4)
+        else:
+            near = sorted(math.log(table[i].item() / (1 - table[i].item())) for i in (int(t), min(999, int(t) + 1)))
+            assert near[0] - 1e-4 <= level <= near[1] + 1e-4
+    if name != "PNDM":
+        assert levels == sorted(levels)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_device_is_waited_for(name):
+    """Tensors on the meta device have no values to read: timesteps on a GPU are not read either."""
+    made = scheduler(name)
+    expected, away = noise_levels(made), copy.deepcopy(made)
+    away.timesteps = made.timesteps.to("meta")
+    away.alphas_cumprod = made.alphas_cumprod.to("meta")
+    assert noise_levels(away) == pytest.approx(expected, abs=1e-6)
+
+
+def test_sigmas_of_ones_own_are_understood_on_a_device():
+    made = diffusers.EulerDiscreteScheduler(**SD)
+    made.set_timesteps(sigmas=[10.0, 4.0, 1.0, 0.5, 0.0])
+    expected = noise_levels(made)
+    made.timesteps = made.timesteps.to("meta")
+    assert expected == pytest.approx([-2 * math.log(s) for s in (10, 4, 1, 0.5)], abs=1e-2)
+    assert noise_levels(made) == pytest.approx(expected, abs=1e-2)
+
+
+def test_flow_matching_and_zero_terminal_snr_have_finite_levels():
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    flow.set_timesteps(4)
+    assert noise_levels(flow)[1:] == pytest.approx(
+        [2 * math.log((1 - s) / s) for s in flow.sigmas[1:4].tolist()], abs=1e-4
+    )
+    zero = DDIMScheduler(**SD, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    zero.set_timesteps(4)
+    for made in (flow, zero):
+        assert all(map(math.isfinite, noise_levels(made)))
+
+
+@pytest.mark.parametrize("name", ["Heun", "PNDM"])
+def test_a_second_call_at_one_level_finds_its_partner(name):
+    made = scheduler(name, 10)
+    levels = noise_levels(made)
+    pairs = [i for i in range(1, len(levels)) if abs(levels[i] - levels[i - 1]) < 1e-3]
+    row = hurry(reuse=len(pairs) / len(levels)).resolve(len(levels), levels).reuse
+    assert [i for i, on in enumerate(row) if on] == pairs
+    assert pairs
+
+
+# -- rules as data
+
+
+@pytest.mark.parametrize("rule", [hurry(reuse=0.3), periodic(interval=4)])
+def test_a_rule_travels_as_a_file(rule, tmp_path):
+    path = tmp_path / "policy.json"
+    rule.save(path)
+    assert load_policy(path) == rule
+    assert type(rule).load(path) == rule
+    with pytest.raises(ValueError, match=r"is not a policy file: .*rule: Extra inputs are not permitted"):
+        Policy.load(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"rule": "hurry", "reuse": 1.5}, "reuse: Input should be less than or equal to 1"),
+        ({"rule": "hurry"}, "reuse: Field required"),
+        ({"rule": "hasty", "reuse": 0.5}, "rule must be one of hurry, periodic, stretch, got 'hasty'"),
+        ({"rule": "periodic", "interval": 0}, "interval: Input should be greater than or equal to 1"),
+        ([1, 2], "file: Input should be"),
+    ],
+)
+def test_a_broken_rule_file_says_what_is_wrong(data, said, tmp_path):
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=said):
+        load_policy(path)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, 10])
+def test_a_share_is_a_share(share):
+    with pytest.raises(ValueError, match=r"reuse must be a share in \[0, 1\] without steps"):
+        hurry(reuse=share)
+
+
+def test_counts_and_shares_are_not_mixed_up():
+    with pytest.raises(ValueError, match=r"reuse must be a number of steps beside steps, got 0\.5"):
+        hurry(20, 0.5)
+    with pytest.raises(ValueError, match="max_age counts steps"):
+        hurry(reuse=0.5, max_age=1)
+
+
+@given(st.floats(0, 1), levels_of)
+def test_a_share_is_kept_as_far_as_whole_steps_allow(share, levels):
+    policy = hurry(reuse=share).resolve(len(levels), levels)
+    assert policy.reuse_steps == min(round(share * len(levels)), len(levels) - 1)
+    assert policy.levels == tuple(levels)
+
+
+# -- runs
+
+
+def made_for(pipe, name, **changes):
+    cls, extra = SAMPLERS[name]
+    pipe.scheduler = getattr(diffusers, cls).from_config(pipe.scheduler.config, **extra, **changes)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_rule_fits_any_run_and_equals_the_policy_it_makes(pipe, name):
+    made_for(pipe, name)
+    for steps in (5, 6):
+        with attnreuse.enable(pipe, hurry(reuse=0.5), strict=True) as session:
+            by_rule, ran = sample(pipe, steps), session.report()
+        executed = len(pipe.scheduler.timesteps)
+        policy = hurry(reuse=0.5).resolve(executed, noise_levels(pipe.scheduler))
+        assert ran.policy == str(policy)
+        assert ran.layers[0].reused == policy.reuse_steps == round(executed / 2)
+        with attnreuse.enable(pipe, policy, strict=True):
+            assert torch.equal(sample(pipe, steps), by_rule)
+
+
+def test_without_a_policy_the_default_rule_runs(pipe):
+    with attnreuse.enable(pipe) as session:
+        for steps in (4, 7):
+            sample(pipe, steps)
+            assert session.report().layers[0].reused == round(steps / 2)
+            assert session.report().policy.startswith("hurry(reuse=0.5) .")
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
+def test_a_rule_fits_a_run_that_begins_late(pipe, strength):
+    again = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    again.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 16, 16)
+    with attnreuse.enable(again, periodic(interval=2), strict=True) as session:
+        again(image=image, strength=strength, num_inference_steps=10, output_type="latent", **prompt())
+    executed = int(10 * strength)
+    assert (session.report().steps, session.report().layers[0].reused) == (executed, executed // 2)
+
+
+def test_timesteps_and_sigmas_of_ones_own_are_resolved_for(pipe):
+    made_for(pipe, "Euler")
+    for own in ({"timesteps": [900, 600, 300, 200, 100]}, {"sigmas": [9.0, 3.0, 1.0, 0.5, 0.1, 0.0]}):
+        with attnreuse.enable(pipe, hurry(reuse=0.4), strict=True) as session:
+            sample(pipe, None, **own)
+        steps = len(pipe.scheduler.timesteps)
+        expected = hurry(reuse=0.4).resolve(steps, noise_levels(pipe.scheduler))
+        assert session.report().policy == str(expected)
+
+
+def test_a_fixed_policy_is_stretched_where_that_is_wanted(pipe):
+    policy = hurry(6, 3)
+    with attnreuse.enable(pipe, policy, fit="stretch", strict=True) as session:
+        for steps in (4, 6, 9):
+            sample(pipe, steps)
+            report = session.report()
+            assert report.layers[0].reused == policy.stretch(steps).reuse_steps
+            assert ("stretched from 6 steps" in report.policy) == (steps != 6)
+    with pytest.raises(ValueError, match="fit must be 'exact' or 'stretch', got 'any'"):
+        attnreuse.enable(pipe, policy, fit="any")
+
+
+def test_a_policy_by_layers_is_stretched_row_by_row(pipe):
+    policy = Policy(steps=4, reuse={"mid*": [0, 1, 1, 1], "*": [0, 1, 0, 1]})
+    with attnreuse.enable(pipe, policy, fit="stretch", strict=True) as session:
+        sample(pipe, 8)
+    reused = {layer.name.split("_")[0]: layer.reused for layer in session.report().layers}
+    assert reused == {"mid": 6, "down": 4, "up": 4}
+
+
+def test_a_scheduler_without_noise_levels_is_refused_with_what_to_do(pipe):
+    pipe.scheduler = diffusers.IPNDMScheduler()
+    with pytest.raises(ValueError, match=r"IPNDMScheduler has no noise levels.*periodic\(interval=2\)"):
+        attnreuse.enable(pipe, hurry(reuse=0.5))
+    attnreuse.enable(pipe, periodic(interval=2)).disable()
+
+
+def test_told_steps_need_a_scheduler_for_a_rule_that_goes_by_levels():
+    unet, made = random_unet(), scheduler("DDIM", 4)
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 7, WIDTH)
+
+    def run(session):
+        for step in range(4):
+            session.step(step, 4)
+            unet(x, 10, context)
+        return session.report()
+
+    said = "no scheduler to read the noise levels from.*every layer computes"
+    with torch.no_grad():
+        with attnreuse.enable(unet, hurry(reuse=0.5)) as session, pytest.warns(UserWarning, match=said):
+            assert run(session).layers[0].reused == 0
+        with (
+            attnreuse.enable(unet, hurry(reuse=0.5), strict=True) as session,
+            pytest.raises(attnreuse.PolicyMismatchError, match="pass scheduler= to"),
+        ):
+            run(session)
+        with attnreuse.enable(unet, hurry(reuse=0.5), scheduler=made, strict=True) as session:
+            assert run(session).layers[0].reused == 2
+        with attnreuse.enable(unet, periodic(interval=2), strict=True) as session:
+            assert run(session).layers[0].reused == 2
