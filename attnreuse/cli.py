@@ -35,25 +35,35 @@ PROMPTS = (
 
 Model = Annotated[str, typer.Option(help="Pipeline folder or hub name. Default: the shipped tiny-shapes.")]
 Steps = Annotated[int, typer.Option(min=1, help="num_inference_steps of the full run.")]
-Reuse = Annotated[int, typer.Option(min=0, help="Executed steps that reuse (HURRY: the latest).")]
+Reuse = Annotated[int, typer.Option(min=0, help="Executed steps that reuse.")]
+Share = Annotated[
+    float, typer.Option(min=0, help="Share of the executed steps that reuse, such as 0.5; from 1 on, their number.")
+]
 MaxAge = Annotated[
     int | None,
-    typer.Option(min=0, help="Most steps a reused map may be old; 0: no limit. Default: the least that fits."),
+    typer.Option(min=0, help="Reuse at the latest steps, maps at most so many steps old; 0: of any age (the paper)."),
 ]
 PolicyFile = Annotated[
-    str | None, typer.Option("--policy", help="Policy file or hub name. Default: one shipped, or HURRY.")
+    str | None, typer.Option("--policy", help="File or hub name of a policy or rule. Default: shipped, or HURRY.")
 ]
+Fit = Annotated[str, typer.Option(help="exact, or stretch a policy of other steps to this run, by noise level.")]
 Format = Annotated[
     str | None, typer.Option("--format", help="fp32, fp16, bf16, u8, u7, u4. Default: u8 where a kernel serves it.")
 ]
 Guidance = Annotated[float | None, typer.Option(help="guidance_scale. Default: what suits the model.")]
+Eta = Annotated[float | None, typer.Option(min=0, max=1, help="Share of the noise that DDIM or TCD adds anew.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Repeatable. Default (shipped model): captions.")]
 Images = Annotated[int, typer.Option(min=1, help="Pictures, of as many captions, without --prompt.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")]
 Layers = Annotated[str, typer.Option(help="self, cross, all, or a pattern of layer names.")]
 MemoryBudget = Annotated[str | None, typer.Option(help="Most memory of maps, such as 4GiB.")]
-Scheduler = Annotated[str | None, typer.Option(help="DDIM, DPM, Euler, PNDM, UniPC, Heun. Default: the model's.")]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        help="Sampler: DDIM, Euler a, 'DPM++ 2M SDE Karras', Heun ..., or diffusers' class. Default: the model's."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -65,18 +75,24 @@ def main() -> None:
 
 
 @app.command(
-    epilog="Examples:\n\n    attnreuse sample\n\n    attnreuse sample --scheduler Heun --reuse 19\n\n"
-    '    attnreuse sample --model user/pipeline --prompt "a red fox" --steps 30 --reuse 12 --format u8'
+    epilog="Examples:\n\n    attnreuse sample\n\n    attnreuse sample --scheduler Heun --reuse 0.25\n\n"
+    '    attnreuse sample --model user/pipeline --prompt "a red fox" --steps 30 --reuse 0.4 --format u8'
 )
 def sample(
     model: Model = "",
     steps: Steps = 20,
-    reuse: Reuse = 10,
+    reuse: Share = 0.5,
     max_age: MaxAge = None,
     policy: PolicyFile = None,
+    fit: Fit = "exact",
     map_format: Format = None,
-    scheduler: Scheduler = None,
-    guidance: Guidance = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="As elsewhere. Default: the model's; Euler a for the shipped model.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="guidance_scale. Default: the model's; 7.5 for the shipped model.")
+    ] = None,
+    eta: Eta = None,
     seed: Seed = 0,
     prompt: Prompts = None,
     out_path: Annotated[Path, typer.Option("--out", help="The picture; the JSON goes beside it.")] = Path(
@@ -89,11 +105,14 @@ def sample(
         from rich.progress import Progress, SpinnerColumn, TextColumn
 
         from attnreuse import sampling
-        from attnreuse.clock import executed_steps
+        from attnreuse.samplers import step_options
 
         _suffix("--out", out_path, ".png")
+        if not model:
+            scheduler, guidance = scheduler or "Euler a", 7.5 if guidance is None else guidance
         pipe = _load_pipeline(model, scheduler)
-        chosen = _policy(policy, model, pipe.scheduler, executed_steps(pipe.scheduler, steps), reuse, max_age)
+        step_options(pipe.scheduler, eta)
+        chosen = _policy(policy, fit, model, pipe.scheduler, steps, reuse, max_age)
         with Progress(
             SpinnerColumn(), TextColumn("{task.description}"), console=err, transient=True, disable=not err.is_terminal
         ) as progress:
@@ -105,7 +124,8 @@ def sample(
                 policy=chosen,
                 map_format=map_format or _default_format(pipe.unet.device, pipe.unet.dtype),
                 seed=seed,
-                guidance=_guidance(model, guidance),
+                guidance=guidance,
+                eta=eta,
                 advance=lambda label, count: progress.update(task, description=f"timed {label} ({count} steps)"),
             )
         sampling.sheet(result).save(out_path)
@@ -148,6 +168,7 @@ def search(
     images: Images = 8,
     seed: Seed = 1000,
     guidance: Guidance = None,
+    eta: Eta = None,
     layers: Layers = "self",
     map_format: Format = None,
     scheduler: Scheduler = None,
@@ -173,7 +194,7 @@ def search(
         _one_of("--cost", cost, "maps", "seconds")
         objective = searching.Objective(metric, floor, parse_bytes(memory_budget))
         _suffix("--out", out_path, ".json")
-        setting = _setting(model, prompt, images, steps, seed, guidance, map_format, layers, batch)
+        setting = _setting(model, prompt, images, steps, seed, guidance, eta, map_format, layers, batch)
         evaluator = Evaluator(_load_pipeline(model, scheduler), setting)
         chosen = searching.RayEngine(evaluator, workers, address) if engine == "ray" else searching.InProcess(evaluator)
         with _progress() as advance:
@@ -211,6 +232,7 @@ def analyze(
     images: Images = 4,
     seed: Seed = 2000,
     guidance: Guidance = None,
+    eta: Eta = None,
     layers: Layers = "self",
     scheduler: Scheduler = None,
     batch: Batch = 4,
@@ -229,7 +251,7 @@ def analyze(
 
         plots.pyplot()
         _suffix("--out", out_path, ".json")
-        setting = _setting(model, prompt, images, steps, seed, guidance, "fp32", layers, batch)
+        setting = _setting(model, prompt, images, steps, seed, guidance, eta, "fp32", layers, batch)
         evaluator = Evaluator(_load_pipeline(model, scheduler), setting)
         with _progress() as advance:
             found = analysis.analyze(evaluator, schedules=schedules, reuse=reuse, noise=noise, progress=advance)
@@ -257,7 +279,7 @@ def compare(
         list[int] | None, typer.Option("--steps", min=2, help="num_inference_steps; repeatable. Default: 20.")
     ] = None,
     scheduler: Annotated[
-        list[str] | None, typer.Option(help="DDIM, DPM, Euler, PNDM, UniPC, Heun; repeatable. Default: the model's.")
+        list[str] | None, typer.Option(help="Sampler, such as 'Euler a'; repeatable. Default: the model's.")
     ] = None,
     map_format: Annotated[
         list[str] | None, typer.Option("--format", help="fp32, fp16, bf16, u8, u7, u4; repeatable.")
@@ -275,6 +297,7 @@ def compare(
     images: Images = 16,
     seed: Seed = 0,
     guidance: Guidance = None,
+    eta: Eta = None,
     layers: Layers = "self",
     batch: Batch = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds, all methods in turns.")] = 3,
@@ -298,7 +321,7 @@ def compare(
             _one_of("--metric", name, "ssim", "lpips", "fid", "clip")
         count = (steps or [20])[0]
         formats = map_format or [None]
-        setting = _setting(model, prompt, images, count, seed, guidance, formats[0], layers, batch, held_out=True)
+        setting = _setting(model, prompt, images, count, seed, guidance, eta, formats[0], layers, batch, held_out=True)
         shipped = shipped_policies() if not model else []
         with _progress() as advance:
             found = comparing.compare(
@@ -324,9 +347,10 @@ def compare(
 def plan(
     model: Model = "",
     steps: Steps = 20,
-    reuse: Reuse = 10,
+    reuse: Share = 0.5,
     max_age: MaxAge = None,
     policy: PolicyFile = None,
+    fit: Fit = "exact",
     map_format: Format = None,
     scheduler: Scheduler = None,
     layers: Layers = "self",
@@ -346,7 +370,7 @@ def plan(
         blueprint = forecast.Blueprint.load(_model(model), scheduler)
         device = default_device()
         dtype = _default_dtype(device)
-        chosen = _policy(policy, model, blueprint.scheduler, blueprint.executed_steps(steps), reuse, max_age)
+        chosen = _policy(policy, fit, model, blueprint.scheduler, steps, reuse, max_age)
         result = forecast.forecast(
             blueprint,
             chosen,
@@ -511,31 +535,47 @@ def _default_format(device: Any, dtype: Any) -> str:
 def _load_pipeline(model: str, scheduler: str | None) -> Any:
     from diffusers import DiffusionPipeline
 
-    from attnreuse import forecast
     from attnreuse.environment import default_device
+    from attnreuse.samplers import make_scheduler
 
     device = default_device()
     pipe = DiffusionPipeline.from_pretrained(_model(model)).to(device, _default_dtype(device))
     pipe.set_progress_bar_config(disable=True)
     if scheduler:
-        pipe.scheduler = forecast.make_scheduler(pipe.scheduler.config, scheduler)
+        pipe.scheduler = make_scheduler(pipe.scheduler.config, scheduler)
     return pipe
 
 
-def _policy(file: str | None, model: str, scheduler: Any, executed: int, reuse: int, max_age: int | None) -> Any:
-    """The policy file; else, for the shipped model, the shipped policy that fits; else HURRY."""
-    from attnreuse.policy import hurry, load_policy, shipped_policies
+def _policy(
+    file: str | None, fit: str, model: str, scheduler: Any, steps: int, reuse: float, max_age: int | None
+) -> Any:
+    """The policy for a run: of the file; else, for the shipped model, the shipped one that fits; else HURRY."""
+    from attnreuse.clock import executed_steps
+    from attnreuse.levels import noise_levels
+    from attnreuse.policy import Policy, Stretched, hurry, load_policy, shipped_policies
 
-    if file is None and max_age is None and not model:
-        fitting = [p for p in shipped_policies(type(scheduler).__name__, executed) if p.reuse_steps == reuse]
-        if fitting:
-            return fitting[0]
-    if file is None:
-        return hurry(executed, reuse, "least" if max_age is None else max_age or None)
-    found = load_policy(file)
-    if found.steps != executed:
-        raise ValueError(f"--policy {file} is for {found.steps} executed steps, this run executes {executed}")
-    return found
+    _one_of("--fit", fit, "exact", "stretch")
+    executed = executed_steps(scheduler, steps)
+    if reuse >= 1 and reuse != int(reuse):
+        raise ValueError(f"--reuse must be a share below 1 or a whole number of steps, got {reuse}")
+    count = int(reuse) if reuse >= 1 else round(reuse * executed)
+    if not 0 <= count < executed:
+        raise ValueError(f"--reuse must be between 0 and {executed - 1} for {executed} steps, got {reuse:g}")
+    if file is not None:
+        found = load_policy(file)
+        if isinstance(found, Policy) and fit == "exact" and found.steps != executed:
+            raise ValueError(
+                f"--policy {file} is for {found.steps} executed steps, this run executes {executed}: --fit stretch"
+            )
+        if isinstance(found, Policy) and found.steps == executed:
+            return found
+        rule = Stretched(policy=found) if isinstance(found, Policy) else found
+        return rule.resolve(executed, noise_levels(scheduler))
+    if max_age is not None:
+        return hurry(executed, count, max_age or None)
+    fitting = shipped_policies(type(scheduler).__name__, executed) if not model else []
+    fitting = [p for p in fitting if p.reuse_steps == count]
+    return fitting[0] if fitting else hurry(reuse=count / executed).resolve(executed, noise_levels(scheduler))
 
 
 def _suffix(option: str, path: Path, suffix: str) -> None:
@@ -565,6 +605,7 @@ def _setting(
     steps: int,
     seed: int,
     guidance: float | None,
+    eta: float | None,
     map_format: str | None,
     layers: str,
     batch: int,
@@ -584,6 +625,7 @@ def _setting(
         steps,
         seed,
         _guidance(model, guidance),
+        eta,
         map_format=map_format or _default_format(device, _default_dtype(device)),
         layers=layers,
         batch=batch,

@@ -22,9 +22,9 @@ from attnreuse.clock import executed_steps
 from attnreuse.environment import environment, package_version
 from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Evaluator, Setting
-from attnreuse.forecast import make_scheduler
 from attnreuse.policy import Action, Policy, hurry, periodic
 from attnreuse.rows import strip
+from attnreuse.samplers import make_scheduler
 from attnreuse.session import enable
 
 
@@ -152,7 +152,7 @@ def compare(
 
     Args:
         pipe: its scheduler is replaced meanwhile.
-        schedulers: names of ``forecast.SCHEDULERS``; None: the pipeline's own.
+        schedulers: as in :func:`samplers.make_scheduler`; None: the pipeline's own.
         steps, formats: default: the setting's.
         policies: more schedules; each runs where its step count and scheduler fit.
         student: folder of a distilled UNet (`benchmarks/distill_tiny_shapes.py`).

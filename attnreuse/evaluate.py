@@ -31,6 +31,7 @@ from attnreuse.metrics import PAIRED
 from attnreuse.policy import Action, Policy
 from attnreuse.processors import attention_layers
 from attnreuse.ring import plan_ring
+from attnreuse.samplers import step_options
 from attnreuse.session import Session, enable
 
 Key = tuple[int, str, int]  # first picture of the batch, what all layers did so far, call within the step
@@ -45,6 +46,7 @@ class Setting:
         steps: ``num_inference_steps``.
         seed: of the first picture; the next ones count up.
         guidance: ``guidance_scale``; None: the pipeline's default.
+        eta: share of the noise that the scheduler adds anew (DDIM, TCD); None: the pipeline's default.
         size: (height, width) in pixels; None: the pipeline's default.
         map_format, layers: as in :func:`attnreuse.enable`.
         batch: pictures sampled at once.
@@ -54,6 +56,7 @@ class Setting:
     steps: int = 20
     seed: int = 0
     guidance: float | None = None
+    eta: float | None = None
     size: tuple[int, int] | None = None
     map_format: str = "u8"
     layers: str | tuple[str, ...] = "self"
@@ -77,6 +80,8 @@ class Setting:
         given: dict[str, Any] = {"num_inference_steps": self.steps, "generator": generators, "output_type": "np"}
         if self.guidance is not None:
             given["guidance_scale"] = self.guidance
+        if self.eta is not None:
+            given["eta"] = self.eta
         if self.size is not None:
             given["height"], given["width"] = self.size
         return given
@@ -119,6 +124,7 @@ class Evaluator:
 
     def __init__(self, pipe: Any, setting: Setting, memo_bytes: int = 1 << 30):
         self.pipe, self.setting, self.calls = pipe, setting, Calls()
+        step_options(pipe.scheduler, setting.eta)
         self.executed_steps = executed_steps(pipe.scheduler, setting.steps)
         self.levels = _levels(pipe.scheduler)
         self.scheduler, self.model = type(pipe.scheduler).__name__, model_name(pipe)

@@ -14,30 +14,7 @@ from attnreuse.formats import map_format as format_named
 from attnreuse.planner import LayerCost, map_requests, map_shapes, measure_costs, parse_bytes
 from attnreuse.policy import Policy
 from attnreuse.ring import RingPlan, plan_ring
-
-SCHEDULERS = {  # diffusers' class and what must be set besides the model's own config
-    "DDIM": ("DDIMScheduler", {}),
-    "DPM": ("DPMSolverMultistepScheduler", {}),
-    "Euler": ("EulerDiscreteScheduler", {}),
-    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),  # as Stable Diffusion runs it
-    "UniPC": ("UniPCMultistepScheduler", {}),
-    "Heun": ("HeunDiscreteScheduler", {}),
-}
-
-
-def make_scheduler(config: dict[str, Any], name: str | None) -> Any:
-    """The scheduler of a config as read from a model, or one of ``SCHEDULERS`` with that config.
-
-    Raises:
-        ValueError: unknown name; the message lists the known ones.
-    """
-    import diffusers
-
-    by_lower = {known.lower(): made for known, made in SCHEDULERS.items()}
-    if name is not None and name.lower() not in by_lower:
-        raise ValueError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, got {name!r}")
-    chosen, extra = (config["_class_name"], {}) if name is None else by_lower[name.lower()]
-    return getattr(diffusers, chosen).from_config(config, **extra)
+from attnreuse.samplers import make_scheduler
 
 
 @dataclass
@@ -51,7 +28,7 @@ class Blueprint:
 
     @classmethod
     def load(cls, model: str, scheduler: str | None = None) -> Blueprint:
-        """Read the configs of a pipeline folder or hub name; `scheduler` is one of ``SCHEDULERS``."""
+        """Read the configs of a pipeline folder or hub name; `scheduler` as in :func:`make_scheduler`."""
         from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 
         index = DiffusionPipeline.load_config(model)

@@ -24,6 +24,7 @@ from attnreuse.report import Report
 from attnreuse.session import enable
 
 MIN_SIDE = 256  # pixels; smaller pictures are enlarged in the sheet
+DIFFERENCE = 20  # times that differences from the full steps' pictures are enlarged
 
 
 @dataclass
@@ -107,6 +108,7 @@ def sample(
     map_format: str,
     seed: int,
     guidance: float | None = None,
+    eta: float | None = None,
     rounds: int = 2,
     advance: Callable[[str, int], None] = lambda label, steps: None,
 ) -> Comparison:
@@ -118,15 +120,14 @@ def sample(
     Args:
         steps: ``num_inference_steps`` of the baseline.
         policy: for the executed steps of that run.
-        guidance: ``guidance_scale``; None: the pipeline's default.
+        guidance, eta: ``guidance_scale`` and the scheduler's ``eta``; None: the pipeline's default.
         advance: called with (what runs, denoiser steps) after each run, for a progress bar.
     """
 
     def run(label: str, count: int, with_policy: bool) -> tuple[np.ndarray, float]:
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
         call = {"num_inference_steps": count, "generator": generators, "output_type": "np"}
-        if guidance is not None:
-            call["guidance_scale"] = guidance
+        call |= {k: v for k, v in (("guidance_scale", guidance), ("eta", eta)) if v is not None}
         start = time.perf_counter()
         with enable(pipe, policy, map_format=map_format) if with_policy else nullcontext() as session:
             pictures = pipe(prompts, **call).images
@@ -152,7 +153,7 @@ def sample(
             row.latencies_s.append(run(row.label, row.steps, row.label == "reuse")[1])
     for row in rows:
         row.psnr_db = [psnr(picture, target) for picture, target in zip(row.pictures, full, strict=True)]
-    about = {"model": model_name(pipe), "scheduler": type(pipe.scheduler).__name__, "seed": seed}
+    about = {"model": model_name(pipe), "scheduler": type(pipe.scheduler).__name__, "guidance": guidance, "seed": seed}
     measured_on = {**about, **environment(pipe.unet.device), "dtype": str(pipe.unet.dtype)}
     attention = _attention(reports[-1], pipe.unet)
     return Comparison(prompts, policy, *rows, reports[-1], *attention, measured_on)
@@ -171,32 +172,42 @@ def _attention(report: Report, unet: Any) -> tuple[float, float]:
 
 
 def sheet(comparison: Comparison) -> Image.Image:
-    """One picture: a row per way to sample, a column per prompt, captions and PSNR below each."""
+    """One picture: a row per way to sample, and below each but the first its difference; a column per prompt."""
     height, width = comparison.baseline.pictures.shape[1:3]
     scale = max(1, math.ceil(MIN_SIDE / min(height, width)))
     height, width = height * scale, width * scale
-    font, margin, text = ImageFont.load_default(14), 12, 46
-    left = 150
-    size = (
-        left + len(comparison.prompts) * (width + margin),
-        margin + len(comparison.rows) * (height + text),
-    )
+    font, margin, text, left = ImageFont.load_default(14), 12, 46, 150
+    rows = _sheet_rows(comparison)
+    size = (left + len(comparison.prompts) * (width + margin), margin + len(rows) * (height + text))
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
-    for i, row in enumerate(comparison.rows):
+    for i, (about, pictures, notes) in enumerate(rows):
         top = margin + i * (height + text)
-        about = f"{row.label}\n{row.steps} steps\n{row.latency_s:.2f} s"
-        if row is comparison.reuse:
-            about += f"\n{comparison.policy.reuse_steps} of them reuse\n{comparison.report.map_format} maps"
         draw.multiline_text((margin, top), about, "black", font, spacing=6)
-        for j, (picture, prompt) in enumerate(zip(row.pictures, comparison.prompts, strict=True)):
+        for j, (picture, (line, below)) in enumerate(zip(pictures, notes, strict=True)):
             at = left + j * (width + margin)
             image = Image.fromarray((picture * 255).round().astype(np.uint8)).resize((width, height), Image.NEAREST)
             canvas.paste(image, (at, top))
-            below = "reference" if row is comparison.baseline else f"{row.psnr_db[j]:.1f} dB"
-            draw.text((at, top + height + 3), _fitted(prompt, width, font), "black", font)
+            draw.text((at, top + height + 3), _fitted(line, width, font), "black", font)
             draw.text((at, top + height + 21), below, "#666666", font)
     return canvas
+
+
+def _sheet_rows(comparison: Comparison) -> list[tuple[str, np.ndarray, list[tuple[str, str]]]]:
+    """For each row of the sheet: what is said left of it, its pictures, and two lines below each."""
+    rows, full = [], comparison.baseline.pictures
+    for row in comparison.rows:
+        about = f"{row.label}\n{row.steps} steps\n{row.latency_s:.2f} s"
+        if row is comparison.reuse:
+            about += f"\n{comparison.policy.reuse_steps} calls reuse\n{comparison.report.map_format} maps"
+        first = row is comparison.baseline
+        quality = ["reference" if first else f"{value:.1f} dB" for value in row.psnr_db]
+        rows.append((about, row.pictures, list(zip(comparison.prompts, quality, strict=True))))
+        if not first:
+            changed = np.clip(np.abs(row.pictures - full) * DIFFERENCE, 0, 1)
+            about = f"{row.label},\ndifference from\nfull steps,\ntimes {DIFFERENCE}"
+            rows.append((about, changed, [("", "")] * len(full)))
+    return rows
 
 
 def _fitted(text: str, width: int, font: Any) -> str:

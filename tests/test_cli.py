@@ -25,7 +25,7 @@ def test_sample_writes_picture_and_json(tmp_path):
     assert result.exit_code == 0, result.output
     picture = Image.open(out)
     assert picture.width > 2 * 256
-    assert picture.height > 3 * 256
+    assert picture.height > 5 * 256  # each way to sample, and what two of them change
     data = json.loads((tmp_path / "s.json").read_text())
     assert data["prompts"] == list(prompts)
     assert data["baseline"]["latency_s"] > 0
@@ -42,7 +42,7 @@ def test_sample_writes_picture_and_json(tmp_path):
 
 
 def test_plan_predicts_what_a_run_allocates(tmp_path):
-    args = ("--steps", 4, "--reuse", 2, "--format", "u8")
+    args = ("--steps", 4, "--reuse", 2, "--format", "u8", "--scheduler", "Euler a")
     planned = json.loads(run("plan", *args, "--batch", 1, "--no-measure", "--json").stdout)
     sampled = run("sample", *args, "--prompt", "a red circle on gray", "--out", tmp_path / "s.png", "--json")
     assert planned["predicted_bytes"] == json.loads(sampled.stdout)["reuse"]["map_bytes"]
@@ -63,13 +63,35 @@ def planned_policy(*args):
 def test_the_shipped_pipeline_comes_with_policies():
     assert planned_policy() == "phast(20,10)"
     assert planned_policy("--reuse", 5) == "phast(20,5)"
-    assert planned_policy("--reuse", 7) == "hurry(20,7,max_age=1)"
+    assert planned_policy("--reuse", 0.25) == "phast(20,5)"
+    assert planned_policy("--reuse", 7) == "hurry(reuse=0.35)"
     assert planned_policy("--max-age", 0) == "hurry(20,10,max_age=None)"
     assert planned_policy("--max-age", 2) == "hurry(20,10,max_age=2)"
-    assert planned_policy("--scheduler", "Euler").startswith("hurry(20,10")
+    assert planned_policy("--scheduler", "Euler") == "hurry(reuse=0.5)"
     for policy in shipped_policies():
         assert policy.model == "tiny-shapes"
         assert policy.metrics["psnr_db"] > 0
+
+
+def test_a_policy_file_is_a_rule_or_is_stretched(tmp_path):
+    path = tmp_path / "policy.json"
+    hurry(reuse=0.25).save(path)
+    for steps in (8, 12):
+        result = run("plan", "--policy", path, "--steps", steps, "--no-measure", "--json")
+        assert sum(json.loads(result.stdout)["policy"]["reuse"]) == steps // 4
+    hurry(6, 3).save(path)
+    result = run("plan", "--policy", path, "--steps", 8, "--fit", "stretch", "--no-measure", "--json")
+    assert json.loads(result.stdout)["policy"]["name"] == "hurry(6,3,max_age=1) stretched from 6 steps"
+
+
+def test_the_sampler_and_its_noise_are_chosen_by_name(tmp_path):
+    out = tmp_path / "s.png"
+    args = ("sample", "--steps", 3, "--reuse", 1, "--prompt", "a red circle on gray", "--out", out, "--json")
+    for name, eta in (("dpm++ 2m sde karras", ()), ("DDIMScheduler", ("--eta", 1))):
+        result = run(*args, "--scheduler", name, *eta)
+        assert result.exit_code == 0, result.output
+        scheduler = json.loads(result.stdout)["environment"]["scheduler"]
+        assert scheduler == ("DDIMScheduler" if eta else "DPMSolverMultistepScheduler")
 
 
 @pytest.mark.parametrize(("name", "executed"), [("heun", 7), ("PNDM", 5), ("ddim", 4)])
@@ -104,7 +126,7 @@ def test_a_policy_file_is_used(tmp_path):
     [
         (("plan", "--reuse", 20), "reuse must be between 0 and 19 for 20 steps, got 20"),
         (("plan", "--format", "u2"), "map_format must be one of fp32, fp16, bf16, u8, u7, u4, got 'u2'"),
-        (("plan", "--scheduler", "magic"), "--scheduler must be one of DDIM, DPM, Euler, PNDM, UniPC, Heun"),
+        (("plan", "--scheduler", "magic"), "--scheduler must be one of DDIM, DDPM, PNDM, LMS, Euler, Euler a"),
         (("plan", "--layers", "nothing*"), "matches none of the 20 layers"),
         (("plan", "--memory-budget", "100"), "holds no map at all"),
         (("plan", "--policy", "/does/not/exist.json"), "No such file"),

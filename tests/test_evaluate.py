@@ -10,8 +10,8 @@ from tiny_random import captioned_pipeline
 import attnreuse
 from attnreuse import Policy, PolicyMismatchError, hurry
 from attnreuse.evaluate import Evaluator, Setting
-from attnreuse.forecast import make_scheduler
 from attnreuse.processors import attention_layers
+from attnreuse.samplers import make_scheduler
 
 PROMPTS = ("a red circle on gray", "a blue square on white", "a cyan triangle on black")
 
