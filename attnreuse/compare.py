@@ -22,6 +22,7 @@ from attnreuse.clock import executed_steps
 from attnreuse.environment import environment, package_version
 from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Evaluator, Setting
+from attnreuse.levels import noise_levels
 from attnreuse.policy import Action, Policy, hurry, periodic
 from attnreuse.rows import strip
 from attnreuse.samplers import make_scheduler
@@ -176,7 +177,7 @@ def compare(
             same = type(pipe.scheduler) is type(own)  # a student is made for one scheduler
             found, notes = methods(pipe, at, policies, student if same else None, others)
             share = lambda done, of, psnr, i=i: progress(round(1000 * (i + done / of)), 1000 * len(wanted), psnr)  # noqa: E731
-            rows = _measure(pipe, at, found, notes, judge, rounds, share)
+            rows = measure(pipe, at, found, notes, judge, rounds, share)
             groups.append(Group(type(pipe.scheduler).__name__, count, name, rows, notes))
     finally:
         pipe.scheduler = own
@@ -192,8 +193,9 @@ def methods(
     executed, scheduler = executed_steps(pipe.scheduler, setting.steps), type(pipe.scheduler).__name__
     half, quarter, notes = executed // 2, executed // 4, []
     found = [Method("full steps", "full", setting.steps)]
-    schedules = [hurry(executed, half, None), hurry(executed, half, 1), hurry(executed, quarter, None)]
-    schedules += [hurry(executed, quarter, 1), periodic(executed, 2), periodic(executed, 3)]
+    schedules = [hurry(executed, half, None), hurry(executed, half, 1), rule_for(pipe.scheduler, setting.steps, 0.5)]
+    schedules += [hurry(executed, quarter, None), rule_for(pipe.scheduler, setting.steps, 0.25)]
+    schedules += [periodic(executed, 2), periodic(executed, 3)]
     schedules += [p for p in policies if p.steps == executed and p.scheduler in (None, scheduler)]
     seen: dict[Any, str] = {}
     for policy in schedules:
@@ -214,12 +216,21 @@ def methods(
             ("PAB(2)", setting.steps, _pab(2)),
         ):
             found.append(Method(name, "other cache", steps, around=around))
-        found.append(_on_deepcache(setting, hurry(executed, half, 1)))
+        found.append(_on_deepcache(setting, rule_for(pipe.scheduler, setting.steps, 0.5)))
     few = max(2, setting.steps // 2)
     found.append(_on_fewer_steps(pipe, setting, few))
     if student is not None:
         found += _students(student, few, setting.map_format)
     return found, notes
+
+
+def rule_for(scheduler: Any, steps: int, reuse: float) -> Policy:
+    """What the rule ``hurry(reuse=...)`` makes of `steps` asked for; without noise levels, HURRY with fresh maps."""
+    executed = executed_steps(scheduler, steps)
+    try:
+        return hurry(reuse=reuse).resolve(executed, noise_levels(scheduler))
+    except ValueError:
+        return hurry(executed, round(reuse * executed))
 
 
 def _ladder(steps: int, wanted: set[int]) -> list[int]:
@@ -229,8 +240,7 @@ def _ladder(steps: int, wanted: set[int]) -> list[int]:
 
 
 def _on_fewer_steps(pipe: Any, setting: Setting, steps: int) -> Method:
-    executed = executed_steps(pipe.scheduler, steps)
-    policy = hurry(executed, max(1, executed // 3), 1)
+    policy = rule_for(pipe.scheduler, steps, 1 / 3)
     return Method(f"{policy.name} on {steps} steps", "reuse + fewer steps", steps, policy, setting.map_format)
 
 
@@ -256,15 +266,16 @@ def _students(folder: Path, steps: int, map_format: str) -> list[Method]:
 # -- measuring
 
 
-def _measure(
+def measure(
     pipe: Any,
     setting: Setting,
     wanted: list[Method],
     notes: list[str],
     judge: tuple[str, ...],
     rounds: int,
-    progress: Callable[[int, int, float], None],
+    progress: Callable[[int, int, float], None] = lambda done, of, psnr: None,
 ) -> list[Measured]:
+    """Judge and time methods in turns, the full run first; `notes` gets what had to be left out."""
     rows: list[Measured] = []
     for i, method in enumerate(wanted):
         try:
