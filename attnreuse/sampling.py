@@ -33,8 +33,8 @@ class Row:
 
     label: str
     steps: int
-    pictures: np.ndarray
-    latencies_s: list[float]
+    pictures: np.ndarray | None = None
+    latencies_s: list[float] = field(default_factory=list)
     psnr_db: list[float] = field(default_factory=list)
 
     @property
@@ -109,13 +109,13 @@ def sample(
     seed: int,
     guidance: float | None = None,
     eta: float | None = None,
-    rounds: int = 2,
+    rounds: int = 3,
     advance: Callable[[str, int], None] = lambda label, steps: None,
 ) -> Comparison:
     """Sample `prompts` in one batch with full steps, with `policy`, and with fewer steps.
 
-    The fewer steps are as many as take the reuse run's measured time. All three are timed in turns,
-    `rounds` times after a warm-up; the order turns too.
+    Full steps and reuse are timed in turns, `rounds` times after a warm-up; then as many fewer steps as take the
+    reuse run's median time, `rounds` times too.
 
     Args:
         steps: ``num_inference_steps`` of the baseline.
@@ -138,21 +138,23 @@ def sample(
         return pictures, taken
 
     reports: list[Report] = []
+
+    def timed(row: Row) -> None:
+        row.pictures, taken = run(row.label, row.steps, row is reuse)
+        row.latencies_s.append(taken)
+
     run("warm-up", min(2, steps), False)
-    full, full_s = run("full steps", steps, False)
-    reused, reuse_s = run("reuse", steps, True)
-    count = max(1, min(steps - 1, round(steps * reuse_s / full_s)))
-    few, few_s = run("fewer steps", count, False)
-    rows = [
-        Row("full steps", steps, full, [full_s]),
-        Row("reuse", steps, reused, [reuse_s]),
-        Row("fewer steps", count, few, [few_s]),
-    ]
-    for turn in range(1, rounds):
-        for row in rows[turn % 3 :] + rows[: turn % 3]:
-            row.latencies_s.append(run(row.label, row.steps, row.label == "reuse")[1])
+    baseline, reuse = Row("full steps", steps), Row("reuse", steps)
+    for turn in range(rounds):
+        for row in (baseline, reuse) if turn % 2 == 0 else (reuse, baseline):
+            timed(row)
+    count = max(1, min(steps - 1, round(steps * reuse.latency_s / baseline.latency_s)))
+    fewer = Row("fewer steps", count)
+    for _ in range(rounds):
+        timed(fewer)
+    rows = [baseline, reuse, fewer]
     for row in rows:
-        row.psnr_db = [psnr(picture, target) for picture, target in zip(row.pictures, full, strict=True)]
+        row.psnr_db = [psnr(picture, target) for picture, target in zip(row.pictures, baseline.pictures, strict=True)]
     about = {"model": model_name(pipe), "scheduler": type(pipe.scheduler).__name__, "guidance": guidance, "seed": seed}
     measured_on = {**about, **environment(pipe.unet.device), "dtype": str(pipe.unet.dtype)}
     attention = _attention(reports[-1], pipe.unet)
