@@ -556,10 +556,10 @@ def _policy(
 
     _one_of("--fit", fit, "exact", "stretch")
     executed = executed_steps(scheduler, steps)
-    if reuse >= 1 and reuse != int(reuse):
+    if not math.isfinite(reuse) or (reuse >= 1 and reuse != int(reuse)):
         raise ValueError(f"--reuse must be a share below 1 or a whole number of steps, got {reuse}")
-    count = int(reuse) if reuse >= 1 else round(reuse * executed)
-    if not 0 <= count < executed:
+    count = int(reuse) if reuse >= 1 else min(round(reuse * executed), executed - 1)
+    if file is None and not 0 <= count < executed:
         raise ValueError(f"--reuse must be between 0 and {executed - 1} for {executed} steps, got {reuse:g}")
     if file is not None:
         found = load_policy(file)
@@ -570,7 +570,7 @@ def _policy(
         if isinstance(found, Policy) and found.steps == executed:
             return found
         rule = Stretched(policy=found) if isinstance(found, Policy) else found
-        return rule.resolve(executed, noise_levels(scheduler))
+        return rule.resolve(executed, noise_levels(scheduler) if rule.uses_levels else None)
     if max_age is not None:
         return hurry(executed, count, max_age or None)
     fitting = shipped_policies(type(scheduler).__name__, executed) if not model else []

@@ -46,6 +46,11 @@ class Place:
         return isinstance(self.timesteps, Tensor)
 
     @property
+    def values(self) -> Tensor:
+        """The timesteps of the walk where no scheduler is known."""
+        return self.timesteps.new_empty(0).set_(self.timesteps.untyped_storage(), 0, (self.length,), (1,))
+
+    @property
     def walk(self) -> Any:
         """Equal for places of one walk."""
         return self.timesteps.untyped_storage().data_ptr() if self.is_read else id(self.timesteps)
@@ -84,6 +89,10 @@ class StepClock:
             self._told_in = loop
         if self._told and loop is self._told_in:
             return Place(*self._told)
+        return self.read(timestep, schedulers)
+
+    def read(self, timestep: Any, schedulers: Callable[[], Iterable[Any]]) -> Place:
+        """:meth:`place` by the timestep alone, whatever was told."""
         if isinstance(timestep, Tensor) and _one_place(timestep):
             self._last = _on_walk(timestep, self._last) or _by_address(timestep, schedulers())
             if self._last is not None:
@@ -104,8 +113,9 @@ def _on_walk(t: Tensor, last: Place | None) -> Place | None:
     """The place of a view into the timesteps of the call before."""
     if last is None or t.untyped_storage().data_ptr() != last.walk:
         return None
-    start = 0 if last.scheduler is None else last.timesteps.storage_offset()
-    return Place(last.timesteps, t.storage_offset() - start, last.length, last.scheduler)
+    if last.scheduler is None:
+        return Place(last.timesteps, t.storage_offset(), last.length)
+    return Place(last.timesteps, _position(t, last.timesteps), last.length, last.scheduler)
 
 
 def _by_address(t: Tensor, schedulers: Iterable[Any]) -> Place | None:
@@ -114,9 +124,14 @@ def _by_address(t: Tensor, schedulers: Iterable[Any]) -> Place | None:
     for scheduler in filter(_has_timesteps, schedulers):
         timesteps = scheduler.timesteps
         if timesteps.untyped_storage().data_ptr() == storage.data_ptr():
-            return Place(timesteps, t.storage_offset() - timesteps.storage_offset(), len(timesteps), scheduler)
+            return Place(timesteps, _position(t, timesteps), len(timesteps), scheduler)
     length = storage.nbytes() // t.element_size()
     return Place(t, t.storage_offset(), length) if length > 1 else None
+
+
+def _position(t: Tensor, timesteps: Tensor) -> int:
+    """Where in `timesteps`, which may be every second of a tensor, the view `t` lies."""
+    return (t.storage_offset() - timesteps.storage_offset()) // (timesteps.stride(0) or 1)
 
 
 def _by_scheduler(timestep: Any, schedulers: list[Any]) -> Place:

@@ -23,9 +23,9 @@ from attnreuse.environment import environment, package_version
 from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Evaluator, Setting
 from attnreuse.levels import noise_levels
-from attnreuse.policy import Action, Policy, hurry, periodic
+from attnreuse.policy import Action, Policy, Rule, hurry, periodic
 from attnreuse.rows import strip
-from attnreuse.samplers import make_scheduler
+from attnreuse.samplers import make_scheduler, step_options
 from attnreuse.session import enable
 
 
@@ -142,7 +142,7 @@ def compare(
     schedulers: list[str | None] = [None],  # noqa: B006 (never written to)
     steps: list[int] | None = None,
     formats: list[str] | None = None,
-    policies: list[Policy] = [],  # noqa: B006
+    policies: list[Policy | Rule] = [],  # noqa: B006
     student: Path | None = None,
     others: bool = True,
     judge: tuple[str, ...] = ("ssim",),
@@ -164,6 +164,9 @@ def compare(
         progress: called with (pictures' sets done, of how many, the latest PSNR).
     """
     own, groups = pipe.scheduler, []
+    made = {name: own if name is None else make_scheduler(own.config, name) for name in schedulers}
+    for scheduler in made.values():
+        step_options(scheduler, setting.eta)
     wanted = [
         (scheduler, count, name)
         for scheduler in schedulers
@@ -172,13 +175,16 @@ def compare(
     ]
     try:
         for i, (scheduler, count, name) in enumerate(wanted):
-            pipe.scheduler = own if scheduler is None else make_scheduler(own.config, scheduler)
+            pipe.scheduler = made[scheduler]
             at = replace(setting, steps=count, map_format=name)
             same = type(pipe.scheduler) is type(own)  # a student is made for one scheduler
             found, notes = methods(pipe, at, policies, student if same else None, others)
             share = lambda done, of, psnr, i=i: progress(round(1000 * (i + done / of)), 1000 * len(wanted), psnr)  # noqa: E731
             rows = measure(pipe, at, found, notes, judge, rounds, share)
-            groups.append(Group(type(pipe.scheduler).__name__, count, name, rows, notes))
+            label = scheduler or type(own).__name__  # as asked for: samplers share classes
+            for row in rows:
+                row.scheduler = label
+            groups.append(Group(label, count, name, rows, notes))
     finally:
         pipe.scheduler = own
     about = {**environment(pipe.unet.device), "dtype": str(pipe.unet.dtype)}
@@ -187,7 +193,7 @@ def compare(
 
 
 def methods(
-    pipe: Any, setting: Setting, policies: list[Policy], student: Path | None, others: bool
+    pipe: Any, setting: Setting, policies: list[Policy | Rule], student: Path | None, others: bool
 ) -> tuple[list[Method], list[str]]:
     """What is compared under a setting, the full run first; and notes on what cannot be."""
     executed, scheduler = executed_steps(pipe.scheduler, setting.steps), type(pipe.scheduler).__name__
@@ -196,7 +202,10 @@ def methods(
     schedules = [hurry(executed, half, None), hurry(executed, half, 1), rule_for(pipe.scheduler, setting.steps, 0.5)]
     schedules += [hurry(executed, quarter, None), rule_for(pipe.scheduler, setting.steps, 0.25)]
     schedules += [periodic(executed, 2), periodic(executed, 3)]
-    schedules += [p for p in policies if p.steps == executed and p.scheduler in (None, scheduler)]
+    levels = noise_levels(pipe.scheduler) if any(isinstance(p, Rule) and p.uses_levels for p in policies) else None
+    for policy in policies:
+        fixed = policy.resolve(executed, levels) if isinstance(policy, Rule) else policy
+        schedules += [fixed] if fixed.steps == executed and fixed.scheduler in (None, scheduler) else []
     seen: dict[Any, str] = {}
     for policy in schedules:
         key = str(policy.reuse)

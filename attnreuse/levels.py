@@ -1,72 +1,93 @@
 """Noise levels of a run's denoiser calls, as log-SNR: what rules are resolved from.
 
 The level of a timestep is ``log(alpha_bar / (1 - alpha_bar))`` of the training schedule, between its entries by
-interpolation, or ``2 log((1 - sigma) / sigma)`` for flow matching: the same for every sampler of a model.
-Nothing here waits for a device: where timesteps lie on one, a copy of the scheduler makes them anew on the host.
+interpolation; ``2 log((1 - sigma) / sigma)`` for flow matching; ``-2 log sigma`` for schedulers that know sigma alone.
+Where timesteps lie on a device they are not read: a copy of the scheduler makes them anew on the host. Only those that
+a copy may not make (custom ones, LCM's and TCD's, flow matching's, copies of a scheduler's) cost one transfer a run.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+INSTEAD = "give a policy with a step count, such as hurry(steps, reuse), or periodic(interval=2)"
 LIMIT = 16.0  # |log-SNR| beyond which nothing changes any more: zero terminal SNR, the last step of flow matching
 
 
-def noise_levels(scheduler: Any) -> list[float]:
-    """The log-SNR at each timestep that `scheduler` is set to, in the order of its timesteps.
+def noise_levels(scheduler: Any, timesteps: Tensor | None = None) -> list[float]:
+    """The log-SNR at each timestep that `scheduler` is set to, or at each of `timesteps`, in their order.
 
     Raises:
-        ValueError: a scheduler without noise levels.
+        ValueError: a scheduler without noise levels, or whose levels cannot be read.
     """
     check_levels(scheduler)
-    timesteps, sigmas = _on_host(scheduler)
-    config = getattr(scheduler, "config", {})
-    is_flow = "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas", False)
-    is_flow = is_flow or config.get("prediction_type") == "flow_prediction"
-    if is_flow:
-        sigma = timesteps / config["num_train_timesteps"] if sigmas is None else sigmas
-        levels = 2 * torch.log((1 - sigma) / sigma)
-    elif sigmas is not None:
-        levels = -2 * torch.log(sigmas / config.get("sigma_data", 1.0))
-    else:
-        of = scheduler if scheduler.alphas_cumprod.device.type == "cpu" else _fresh(scheduler)
-        table = torch.logit(of.alphas_cumprod.double(), eps=1e-8)
-        below = timesteps.floor().clamp(0, len(table) - 1).long()
-        above = (below + 1).clamp(max=len(table) - 1)
-        levels = torch.lerp(table[below], table[above], timesteps - below)
+    try:
+        levels = _levels(scheduler, timesteps)
+    except Exception as error:
+        name, why = type(scheduler).__name__, f"{type(error).__name__}: {error}"
+        raise ValueError(f"the noise levels of {name} cannot be read ({why}): {INSTEAD}") from error
+    if levels.isnan().any():
+        raise ValueError(f"{type(scheduler).__name__} has noise levels that are no numbers: {INSTEAD}")
     return levels.clamp(-LIMIT, LIMIT).tolist()
 
 
 def check_levels(scheduler: Any) -> None:
     """Raise ValueError for a scheduler without noise levels."""
     if not any(isinstance(getattr(scheduler, name, None), Tensor) for name in ("alphas_cumprod", "sigmas")):
-        raise ValueError(
-            f"{type(scheduler).__name__} has no noise levels (neither alphas_cumprod nor sigmas): give a policy with "
-            "a step count, such as hurry(steps, reuse), or periodic(interval=2)"
-        )
+        name = type(scheduler).__name__
+        raise ValueError(f"{name} has no noise levels (neither alphas_cumprod nor sigmas): {INSTEAD}")
 
 
-def _on_host(scheduler: Any) -> tuple[Tensor, Tensor | None]:
-    """Timesteps on the host; or, where these are not to be had or tell no level, the noise levels sigma instead."""
-    timesteps, count = scheduler.timesteps, len(scheduler.timesteps)
-    sigmas = getattr(scheduler, "sigmas", None)
+def _levels(scheduler: Any, timesteps: Tensor | None) -> Tensor:
+    config = getattr(scheduler, "config", {})
+    table, sigmas = getattr(scheduler, "alphas_cumprod", None), _sigmas(scheduler)
+    is_flow = "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas", False)
+    is_flow = is_flow or config.get("prediction_type") == "flow_prediction"
+    if is_flow or (table is None and sigmas is not None and bool((sigmas <= 1).all())):
+        if timesteps is not None or sigmas is None:
+            at = scheduler.timesteps if timesteps is None else timesteps
+            sigmas = at.cpu().double() / config["num_train_timesteps"]
+        return 2 * torch.log((1 - sigmas) / sigmas)
+    continuous = config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
+    if table is None or continuous:  # whose timesteps are log(sigma) / 4
+        if timesteps is not None or sigmas is None:
+            at = scheduler.timesteps if timesteps is None else timesteps
+            sigmas = torch.exp(4 * at.cpu().double())
+        return -2 * torch.log(sigmas / config.get("sigma_data", 1.0))
+    at = _on_host(scheduler, sigmas) if timesteps is None else timesteps.cpu().double()
+    if at is None:
+        return -2 * torch.log(sigmas)
+    of = table if table.device.type == "cpu" else _fresh(scheduler).alphas_cumprod
+    entries = torch.logit(of.double(), eps=1e-8)
+    below = at.floor().clamp(0, len(entries) - 1).long()
+    above = (below + 1).clamp(max=len(entries) - 1)
+    return torch.lerp(entries[below], entries[above], at - below)
+
+
+def _sigmas(scheduler: Any) -> Tensor | None:
+    """The scheduler's sigmas at its timesteps, where it keeps them on the host."""
+    sigmas, count = getattr(scheduler, "sigmas", None), len(scheduler.timesteps)
     known = isinstance(sigmas, Tensor) and sigmas.device.type == "cpu" and len(sigmas) >= count
-    sigmas = sigmas[:count].double() if known else None
-    if not hasattr(scheduler, "alphas_cumprod"):
-        return timesteps, sigmas
+    return sigmas[:count].double() if known else None
+
+
+def _on_host(scheduler: Any, sigmas: Tensor | None) -> Tensor | None:
+    """The scheduler's timesteps on the host; None where only its sigmas are to be had there."""
+    timesteps, steps = scheduler.timesteps, scheduler.num_inference_steps
     if timesteps.device.type == "cpu":
-        return timesteps.double(), None
-    twin = _fresh(scheduler)
-    twin.set_timesteps(scheduler.num_inference_steps)
-    alike = len(twin.timesteps) == count and not getattr(scheduler, "custom_timesteps", False)
-    if alike and (not known or torch.equal(twin.sigmas[:count].double(), sigmas)):
-        return twin.timesteps.double(), None
-    if known:  # sigmas of one's own
-        return timesteps, sigmas
-    return timesteps.cpu().double(), None  # timesteps of one's own: one transfer a run
+        return timesteps.double()
+    others = {"strength", "original_inference_steps"} & set(inspect.signature(scheduler.set_timesteps).parameters)
+    if steps is not None and not others and not getattr(scheduler, "custom_timesteps", False):
+        twin = _fresh(scheduler)
+        twin.set_timesteps(steps)
+        alike = len(twin.timesteps) == len(timesteps)
+        if alike and (sigmas is None or torch.equal(_sigmas(twin), sigmas)):
+            return twin.timesteps.double()
+    return timesteps.cpu().double() if sigmas is None else None
 
 
 def _fresh(scheduler: Any) -> Any:

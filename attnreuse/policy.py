@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
 from attnreuse.rows import best_row, level_error, room_for, stretched, strip
@@ -102,7 +103,7 @@ class Policy(_Saved):
     scheduler: str | None = None
     resolution: tuple[int, int] | None = None
     map_format: str | None = None
-    levels: tuple[float, ...] | None = None
+    levels: tuple[FiniteFloat, ...] | None = None
     metrics: dict[str, float] = {}
     library_version: str = Field(default_factory=_library_version)
     version: Literal[1] = 1
@@ -168,6 +169,7 @@ class Policy(_Saved):
             levels: their noise levels (log-SNR). Without them, or where the policy does not know its own, steps
                 are taken to lie evenly.
         """
+        _check_levels(steps, levels)
         rows = {pattern: stretched(row, steps, self.levels, levels) for pattern, row in self._rows().items()}
         changed = {
             "steps": steps,
@@ -176,7 +178,14 @@ class Policy(_Saved):
             "name": self.name if steps == self.steps else f"{self.name} stretched from {self.steps} steps",
             "metrics": {},
         }
-        return self.model_copy(update=changed)
+        return Policy.model_validate(self.model_dump() | changed)
+
+
+def _check_levels(steps: int, levels: Sequence[float] | None) -> None:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if levels is not None and (len(levels) != steps or not all(map(math.isfinite, levels))):
+        raise ValueError(f"levels must be {steps} finite numbers like steps, got {list(levels)}")
 
 
 class Rule(_Saved, ABC):
@@ -196,8 +205,8 @@ class Rule(_Saved, ABC):
         return []
 
     @property
-    def needs_levels(self) -> bool:
-        """Whether it cannot be resolved without noise levels."""
+    def uses_levels(self) -> bool:
+        """Whether it is resolved from noise levels."""
         return False
 
     @abstractmethod
@@ -216,19 +225,20 @@ class Hurry(Rule):
     """
 
     rule: Literal["hurry"] = "hurry"
-    reuse: float = Field(ge=0, le=1)
+    reuse: float = Field(ge=0, le=1, strict=True)
 
     @property
     def name(self) -> str:
         return f"hurry(reuse={self.reuse:g})"
 
     @property
-    def needs_levels(self) -> bool:
+    def uses_levels(self) -> bool:
         return True
 
     def resolve(self, steps: int, levels: Sequence[float] | None = None) -> Policy:
         if levels is None:
             raise ValueError(f"{self.name} needs the noise levels of the steps")
+        _check_levels(steps, levels)
         row = best_row(steps, min(round(self.reuse * steps), steps - 1), level_error(levels))
         return Policy(steps=steps, reuse=row, name=self.name, levels=levels)
 
@@ -237,7 +247,7 @@ class Periodic(Rule):
     """Compute every `interval`-th step, starting with the first, and reuse at the others."""
 
     rule: Literal["periodic"] = "periodic"
-    interval: int = Field(ge=1)
+    interval: int = Field(ge=1, strict=True)
 
     @property
     def name(self) -> str:
@@ -262,6 +272,10 @@ class Stretched(Rule):
     def patterns(self) -> list[str]:
         return self.policy.patterns
 
+    @property
+    def uses_levels(self) -> bool:
+        return self.policy.levels is not None
+
     def resolve(self, steps: int, levels: Sequence[float] | None = None) -> Policy:
         return self.policy.stretch(steps, levels)
 
@@ -278,12 +292,16 @@ def load_policy(source: Policy | Rule | str | Path) -> Policy | Rule:
     """
     if isinstance(source, (Policy, Rule)):
         return source
+    if not isinstance(source, (str, Path)) or str(source) in ("", *RULES):
+        raise ValueError(
+            f"policy must be a Policy, a rule such as hurry(reuse=0.5), a file or a hub name, got {source!r}"
+        )
     is_file = isinstance(source, Path) or source.endswith(".json") or Path(source).exists()
     path = source if is_file else _download(source)
     with _as_policy_file(path):
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         rule = data.get("rule") if isinstance(data, dict) else None
-        if rule is not None and rule not in RULES:
+        if rule is not None and (not isinstance(rule, str) or rule not in RULES):
             raise ValueError(f"{path} is not a policy file: rule must be one of {', '.join(RULES)}, got {rule!r}")
         return (Policy if rule is None else RULES[rule]).model_validate(data)
 
@@ -335,6 +353,8 @@ def hurry(steps: int | None = None, reuse: float = 0.5, max_age: Any = "least") 
 
     Source: arXiv 2401.01008; ``max_age`` and the rule are ours.
     """
+    if isinstance(reuse, bool) or not isinstance(reuse, (int, float)) or not math.isfinite(reuse):
+        raise ValueError(f"reuse must be a number, got {reuse!r}")
     if steps is None:
         if not 0 <= reuse <= 1:
             raise ValueError(f"reuse must be a share in [0, 1] without steps, got {reuse}: hurry(steps, {reuse})?")
@@ -365,13 +385,13 @@ def hurry(steps: int | None = None, reuse: float = 0.5, max_age: Any = "least") 
 def periodic(steps: int, interval: int) -> Policy: ...
 @overload
 def periodic(*, interval: int) -> Periodic: ...
-def periodic(steps: int | None = None, interval: int = 2) -> Policy | Periodic:
+def periodic(steps: int | None = None, interval: int | None = None) -> Policy | Periodic:
     """Compute every `interval`-th step, starting with the first, and reuse at the others.
 
     With `steps` executed steps a policy, without them the rule for any run.
     """
-    if interval < 1:
-        raise ValueError(f"interval must be at least 1, got {interval}")
+    if not isinstance(interval, int) or interval < 1:
+        raise ValueError(f"interval must be a whole number, at least 1, got {interval!r}")
     rule = Periodic(interval=interval)
     if steps is None:
         return rule

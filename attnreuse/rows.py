@@ -6,6 +6,8 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+
 Row = tuple[bool, ...]
 ReuseError = Callable[[int, int], float]  # (step that captured, step that reuses) to the predicted error
 SAME = 1e-3  # levels that differ less are one level
@@ -46,7 +48,7 @@ def call_age_error(levels: Sequence[float]) -> ReuseError:
 
 
 def _sqrt_alpha_bar(levels: Sequence[float]) -> list[float]:
-    return [1 / math.sqrt(1 + math.exp(-level)) for level in levels]
+    return [1 / math.sqrt(1 + math.exp(min(700.0, -level))) for level in levels]
 
 
 def schedule_error(row: Sequence[bool], error: ReuseError) -> float:
@@ -68,20 +70,20 @@ def best_row(steps: int, reuse: int, error: ReuseError) -> Row:
     """
     if not 0 <= reuse < max(steps, 1):
         raise ValueError(f"reuse must be between 0 and {steps - 1} for {steps} steps, got {reuse}")
-    longest = min(reuse, max(16, 4 * steps // (steps - reuse)))  # reuses of one map
-    best: list[list[float]] = [[math.inf] * (reuse + 1) for _ in range(steps)] + [[0.0] + [math.inf] * reuse]
-    run: list[list[int]] = [[0] * (reuse + 1) for _ in range(steps)]  # reuses of the map of each computed step
+    best = np.full((steps + 1, reuse + 1), np.inf)  # least error from a computed step on, by reuses that are left
+    best[steps, 0] = 0
+    run = np.zeros((steps, reuse + 1), dtype=int)  # reuses of the map of that step
     for at in range(steps - 1, -1, -1):
         cost = 0.0
-        for length in range(min(longest, steps - 1 - at) + 1):
+        for length in range(min(reuse, steps - 1 - at) + 1):
             cost += error(at, at + length) if length else 0.0
-            after = best[at + length + 1]
-            for left in range(length, reuse + 1):
-                if cost + after[left - length] < best[at][left]:
-                    best[at][left], run[at][left] = cost + after[left - length], length
+            found = cost + best[at + length + 1, : reuse + 1 - length]
+            better = found < best[at, length:]
+            np.copyto(best[at, length:], found, where=better)
+            np.copyto(run[at, length:], length, where=better)
     row, left = [], reuse
     while len(row) < steps:
-        length = run[len(row)][left]
+        length = int(run[len(row), left])
         row += [False] + [True] * length
         left -= length
     return tuple(row)

@@ -58,7 +58,10 @@ def make_scheduler(config: dict[str, Any], name: str | None) -> Any:
         raise ValueError(f"--scheduler {wanted} needs torchsde: pip install torchsde; DPM++ 2M SDE does without")
     if karras and "use_karras_sigmas" not in inspect.signature(cls.__init__).parameters:
         raise ValueError(f"--scheduler {wanted}: {cls_name} has no Karras noise levels")
-    return cls.from_config(config, **extra, **(KARRAS if karras else {}))
+    try:
+        return cls.from_config(config, **extra, **(KARRAS if karras else {}))
+    except (TypeError, ImportError) as error:
+        raise ValueError(f"--scheduler {wanted}: {cls_name} cannot be made for this model: {error}") from error
 
 
 def step_options(scheduler: Any, eta: float | None) -> dict[str, Any]:

@@ -109,13 +109,13 @@ def sample(
     seed: int,
     guidance: float | None = None,
     eta: float | None = None,
-    rounds: int = 3,
+    rounds: int = 2,
     advance: Callable[[str, int], None] = lambda label, steps: None,
 ) -> Comparison:
     """Sample `prompts` in one batch with full steps, with `policy`, and with fewer steps.
 
-    Full steps and reuse are timed in turns, `rounds` times after a warm-up; then as many fewer steps as take the
-    reuse run's median time, `rounds` times too.
+    After a warm-up full steps and reuse are timed in turns, `rounds` times; then they and as many fewer steps as take
+    the reuse run's median time, `rounds` times more.
 
     Args:
         steps: ``num_inference_steps`` of the baseline.
@@ -145,14 +145,13 @@ def sample(
 
     run("warm-up", min(2, steps), False)
     baseline, reuse = Row("full steps", steps), Row("reuse", steps)
-    for turn in range(rounds):
-        for row in (baseline, reuse) if turn % 2 == 0 else (reuse, baseline):
+    rows = [baseline, reuse]
+    for turn in range(2 * rounds):
+        if turn == rounds:
+            count = max(1, min(steps - 1, round(steps * reuse.latency_s / baseline.latency_s)))
+            rows.append(Row("fewer steps", count))
+        for row in rows[turn % len(rows) :] + rows[: turn % len(rows)]:
             timed(row)
-    count = max(1, min(steps - 1, round(steps * reuse.latency_s / baseline.latency_s)))
-    fewer = Row("fewer steps", count)
-    for _ in range(rounds):
-        timed(fewer)
-    rows = [baseline, reuse, fewer]
     for row in rows:
         row.psnr_db = [psnr(picture, target) for picture, target in zip(row.pictures, baseline.pictures, strict=True)]
     about = {"model": model_name(pipe), "scheduler": type(pipe.scheduler).__name__, "guidance": guidance, "seed": seed}

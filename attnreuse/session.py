@@ -265,7 +265,7 @@ class Session:
         # A loop of somebody's own may run within a pipeline's, in a callback: that announced its own walk alone.
         announced = loop is not None and self._walks.setdefault(loop, place.walk) == place.walk
         call = None if self._wants_gradient(given) else Call(given, keep=not announced)
-        found = self._find(place, loop, announced, call)
+        found = self._find(place, loop, announced, call, given["timestep"])
         run, branch = found.run, found.branch
         self._runs = [other for other in self._runs if other is not run] + [run]
         run.advance(found.step)
@@ -307,7 +307,7 @@ class Session:
         tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
         return any(t.requires_grad for t in (*tensors, *self.denoiser.parameters()))
 
-    def _find(self, place: Place, loop: loops.Loop | None, announced: bool, call: Call | None) -> Found:
+    def _find(self, place: Place, loop: loops.Loop | None, announced: bool, call: Call | None, timestep: Any) -> Found:
         """The run this call belongs to, its step, and the branch it continues, if it does."""
         walks = [run for run in reversed(self._runs) if run.begin.walk == place.walk and run.loop is loop]
         walks = [(run, step) for run in walks if (step := run.step_of(place)) >= 0]
@@ -321,10 +321,10 @@ class Session:
             if more:  # the loop goes back: what it holds is not of this step's past
                 run.rewind(step)
                 return continued(call, [(run, step)], announced) or Found(run, step)
-        run = self._new_run(place, loop)
+        run = self._new_run(place, loop, timestep)
         return Found(run, run.step_of(place))
 
-    def _new_run(self, place: Place, loop: loops.Loop | None) -> Run:
+    def _new_run(self, place: Place, loop: loops.Loop | None, timestep: Any) -> Run:
         first = loop in self._heard and all(run.loop is not loop for run in self._runs)
         if loop is not None and all(run.loop is not loop for run in self._runs):
             loop.on_exit(lambda: self._loop_left(loop))
@@ -336,7 +336,7 @@ class Session:
         backward = loop is None and place.is_read and place.position == place.length - 1 > 0
         steps = place.length if backward or not place.is_read else _executed(place, loop)
         begin = place if place.is_read else replace(place, position=0)  # what was told holds from the first step on
-        schedule, off = self._scheduled(begin, steps, backward)
+        schedule, off = self._scheduled(place if place.is_read else None, steps, backward, timestep, loop)
         run = Run(begin, steps, schedule, loop, backward, self._empty_report(str(schedule.policy)))
         run.off = off
         self._only_compute(run, self._layers.foreign())
@@ -346,12 +346,15 @@ class Session:
         compiled.make_room(self, self.denoiser, whole, self._layers, schedule, self._warn)
         return run
 
-    def _scheduled(self, begin: Place, steps: int, backward: bool) -> tuple[Schedule, str | None]:
+    def _scheduled(
+        self, place: Place | None, steps: int, backward: bool, timestep: Any, loop: loops.Loop | None
+    ) -> tuple[Schedule, str | None]:
         """The schedule of a run, and why all its layers only compute, if they do."""
         policy, off = self.policy, None
         if isinstance(policy, Rule):
             try:
-                policy = policy.resolve(steps, self._levels(begin, steps, backward))
+                levels = self._levels(place, steps, backward, timestep, loop) if policy.uses_levels else None
+                policy = policy.resolve(steps, levels)
             except ValueError as error:
                 off = f"{self.policy} cannot be resolved: {error}"
                 self._object(PolicyMismatchError(off), "; every layer computes")
@@ -360,27 +363,41 @@ class Session:
             self._schedule = Schedule(policy, self._layers.modules)
         return self._schedule, off
 
-    def _levels(self, begin: Place, steps: int, backward: bool) -> tuple[float, ...] | None:
-        """Noise levels of the run's steps; None where the rule does without and the scheduler has none.
+    def _levels(
+        self, place: Place | None, steps: int, backward: bool, timestep: Any, loop: loops.Loop | None
+    ) -> tuple[float, ...]:
+        """Noise levels of the steps of a run that begins at `place`; None where its steps are told.
 
         Raises:
-            ValueError: the rule needs them.
+            ValueError: they cannot be told.
         """
-        scheduler = begin.scheduler if begin.is_read else self._scheduler or getattr(self.pipe, "scheduler", None)
+        told = place is None
         try:
-            if scheduler is None:
-                raise ValueError("no scheduler to read the noise levels from: pass scheduler= to attnreuse.enable")
-            levels = noise_levels(scheduler)
-            levels = levels[: begin.position + 1][::-1] if backward else levels[begin.position :]
-            if len(levels) < steps:
+            place = self._clock.read(timestep, lambda: self._schedulers(loop)) if place is None else place
+        except UnknownStepError as error:
+            raise ValueError(
+                "told steps have noise levels where their timesteps are those of a scheduler: pass scheduler= to "
+                "attnreuse.enable, or give a policy with a step count"
+            ) from error
+        if told:
+            backward = place.position == steps - 1 > 0
+            if not backward and place.length - place.position != steps:
                 raise ValueError(
-                    f"the run has {steps} steps, {type(scheduler).__name__} is set to {len(levels)}: call set_timesteps"
+                    f"the timestep of the first of {steps} told steps is number {place.position} of {place.length}, so "
+                    "the noise levels of the others cannot be told: give a policy with a step count"
                 )
-            return tuple(levels[:steps])
-        except ValueError:
-            if self.policy.needs_levels:
-                raise
-            return None
+        levels = self._levels_of_walk(place, loop)
+        levels = levels[: place.position + 1][::-1] if backward else levels[place.position :]
+        if len(levels) < steps:
+            raise ValueError(f"the run has {steps} steps, its timesteps have {len(levels)} noise levels")
+        return tuple(levels[:steps])
+
+    def _levels_of_walk(self, place: Place, loop: loops.Loop | None) -> list[float]:
+        if place.scheduler is not None:
+            return noise_levels(place.scheduler)
+        for scheduler in filter(None, self._schedulers(loop)):  # timesteps of one's own, of one of these
+            return noise_levels(scheduler, place.values)
+        raise ValueError("no scheduler to read the noise levels from: pass scheduler= to attnreuse.enable")
 
     def _end(self, runs: list[Run]) -> None:
         """These runs are over: their maps are let go of."""
@@ -590,7 +607,7 @@ def _fitted(policy: Policy | Rule | str | Path | None, fit: str, pipe: Any, sche
     if fit == "stretch" and isinstance(found, Policy):
         found = Stretched(policy=found)
     scheduler = scheduler or getattr(pipe, "scheduler", None)
-    if isinstance(found, Rule) and found.needs_levels and scheduler is not None:
+    if isinstance(found, Rule) and found.uses_levels and scheduler is not None:
         check_levels(scheduler)
     return found
 

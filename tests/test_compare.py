@@ -121,7 +121,7 @@ def test_the_scheduler_is_put_back_and_groups_multiply():
     )
     assert pipe.scheduler is own
     titles = [(g.scheduler, g.map_format) for g in found.groups]
-    assert titles == [(s, f) for s in ("DPMSolverMultistepScheduler", "HeunDiscreteScheduler") for f in ("u8", "u4")]
+    assert titles == [(s, f) for s in ("DPM", "Heun") for f in ("u8", "u4")]
     assert found.groups[2].full.executed_steps == 7
     half = next(r for r in found.groups[2].rows if r.method.name == "hurry(7,3,max_age=1)")
     assert half.equal_cost_psnr is not None  # Heun: two plain steps compute as many maps

@@ -56,7 +56,7 @@ def test_hurry_keeps_its_word(steps, reuse, max_age):
 def test_periodic():
     assert strip(periodic(7, 3)) == ".RR.RR."
     assert strip(periodic(4, 1)) == "...."
-    with pytest.raises(ValueError, match="interval must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="interval must be a whole number, at least 1, got 0"):
         periodic(4, 0)
 
 
