@@ -86,11 +86,14 @@ class Layers:
     def arm(self, run: Run, branch: Branch | None, off: str | None = None) -> None:
         """Before a call: tell every layer what to do; all compute without a branch, for the reason `off`."""
         self._reasons, self._armed, self._others, self._in_place = {}, [], [], True
+        stock, places, outlines = self._stock, {}, {}
+        if branch is not None:
+            places, outlines = branch.ring.places, branch.ring.outlines
         for (name, attributes, processor), planned in zip(self._entries, run.schedule.at(run.step), strict=True):
             current = attributes.get("processor")
             processor.did = processor.why = None
             action, reason = Action.COMPUTE, off
-            if type(current) not in self._stock:
+            if type(current) not in stock:
                 self._others.append(processor)
                 self._reasons[name] = foreign(self.modules[name])
                 continue
@@ -99,15 +102,15 @@ class Layers:
             if branch is not None and planned is not Action.COMPUTE:
                 action, reason = self._action(name, planned, run, branch)
                 if action is not Action.COMPUTE:
-                    processor.slot, processor.outline = branch.ring.place(name), branch.ring.outlines[name]
+                    processor.slot, processor.outline = places[name], outlines[name]
                     self._armed.append((name, processor))
-            processor.action = action.value
+            processor.action = action._value_  # `.value` costs a call a layer
             if reason is not None:
                 self._reasons[name] = reason
 
     def _action(self, name: str, planned: Action, run: Run, branch: Branch) -> tuple[Action, str | None]:
         """What layer `name` does where the policy says capture or reuse, and why, if that is something else."""
-        if branch.ring.place(name) is None:
+        if name not in branch.ring.places:
             return Action.COMPUTE, run.report.skipped.get(name) or branch.why or "it has no memory for a map"
         if planned is Action.CAPTURE:
             return planned, None

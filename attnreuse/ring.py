@@ -96,6 +96,7 @@ class MapRing:
     Attributes:
         plan: where each map lies.
         buffer: uint8 ``[plan.nbytes]`` on `device`.
+        places: by layer, where its map lies, held or not.
         outlines: by layer, a tensor of its map's shape.
         captured_at: for each layer whose map is held, the step that wrote it.
     """
@@ -104,10 +105,10 @@ class MapRing:
         self.plan = plan
         # Written to, so that the pages exist before the first step (torch.zeros would map them lazily).
         self.buffer = torch.empty(plan.nbytes, dtype=torch.uint8, device=device).zero_()
-        self._places = {name: self._at(name, request.shape) for name, request in plan.requests.items()}
-        self.outlines = {name: outline(place) for name, place in self._places.items()}
+        self.places = {name: self._at(name, request.shape) for name, request in plan.requests.items()}
+        self.outlines = {name: outline(place) for name, place in self.places.items()}
         self.captured_at: dict[str, int] = {}
-        ends = {name: start + self._places[name].nbytes for name, start in plan.offsets.items()}
+        ends = {name: start + self.places[name].nbytes for name, start in plan.offsets.items()}
         self._sharing = {  # layers whose slots have bytes in common, by layer
             name: [n for n in ends if n != name and plan.offsets[n] < ends[name] and plan.offsets[name] < ends[n]]
             for name in ends
@@ -117,14 +118,10 @@ class MapRing:
         start = self.plan.offsets[name]
         return AttentionMap.view(self.plan.map_format, shape, self.buffer[start:][: self.plan.map_format.nbytes(shape)])
 
-    def place(self, name: str) -> AttentionMap | None:
-        """Where the map of layer `name` lies, held or not; None for a layer without one."""
-        return self._places.get(name)
-
     @property
     def slots(self) -> dict[str, AttentionMap]:
         """The maps that are held, by layer."""
-        return {name: self._places[name] for name in self.captured_at}
+        return {name: self.places[name] for name in self.captured_at}
 
     @property
     def nbytes(self) -> int:
@@ -139,13 +136,13 @@ class MapRing:
 
     def keep_rows(self, rows: list[int]) -> None:
         """From now on the maps are of these rows of their batch, in this order; what is held is moved."""
-        for name, attn_map in self._places.items():
+        for name, attn_map in self.places.items():
             moved = self._at(name, (len(rows), *attn_map.shape[1:]))
             if name in self.captured_at:
                 parts = (attn_map.codes[rows], attn_map.block_max[rows], attn_map.lse[rows])  # copies: the maps overlap
                 for target, part in zip((moved.codes, moved.block_max, moved.lse), parts, strict=True):
                     target.copy_(part)
-            self._places[name], self.outlines[name] = moved, outline(moved)
+            self.places[name], self.outlines[name] = moved, outline(moved)
 
 
 def outline(attn_map: AttentionMap) -> Tensor:

@@ -186,7 +186,7 @@ class Run:
         report.predicted_bytes = max(report.predicted_bytes, sum(ring.plan.nbytes for ring in rings))
         report.allocated_bytes = max(report.allocated_bytes, sum(ring.nbytes for ring in rings))
         for layer in report.layers:
-            places = [ring.place(layer.name) for ring in rings]
+            places = [ring.places.get(layer.name) for ring in rings]
             layer.map_bytes = max(layer.map_bytes, sum(place.nbytes for place in places if place is not None))
 
     def fitting(self, call: Call, step: int) -> list[tuple[Branch, list[int]]]:

@@ -88,9 +88,9 @@ def test_capture_writes_only_inside_its_slot(name):
         ring.buffer.fill_(0xA5)
         _, h, m, n = request.shape
         q, k, v = torch.randn(1, h, m, 40), torch.randn(1, h, n, 40), torch.randn(1, h, n, 40)
-        ops.capture(q, k, v, into=ring.place(request.name))
+        ops.capture(q, k, v, into=ring.places[request.name])
         start = ring.plan.offsets[request.name]
-        end = start + ring.place(request.name).nbytes
+        end = start + ring.places[request.name].nbytes
         assert (ring.buffer[:start] == 0xA5).all()
         assert (ring.buffer[end:] == 0xA5).all()
 
@@ -102,11 +102,11 @@ def test_rows_that_are_kept_keep_their_maps(name, rows):
     made = [MapRequest("held", shape, 0, 1, 1), MapRequest("not yet", shape, 0, 1, 1)]
     ring = MapRing(plan_ring(made, FORMATS[name]), CPU)
     q, k, v = torch.randn(3, 2, 33, 40), torch.randn(3, 2, 129, 40), torch.randn(3, 2, 129, 40)
-    ops.capture(q, k, v, into=ring.place("held"))
+    ops.capture(q, k, v, into=ring.places["held"])
     ring.captured("held", 0)
     expected = [part(ring.slots["held"])[rows] for part in PARTS]
     ring.keep_rows(rows)
     assert set(ring.slots) == {"held"}
     assert all(torch.equal(part(ring.slots["held"]), was) for part, was in zip(PARTS, expected, strict=True))
-    assert ring.place("not yet").shape == (len(rows), 2, 33, 129)
+    assert ring.places["not yet"].shape == (len(rows), 2, 33, 129)
     assert ring.slots["held"].storage.data_ptr() >= ring.buffer.data_ptr()
