@@ -172,17 +172,13 @@ def predict(policy: Policy, analysis: Analysis) -> float:
 
 def measured_error(analysis: Analysis, layer: str | None = None) -> ReuseError:
     """The error of a reuse as :func:`predict` takes it, of a layer or the mean over all: growth times drift."""
-
-    def drift(then: int, now: int) -> float:
-        return analysis.drift.between(then, now, layer)
-
     measured = dict(zip(analysis.growth.steps, analysis.growth.distances, strict=True))
     gains = {step: found / max(analysis.drift.between(step - 1, step), 1e-12) for step, found in measured.items()}
     known: dict[tuple[int, int], float] = {}
 
     def error(captured: int, step: int) -> float:
         if (captured, step) not in known:
-            known[captured, step] = gains[step] * drift(captured, step)
+            known[captured, step] = gains[step] * analysis.drift.between(captured, step, layer)
         return known[captured, step]
 
     return error

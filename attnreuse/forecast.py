@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from attnreuse.clock import executed_steps
 from attnreuse.denoiser import layer_kinds, select_layers
 from attnreuse.errors import UnsupportedLayerError
 from attnreuse.formats import map_format as format_named
@@ -51,10 +50,6 @@ class Blueprint:
     def side(self) -> int:
         """The model's own resolution in pixels."""
         return self.denoiser.config.sample_size * self.vae_scale
-
-    def executed_steps(self, steps: int) -> int:
-        """Denoiser steps that `num_inference_steps` executes with this scheduler."""
-        return executed_steps(self.scheduler, steps)
 
     def inputs(self, size: tuple[int, int], batch: int) -> dict[str, Any]:
         """Arguments of the denoiser's forward for pictures of `size` (height, width), on meta."""

@@ -395,9 +395,10 @@ class Session:
     def _levels_of_walk(self, place: Place, loop: loops.Loop | None) -> list[float]:
         if place.scheduler is not None:
             return noise_levels(place.scheduler)
-        for scheduler in filter(None, self._schedulers(loop)):  # timesteps of one's own, of one of these
-            return noise_levels(scheduler, place.values)
-        raise ValueError("no scheduler to read the noise levels from: pass scheduler= to attnreuse.enable")
+        scheduler = next(filter(None, self._schedulers(loop)), None)  # the likeliest for timesteps of one's own
+        if scheduler is None:
+            raise ValueError("no scheduler to read the noise levels from: pass scheduler= to attnreuse.enable")
+        return noise_levels(scheduler, place.values)
 
     def _end(self, runs: list[Run]) -> None:
         """These runs are over: their maps are let go of."""

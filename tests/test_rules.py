@@ -19,35 +19,17 @@ from attnreuse import Policy, hurry, periodic
 from attnreuse.levels import noise_levels
 from attnreuse.policy import load_policy
 from attnreuse.rows import best_row, level_error, schedule_error, stretched, strip
+from attnreuse.samplers import make_scheduler
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-# What the denoiser sees, by the name that people use: the sigma of each call, from the scheduler's own tensors.
-SAMPLERS = {
-    "DDIM": ("DDIMScheduler", {}),
-    "DDPM": ("DDPMScheduler", {}),
-    "Euler": ("EulerDiscreteScheduler", {}),
-    "Euler a": ("EulerAncestralDiscreteScheduler", {}),
-    "Euler Karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
-    "Heun": ("HeunDiscreteScheduler", {}),
-    "DPM2": ("KDPM2DiscreteScheduler", {}),
-    "DPM2 a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
-    "DPM++ 2M SDE Karras": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
-    ),
-    "DPM++ 2S": ("DPMSolverSinglestepScheduler", {}),
-    "UniPC": ("UniPCMultistepScheduler", {}),
-    "LMS": ("LMSDiscreteScheduler", {}),
-    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "LCM": ("LCMScheduler", {}),
-    "TCD": ("TCDScheduler", {}),
-}
+SAMPLERS = [
+    "DDIM", "DDPM", "Euler", "Euler a", "Euler Karras", "Heun", "DPM2", "DPM2 a", "DPM++ 2M", "DPM++ 2M SDE Karras",
+    "DPM++ 2S", "UniPC", "LMS", "PNDM", "LCM", "TCD",
+]  # fmt: skip
 
 
 def scheduler(name, steps=8):
-    cls, extra = SAMPLERS[name]
-    made = getattr(diffusers, cls).from_config(DDIMScheduler(**SD).config, **extra)
+    made = make_scheduler(DDIMScheduler(**SD).config, name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made.set_timesteps(steps)
@@ -242,9 +224,8 @@ def test_a_share_is_kept_as_far_as_whole_steps_allow(share, levels):
 # -- runs
 
 
-def made_for(pipe, name, **changes):
-    cls, extra = SAMPLERS[name]
-    pipe.scheduler = getattr(diffusers, cls).from_config(pipe.scheduler.config, **extra, **changes)
+def made_for(pipe, name):
+    pipe.scheduler = make_scheduler(pipe.scheduler.config, name)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
