@@ -379,7 +379,8 @@ def plan(
             size=(height or blueprint.side, width or blueprint.side),
             batch=batch * (2 if guidance else 1),
             memory_budget=memory_budget,
-            measure_on=(device, dtype) if measure else None,
+            dtype=dtype,
+            measure_on=device if measure else None,
         )
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
@@ -768,7 +769,7 @@ def _verdict(result: Any) -> str:
     """Honest lines about what was measured."""
     share = result.attention_s / result.baseline.latency_s
     limit = (
-        f"Attention with its Q and K projections takes {share:.0%} of full steps' time in the layers with maps; reuse "
+        f"Attention with its projections takes {share:.0%} of full steps' time in the layers with maps; reuse "
         f"could save {result.at_most_s:.2f} s at most, and saved {result.saved_s:.2f} s."
     )
     ratio = result.baseline.latency_s / result.reuse.latency_s

@@ -23,7 +23,7 @@ from attnreuse.environment import environment, package_version
 from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Evaluator, Setting
 from attnreuse.levels import noise_levels
-from attnreuse.policy import Action, Policy, Rule, hurry, periodic
+from attnreuse.policy import Policy, Rule, hurry, periodic
 from attnreuse.rows import strip
 from attnreuse.samplers import make_scheduler, step_options
 from attnreuse.session import enable
@@ -379,7 +379,7 @@ def _maps_computed(sizes: dict[str, int], setting: Setting, row: Measured) -> fl
     share, policy = row.method.steps / setting.steps, row.method.policy
     if policy is None:
         return share
-    reused = sum(size * policy.actions(name).count(Action.REUSE) for name, size in sizes.items())
+    reused = sum(size * sum(map(bool, policy.row(name))) for name, size in sizes.items())
     return share * (1 - reused / (sum(sizes.values()) * policy.steps))
 
 

@@ -80,6 +80,13 @@ def never_served(name: str, attn: Any) -> str | None:
     return None
 
 
+def holding_layers(denoiser: Any, layers: dict[str, Any]) -> list[str]:
+    """Those of its `layers` whose values depend on its context alone: they hold their output in place of a map."""
+    if getattr(denoiser, "encoder_hid_proj", None) is not None:  # what they attend over is made anew at each call
+        return []
+    return [n for n, m in layers.items() if m.is_cross_attention and not m.residual_connection and not m.spatial_norm]
+
+
 def foreign(attn: Any) -> str | None:
     """Why the processor that this layer has now cannot be stood in for; or None."""
     processor = type(stock_of(attn.processor))

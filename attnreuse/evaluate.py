@@ -23,7 +23,7 @@ from torch import Tensor
 
 from attnreuse import planner
 from attnreuse.clock import executed_steps
-from attnreuse.denoiser import find_denoiser, layer_kinds, model_name, select_layers, unsupported
+from attnreuse.denoiser import find_denoiser, holding_layers, layer_kinds, model_name, select_layers, unsupported
 from attnreuse.errors import AttnReuseError, PolicyMismatchError
 from attnreuse.formats import map_format
 from attnreuse.levels import noise_levels
@@ -32,6 +32,7 @@ from attnreuse.policy import Action, Policy
 from attnreuse.processors import attention_layers
 from attnreuse.ring import plan_ring
 from attnreuse.samplers import step_options
+from attnreuse.schedule import CACHED, Schedule
 from attnreuse.session import Session, enable
 
 Key = tuple[int, str, int]  # first picture of the batch, what all layers did so far, call within the step
@@ -214,11 +215,17 @@ class Evaluator:
 
     def map_sizes(self) -> dict[str, int]:
         """Elements of each served layer's map."""
-        return {name: math.prod(self.shapes()[name][0]) for name in self.served()}
+        return {name: math.prod(self.shapes()[name].map) for name in self.served()}
+
+    def schedule(self, policy: Policy) -> Schedule:
+        """What the served layers do under `policy`."""
+        denoiser = find_denoiser(self.pipe)
+        return Schedule(policy, self.served(), holding_layers(denoiser, attention_layers(denoiser)))
 
     def map_bytes(self, policy: Policy) -> int:
         """Bytes of the buffer that `policy` needs here."""
-        requests = planner.map_requests(policy, self.served(), self.shapes())
+        served, dtype = self.served(), self.pipe.unet.dtype
+        requests = planner.map_requests(self.schedule(policy), served, self.shapes(), dtype)
         return plan_ring(requests, map_format(self.setting.map_format)).nbytes
 
     def _layers(self) -> str | list[str]:
@@ -299,7 +306,7 @@ class _Memo:
             (batch, digests[live], call) in self.held for call in range(self.calls_per_step)
         ):
             live += 1
-        while live < len(digests) and any(row[live] is Action.REUSE for row in actions.values()):
+        while live < len(digests) and any(row[live] in CACHED for row in actions.values()):
             live -= 1
         return live
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
-from attnreuse.denoiser import layer_kinds, select_layers
+from attnreuse.denoiser import holding_layers, layer_kinds, select_layers
 from attnreuse.errors import UnsupportedLayerError
 from attnreuse.formats import map_format as format_named
 from attnreuse.planner import LayerCost, map_requests, map_shapes, measure_costs, parse_bytes
-from attnreuse.policy import Policy
+from attnreuse.policy import Action, Policy
+from attnreuse.processors import attention_layers
 from attnreuse.ring import RingPlan, plan_ring
 from attnreuse.samplers import make_scheduler
+from attnreuse.schedule import Schedule
 
 
 @dataclass
@@ -72,11 +74,12 @@ class Blueprint:
 
 @dataclass
 class LayerForecast:
-    """One layer: its map ``(B, H, M, N)``, bytes, place in the ring, and seconds by action."""
+    """One layer: its map ``(B, H, M, N)``, bytes that it stores, place in the ring, and seconds by action."""
 
     name: str
     shape: tuple[int, int, int, int]
     head_dim: int
+    actions: list[Action]
     map_bytes: int
     offset: int | None
     steps: tuple[int, int] | None  # first capture, last reuse
@@ -94,7 +97,7 @@ class Forecast:
 
     def seconds(self) -> tuple[float, float] | None:
         """Attention seconds of a run with every step computed, and with the policy; None if unmeasured."""
-        costs = [(layer.cost, self.policy.actions(layer.name), layer.offset) for layer in self.layers]
+        costs = [(layer.cost, layer.actions, layer.offset) for layer in self.layers]
         if any(cost is None for cost, *_ in costs):
             return None
         full = sum(cost.compute * len(actions) for cost, actions, _ in costs)
@@ -118,13 +121,13 @@ class Forecast:
         from rich.table import Table
 
         table = Table(title=f"{self.policy}, {self.map_format} maps")
-        for column in ("layer", "map B H M N", "bytes", "offset", "steps", "compute", "capture", "reuse"):
+        for column in ("layer", "map B H M N", "bytes", "offset", "steps", "compute", "capture", "reuse", "hold"):
             table.add_column(column, justify="left" if column == "layer" else "right")
         for layer in self.layers:
             place = ["does not fit" if layer.name in self.ring.dropped else "unused", ""]
             if layer.offset is not None:
                 place = [f"{layer.offset:,}", f"{layer.steps[0]}-{layer.steps[1]}"]
-            times = [f"{1e3 * s:.2f} ms" for s in asdict(layer.cost).values()] if layer.cost else [""] * 3
+            times = [f"{1e3 * s:.2f} ms" for s in asdict(layer.cost).values()] if layer.cost else [""] * 4
             shape = "x".join(map(str, layer.shape))
             table.add_row(layer.name, shape, f"{layer.map_bytes:,}", *place, *times)
         return Group(table, f"ring: {self.ring.nbytes:,} bytes ({self.ring.nbytes / 2**20:.1f} MiB)", self._gain())
@@ -135,7 +138,7 @@ class Forecast:
             return "not measured (--no-measure)"
         full, held = seconds
         advice = "it should pay" if held < 0.97 * full else "do not: it would not pay on this device"
-        return f"attention, with Q and K projections: {full:.2f} s computed, {held:.2f} s with this policy; {advice}"
+        return f"attention, with its projections: {full:.2f} s computed, {held:.2f} s with this policy; {advice}"
 
 
 def forecast(
@@ -146,25 +149,26 @@ def forecast(
     layers: str,
     size: tuple[int, int],
     batch: int,
+    dtype: torch.dtype,
     memory_budget: int | str | None = None,
-    measure_on: tuple[torch.device, torch.dtype] | None = None,
+    measure_on: torch.device | None = None,
 ) -> Forecast:
-    """Plan `policy` for pictures of `size` (height, width) and `batch` denoiser rows."""
+    """Plan `policy` for pictures of `size` (height, width) and `batch` denoiser rows in `dtype`."""
     chosen = format_named(map_format)
     wanted = set(select_layers(layer_kinds(blueprint.denoiser), layers))
     shapes = map_shapes(blueprint.denoiser, blueprint.inputs(size, batch))
     names = [name for name in shapes if name in wanted]
-    requests = {r.name: r for r in map_requests(policy, names, shapes)}
+    schedule = Schedule(policy, names, holding_layers(blueprint.denoiser, attention_layers(blueprint.denoiser)))
+    requests = {r.name: r for r in map_requests(schedule, names, shapes, dtype)}
     ring = plan_ring(list(requests.values()), chosen, parse_bytes(memory_budget))
-    costs = {}
-    if measure_on:
-        device, dtype = measure_on
-        costs = measure_costs(names, shapes, chosen, dtype, device)
+    costs = measure_costs(names, shapes, chosen, dtype, measure_on) if measure_on else {}
     rows = [
         LayerForecast(
             name,
-            *shapes[name],
-            chosen.nbytes(shapes[name][0]),
+            shapes[name].map,
+            shapes[name].head_dim,
+            schedule.actions[name],
+            requests[name].nbytes(chosen) if name in requests else 0,
             ring.offsets.get(name),
             (requests[name].first, requests[name].last) if name in requests else None,
             costs.get(name),

@@ -16,8 +16,10 @@ from attnreuse.policy import Action
 from attnreuse.processors import CAPTURE, COMPUTE, OTHER_SHAPE, ReuseAttnProcessor, attention_layers, stock_processors
 from attnreuse.report import LayerReport
 from attnreuse.run import Branch, Run
+from attnreuse.schedule import CACHED, NOTHING
 
 NOT_CALLED = "it was not called (another tool skipped it)"
+CHANGED = "its weights or adapters have changed since its output was kept"
 
 
 class Layers:
@@ -58,7 +60,8 @@ class Layers:
         self.around = [module for name, module in denoiser.named_modules() if name in paths]
         self._entries = [(name, module.__dict__, ReuseAttnProcessor()) for name, module in self.modules.items()]
         self._in_place = False  # our processors
-        self._armed: list[tuple[str, ReuseAttnProcessor]] = []  # in this call
+        # Of this call: whether the output is kept, and what that depends on.
+        self._armed: list[tuple[str, ReuseAttnProcessor, bool, Any]] = []
         self._others: list[ReuseAttnProcessor] = []  # that another tool's stands in the place of, in this call
         self._reasons: dict[str, str] = {}  # why layers do not do what the policy says, in this call
 
@@ -83,12 +86,13 @@ class Layers:
 
     # -- a call
 
-    def arm(self, run: Run, branch: Branch | None, off: str | None = None) -> None:
-        """Before a call: tell every layer what to do; all compute without a branch, for the reason `off`."""
+    def arm(self, run: Run, branch: Branch | None, given: dict[str, Any], off: str | None = None) -> None:
+        """Before a call with the arguments `given`: tell every layer what to do.
+
+        Without a branch all compute, for the reason `off`.
+        """
         self._reasons, self._armed, self._others, self._in_place = {}, [], [], True
-        stock, places, outlines = self._stock, {}, {}
-        if branch is not None:
-            places, outlines = branch.ring.places, branch.ring.outlines
+        stock = self._stock
         for (name, attributes, processor), planned in zip(self._entries, run.schedule.at(run.step), strict=True):
             current = attributes.get("processor")
             processor.did = processor.why = None
@@ -99,27 +103,54 @@ class Layers:
                 continue
             processor.original = current
             attributes["processor"] = processor
-            if branch is not None and planned is not Action.COMPUTE:
-                action, reason = self._action(name, planned, run, branch)
-                if action is not Action.COMPUTE:
-                    processor.slot, processor.outline = places[name], outlines[name]
-                    self._armed.append((name, processor))
+            if branch is not None and planned != NOTHING:
+                action, reason = self._arm_layer(name, processor, *planned, run, branch, given)
             processor.action = action._value_  # `.value` costs a call a layer
             if reason is not None:
                 self._reasons[name] = reason
 
-    def _action(self, name: str, planned: Action, run: Run, branch: Branch) -> tuple[Action, str | None]:
-        """What layer `name` does where the policy says capture or reuse, and why, if that is something else."""
-        if name not in branch.ring.places:
+    def _arm_layer(
+        self,
+        name: str,
+        processor: ReuseAttnProcessor,
+        planned: Action,
+        keep: bool,
+        run: Run,
+        branch: Branch,
+        given: dict[str, Any],
+    ) -> tuple[Action, str | None]:
+        """Tell a layer what to do; gives that, and why it is not as planned, if it is not."""
+        ring = branch.ring
+        if name not in ring.plan.requests:
             return Action.COMPUTE, run.report.skipped.get(name) or branch.why or "it has no memory for a map"
-        if planned is Action.CAPTURE:
-            return planned, None
+        about = _depends_on(self.modules[name], given) if keep or planned is Action.HOLD else None
+        action, reason = planned, self._missing(name, planned, about, run, branch)
+        if reason is not None:
+            action = Action.CAPTURE if run.schedule.reuses_after(name, run.step) else Action.COMPUTE
+            keep = run.schedule.planned(name, run.step + 1) is Action.HOLD
+        if action in (Action.CAPTURE, Action.REUSE):
+            processor.slot, processor.outline = ring.places[name], ring.outlines[name]
+        if keep or action is Action.HOLD:
+            processor.output, processor.kept = ring.outputs[name], False
+            processor.context = given.get("encoder_hidden_states") if self.kinds[name] == "cross" else None
+        if keep or action is not Action.COMPUTE:
+            self._armed.append((name, processor, keep, about))
+        return action, reason
+
+    def _missing(self, name: str, planned: Action, about: Any, run: Run, branch: Branch) -> str | None:
+        """Why the branch does not hold what layer `name` is to reuse or hold; None if it does."""
+        if planned not in CACHED:
+            return None
         due = run.schedule.due(name, run.step)
-        if branch.ring.captured_at.get(name, -1) >= due:
-            return planned, None
-        reason = branch.missed.get(name) or branch.why or f"its map of step {due} was not captured"
-        goes_on = run.schedule.planned(name, run.step + 1) is Action.REUSE
-        return Action.CAPTURE if goes_on else Action.COMPUTE, reason
+        if planned is Action.REUSE:
+            lost = f"its map of step {due} was not captured"
+            at = branch.ring.captured_at.get(name, -1)
+        else:
+            lost = f"its output of step {due} was not kept"
+            at, made_with = branch.ring.kept_at.get(name, (-1, about))
+            if made_with != about:
+                return CHANGED
+        return None if at >= due else branch.missed.get(name) or branch.why or lost
 
     def disarm(self) -> None:
         """After a call: the layers get their processors back, and let go of the maps."""
@@ -129,8 +160,8 @@ class Layers:
         for _, attributes, processor in self._entries:
             if attributes.get("processor") is processor:
                 attributes["processor"] = processor.original
-        for _, processor in self._armed:
-            processor.slot = processor.outline = None
+        for _, processor, *_ in self._armed:
+            processor.slot = processor.outline = processor.output = processor.context = None
 
     def note(self, run: Run, branch: Branch | None) -> None:
         """After a call: keep what the layers did, and which maps they wrote.
@@ -138,20 +169,26 @@ class Layers:
         Raises:
             UnsupportedLayerError: every layer with a map attends over other tokens than the map is for.
         """
-        for name, processor in self._armed:
+        for name, processor, keep, about in self._armed:
             if processor.why:
                 self._reasons[name] = processor.why
-            if processor.did == CAPTURE:
-                branch.ring.captured(name, run.step)
+            missed = None
+            if processor.action == CAPTURE:
+                wrote = processor.did == CAPTURE
+                branch.ring.captured(name, run.step) if wrote else branch.ring.captured_at.pop(name, None)
+                missed = None if wrote else "map"
+            if keep:
+                branch.ring.kept(name, run.step, about) if processor.kept else branch.ring.kept_at.pop(name, None)
+                missed = missed if processor.kept else "output"
+            if missed is not None:
+                branch.missed[name] = f"it wrote no {missed} at step {run.step}: {processor.why or NOT_CALLED}"
+            elif keep or processor.action == CAPTURE:
                 branch.missed.pop(name, None)
-            elif processor.action == CAPTURE:
-                branch.ring.captured_at.pop(name, None)
-                branch.missed[name] = f"it wrote no map at step {run.step}: {processor.why or NOT_CALLED}"
         for processor in self._others:
             processor.did = COMPUTE
         run.calls.append((run.step, [processor.did for _, _, processor in self._entries], self._reasons))
-        first = run.step == run.schedule.first_capture
-        if first and self._armed and all(processor.why is OTHER_SHAPE for _, processor in self._armed):
+        first = run.step == run.schedule.first_kept
+        if first and self._armed and all(processor.why is OTHER_SHAPE for _, processor, *_ in self._armed):
             name, count = self._armed[0][0], len(self._armed)
             raise UnsupportedLayerError(f"none of the {count} layers can reuse, such as {name}: {OTHER_SHAPE}")
 
@@ -166,6 +203,19 @@ class Layers:
     def deviation(self, run: Run) -> str | None:
         """The first layer that is to reuse in this call by the policy and does not, with the reason."""
         for name, reason in self._reasons.items():
-            if run.schedule.planned(name, run.step) is Action.REUSE and name not in run.report.skipped:
-                return f"layer {name} computes at step {run.step} instead of reusing: {reason}"
+            planned = run.schedule.planned(name, run.step)
+            if planned in CACHED and name not in run.report.skipped:
+                doing = "reusing" if planned is Action.REUSE else "holding"
+                return f"layer {name} computes at step {run.step} instead of {doing}: {reason}"
         return None
+
+
+def _depends_on(attn: Any, given: dict[str, Any]) -> tuple:
+    """What a layer's output depends on besides its map and context: weights and adapters of its values and output."""
+    found: list[Any] = [(given.get("cross_attention_kwargs") or {}).get("scale")]
+    for layer in (attn.to_v, attn.to_out[0]):
+        weight = layer.weight
+        found += [id(layer), weight.data_ptr(), None if weight.is_inference() else weight._version]
+        if hasattr(layer, "scaling"):  # an adapter of peft
+            found += [dict(layer.scaling), layer.active_adapters, layer.merged_adapters[:], layer.disable_adapters]
+    return tuple(found)

@@ -84,7 +84,7 @@ def _named(names: list[str]) -> str:
 
 def _cells(row: Measured, group: Group) -> dict[str, Any]:
     policy, reference = row.method.policy, row is group.full
-    strip = list(policy.reuse) if policy and not isinstance(policy.reuse, dict) else []
+    row_of = policy.reuse if policy and not isinstance(policy.reuse, dict) else ()
 
     def number(value: float | None, form: str) -> str:
         return "" if value is None or np.isnan(value) else f"{value:{form}}"
@@ -94,7 +94,7 @@ def _cells(row: Measured, group: Group) -> dict[str, Any]:
     return {
         "name": row.method.name,
         "color": COLORS[row.method.family],
-        "strip": strip,
+        "strip": list(map(bool, row_of)),
         "latency": f"{row.latency_s:.2f} s",
         "ratio": f"{row.latency_s / group.full.latency_s:.2f}",
         "maps": number(row.maps_computed, ".0%"),

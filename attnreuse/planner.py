@@ -12,7 +12,7 @@ import inspect
 import itertools
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,22 @@ from attnreuse import ops
 from attnreuse.denoiser import head_dim
 from attnreuse.errors import UnsupportedLayerError
 from attnreuse.formats import AttentionMap, MapFormat
-from attnreuse.policy import Action, Policy
+from attnreuse.policy import Action
 from attnreuse.processors import ShapeRecorder, attention_layers
 from attnreuse.ring import MapRequest
+from attnreuse.schedule import Schedule, kept_outputs
 from attnreuse.timing import interleaved
 
-Shapes = dict[str, tuple[tuple[int, int, int, int], int]]  # layer to ((B, H, M, N), head dim)
+
+class LayerShape(NamedTuple):
+    """Sizes of an attention layer in a run: of its map ``(B, H, M, N)``, of a head, and of its output's channels."""
+
+    map: tuple[int, int, int, int]
+    head_dim: int
+    channels: int
+
+
+Shapes = dict[str, LayerShape]  # by layer name
 _shapes: dict[str, Shapes] = {}  # by model config and inputs
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -43,7 +53,7 @@ def parse_bytes(budget: int | str | None) -> int | None:
 
 
 def map_shapes(denoiser: Any, inputs: dict[str, Any], layers: dict[str, Any] | None = None) -> Shapes:
-    """Map shape ``(B, H, M, N)`` and head dim of every attention layer, in order of execution.
+    """Sizes of every attention layer, in order of execution.
 
     Args:
         denoiser: the model; its config counts, or its modules where they are no longer the config's.
@@ -56,14 +66,16 @@ def map_shapes(denoiser: Any, inputs: dict[str, Any], layers: dict[str, Any] | N
     accepted = inspect.signature(type(denoiser).forward).parameters.keys() - {"self", "cross_attention_kwargs"}
     given = {name: _on_meta(inputs[name]) for name in sorted(accepted & inputs.keys())}
     layers = layers or attention_layers(denoiser)
-    heads = {name: (attn.heads, head_dim(attn)) for name, attn in layers.items()}
+    heads = {name: (attn.heads, head_dim(attn), attn.to_out[0].out_features) for name, attn in layers.items()}
     key = f"{type(denoiser).__name__} {denoiser.to_json_string()} {heads} {given}"
     if key not in _shapes:
         if len(_shapes) >= 256:
             _shapes.clear()
         tokens = _record_tokens(denoiser, given, set(layers))
         _shapes[key] = {
-            name: ((b, heads[name][0], m, n), heads[name][1]) for name, (b, m, n) in tokens.items() if name in heads
+            name: LayerShape((b, heads[name][0], m, n), *heads[name][1:])
+            for name, (b, m, n) in tokens.items()
+            if name in heads
         }
     return _shapes[key]
 
@@ -113,25 +125,36 @@ def _twin_of_modules(denoiser: Any) -> Any:
     return twin.float().eval()
 
 
-def map_requests(policy: Policy, layers: list[str], shapes: Shapes) -> list[MapRequest]:
-    """What the ring must hold for `policy`: one request per layer that ever reuses."""
+def map_requests(schedule: Schedule, layers: list[str], shapes: Shapes, dtype: torch.dtype) -> list[MapRequest]:
+    """What the ring must hold for `schedule`: one request per layer that ever reuses or holds.
+
+    Args:
+        dtype: of the layers' outputs.
+    """
     requests = []
     for name in layers:
-        actions = policy.actions(name)
-        used = [step for step, action in enumerate(actions) if action is not Action.COMPUTE]
+        actions = schedule.actions[name]
+        mapped = {step for step, action in enumerate(actions) if action in (Action.CAPTURE, Action.REUSE)}
+        held = {step for step, action in enumerate(actions) if action is Action.HOLD}
+        held |= {step for step, keeps in enumerate(kept_outputs(actions)) if keeps}
+        used = mapped | held
         if used:
-            reuses = actions.count(Action.REUSE)
-            requests.append(MapRequest(name, shapes[name][0], used[0], used[-1], reuses))
+            (b, _, m, _), channels = shapes[name].map, shapes[name].channels
+            reuses = actions.count(Action.REUSE) + actions.count(Action.HOLD)
+            output = (b, m, channels) if held else None
+            shape = shapes[name].map if mapped else None
+            requests.append(MapRequest(name, shape, min(used), max(used), reuses, output, dtype))
     return requests
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Median seconds of one attention layer at one step, by action, projections of Q and K included."""
+    """Median seconds of one attention layer at one step, by action, with its projections."""
 
     compute: float
     capture: float
     reuse: float
+    hold: float
 
     def total(self, actions: list[Action]) -> float:
         """Seconds of a run with these actions."""
@@ -139,32 +162,34 @@ class LayerCost:
 
 
 def measure_cost(
-    shape: tuple[int, int, int, int],
-    head_dim: int,
+    shape: LayerShape,
     map_format: MapFormat,
     dtype: torch.dtype,
     device: torch.device,
     repeats: int = 5,
 ) -> LayerCost:
-    """Time compute (fused SDPA), capture and reuse side by side on this machine."""
-    b, h, m, n = shape
-    width = h * head_dim
+    """Time compute (fused SDPA), capture, reuse and hold side by side on this machine."""
+    (b, h, m, n), width = shape.map, shape.map[1] * shape.head_dim
     g = torch.Generator().manual_seed(0)
 
     def random(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=g).to(device, dtype)
 
     hidden, context, weight = random(b, m, width), random(b, n, width), random(width, width) * width**-0.5
-    value = random(b, n, h, head_dim).transpose(1, 2)
-    slot = AttentionMap.empty(map_format, shape, device)
+    last, output = random(shape.channels, width) * width**-0.5, random(b, m, shape.channels)
+    slot = AttentionMap.empty(map_format, shape.map, device)
 
     def heads(x: Tensor) -> Tensor:
-        return F.linear(x, weight).unflatten(-1, (h, head_dim)).transpose(1, 2)
+        return F.linear(x, weight).unflatten(-1, (h, -1)).transpose(1, 2)
+
+    def out(x: Tensor) -> Tensor:
+        return F.linear(x.transpose(1, 2).flatten(2), last)
 
     calls = [
-        lambda: F.scaled_dot_product_attention(heads(hidden), heads(context), value),
-        lambda: ops.capture(heads(hidden), heads(context), value, into=slot),
-        lambda: ops.reuse(slot, value),
+        lambda: out(F.scaled_dot_product_attention(heads(hidden), heads(context), heads(context))),
+        lambda: out(ops.capture(heads(hidden), heads(context), heads(context), into=slot)[0]),
+        lambda: out(ops.reuse(slot, heads(context))),
+        lambda: output.clone(),
     ]
     return LayerCost(*(times.median for times in interleaved(calls, device, repeats)))
 
@@ -173,7 +198,7 @@ def measure_costs(
     layers: list[str], shapes: Shapes, map_format: MapFormat, dtype: torch.dtype, device: torch.device
 ) -> dict[str, LayerCost]:
     """:func:`measure_cost` of each layer; layers of one shape are measured once."""
-    costs = {shape: measure_cost(*shape, map_format, dtype, device) for shape in {shapes[name] for name in layers}}
+    costs = {shape: measure_cost(shape, map_format, dtype, device) for shape in {shapes[name] for name in layers}}
     return {name: costs[shapes[name]] for name in layers}
 
 

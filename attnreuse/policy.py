@@ -1,7 +1,8 @@
 """Policies: which executed steps (and layers) reuse their maps; rules: how a run's policy is made. No tensors here.
 
-A policy says only "reuse or not"; what a layer does at a step follows from it: reuse, capture (the
-next step reuses, so the map must be written) or compute (exact fused attention, nothing written).
+A policy says only "compute, reuse or hold"; what a layer does at a step follows from it: reuse the map, hold
+the output of the step before, capture (a later step reuses, so the map must be written) or compute (exact
+fused attention, no map written).
 A policy is for one number of executed steps. A rule has none: at the start of each run it makes a policy
 from the noise levels (log-SNR) of the run's denoiser calls.
 """
@@ -9,21 +10,29 @@ from the noise levels (log-SNR) of the run's denoiser calls.
 from __future__ import annotations
 
 import fnmatch
-import itertools
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
-from attnreuse.rows import best_row, level_error, room_for, stretched, strip
+from attnreuse.rows import Row, best_row, holding, level_error, parse, room_for, stretched, strip
 
 FILE = "policy.json"  # its name in a hub repository
 SHIPPED = Path(__file__).parent / "policies"  # found by `attnreuse search` for the shipped pipeline
@@ -35,6 +44,7 @@ class Action(str, Enum):
     COMPUTE = "compute"
     CAPTURE = "capture"
     REUSE = "reuse"
+    HOLD = "hold"
 
 
 def _library_version() -> str:
@@ -85,9 +95,10 @@ class Policy(_Saved):
     Attributes:
         steps: executed denoiser steps of the run. Heun executes ``2 N - 1`` of them, PNDM ``N + 1``,
             img2img fewer than asked for: see ``attnreuse plan``.
-        reuse: one boolean per step, for every layer; or such a row per layer-name pattern
-            (``fnmatch``; the first that matches counts, a layer none matches never reuses).
-            The first step never reuses.
+        reuse: a row for every layer; or one per layer-name pattern (``fnmatch``; the first that matches
+            counts, a layer none matches computes). A row has a value per step: False (compute), True (reuse
+            the map) or "H" (hold the output of the step before, for self-attention worse than a map but
+            free). Text such as ".R.RH" is a row, too. The first step computes.
         model, scheduler, resolution, map_format: what it was made for, where that matters. A run
             with another scheduler or model warns (or raises, under ``strict``).
         levels: noise level (log-SNR) of each step, where known: what :meth:`stretch` goes by.
@@ -97,7 +108,7 @@ class Policy(_Saved):
     """
 
     steps: int = Field(ge=1)
-    reuse: tuple[bool, ...] | dict[str, tuple[bool, ...]]
+    reuse: Row | dict[str, Row]
     name: str = "policy"
     model: str | None = None
     scheduler: str | None = None
@@ -106,17 +117,23 @@ class Policy(_Saved):
     levels: tuple[FiniteFloat, ...] | None = None
     metrics: dict[str, float] = {}
     library_version: str = Field(default_factory=_library_version)
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
 
     @field_validator("reuse", mode="before")
     @classmethod
-    def _booleans(cls, value: Any) -> Any:
-        """Accept lists and 0/1; refuse anything else, which pydantic would coerce."""
-        rows = value.values() if isinstance(value, dict) else [value]
-        for row in rows:
-            if not isinstance(row, Iterable) or isinstance(row, str) or any(v not in (0, 1) for v in row):
-                raise ValueError(f"reuse must hold booleans, got {row!r}")
-        return value
+    def _parsed(cls, value: Any) -> Any:
+        """Accept text, lists and 0/1; refuse anything else, which pydantic would coerce."""
+        return {pattern: parse(row) for pattern, row in value.items()} if isinstance(value, dict) else parse(value)
+
+    @field_serializer("reuse")
+    def _as_text(self, value: Any) -> Any:
+        return {pattern: strip(row) for pattern, row in value.items()} if isinstance(value, dict) else strip(value)
+
+    @field_validator("version", mode="after")
+    @classmethod
+    def _newest(cls, value: int) -> int:
+        """Files of version 1, whose rows are lists of booleans, are read as those of version 2."""
+        return 2
 
     @model_validator(mode="after")
     def _rows_fit(self) -> Policy:
@@ -124,12 +141,12 @@ class Policy(_Saved):
             if len(row) != self.steps:
                 raise ValueError(f"reuse[{pattern!r}] must have {self.steps} entries like steps, got {len(row)}")
             if row[0]:
-                raise ValueError(f"reuse[{pattern!r}] must not reuse at the first step: there is no map yet")
+                raise ValueError(f"reuse[{pattern!r}] must compute at the first step: there is no map yet")
         if self.levels is not None and len(self.levels) != self.steps:
             raise ValueError(f"levels must have {self.steps} entries like steps, got {len(self.levels)}")
         return self
 
-    def _rows(self) -> dict[str, tuple[bool, ...]]:
+    def _rows(self) -> dict[str, Row]:
         return self.reuse if isinstance(self.reuse, dict) else {"*": self.reuse}
 
     @property
@@ -137,23 +154,29 @@ class Policy(_Saved):
         """Layer patterns that it names."""
         return list(self.reuse) if isinstance(self.reuse, dict) else []
 
-    def row(self, layer: str) -> tuple[bool, ...]:
-        """Per step: does `layer` reuse?"""
+    def row(self, layer: str) -> Row:
+        """Per step: does `layer` reuse (True), or hold ("H")?"""
         for pattern, row in self._rows().items():
             if fnmatch.fnmatchcase(layer, pattern):
                 return row
         return (False,) * self.steps
 
-    def actions(self, layer: str) -> list[Action]:
-        """Per step: what `layer` does."""
-        row = (*self.row(layer), False)
-        return [
-            Action.REUSE if now else Action.CAPTURE if then else Action.COMPUTE for now, then in itertools.pairwise(row)
-        ]
+    def actions(self, layer: str, hold: bool = False) -> list[Action]:
+        """Per step: what `layer` does; with `hold`, it holds its output wherever the policy says reuse."""
+        row = holding(self.row(layer)) if hold else self.row(layer)
+        actions, reused = [], False
+        for step in reversed(row):
+            if step:
+                actions.append(Action.HOLD if step == "H" else Action.REUSE)
+                reused = reused or step is True
+            else:
+                actions.append(Action.CAPTURE if reused else Action.COMPUTE)
+                reused = False
+        return actions[::-1]
 
     @property
     def reuse_steps(self) -> int:
-        """Steps at which at least one layer reuses."""
+        """Steps at which at least one layer reuses or holds."""
         return sum(map(any, zip(*self._rows().values(), strict=True)))
 
     def __str__(self) -> str:

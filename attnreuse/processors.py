@@ -1,4 +1,4 @@
-"""Attention processors for diffusers: compute, capture or reuse, as the run says before each call."""
+"""Attention processors for diffusers: compute, capture, reuse or hold, as the run says before each call."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from torch.utils._device import DeviceContext
 from attnreuse import ops
 from attnreuse.formats import AttentionMap
 from attnreuse.policy import Action
+from attnreuse.ring import OutputSlot
 
-COMPUTE, CAPTURE = Action.COMPUTE.value, Action.CAPTURE.value
+COMPUTE, CAPTURE, REUSE, HOLD = (action.value for action in Action)
 OTHER_SHAPE = "it attends over other tokens than its map is planned for (another tool merges, tiles or adds tokens)"
 CALLED_AGAIN = "it was called several times in one denoiser call"
 OVERRIDDEN = "another tool overrides its attention"
+OTHER_CONTEXT = "it attends over another tensor than the denoiser was given (another tool changes it)"
+OTHER_OUTPUT = "its output has another size or dtype than planned"
 
 
 def stock_processors() -> tuple[type, ...]:
@@ -40,16 +43,20 @@ class ReuseAttnProcessor:
 
     compute calls the processor it replaced, untouched. capture and reuse repeat that processor's
     steps around :func:`attnreuse.ops.capture` and :func:`attnreuse.ops.reuse`; reuse never projects
-    Q and K. A layer that turns out to attend over other tokens than `slot` is for computes.
+    Q and K. hold gives the output of an earlier call again. A layer that turns out to attend over other
+    tokens than `slot` or `output` are for computes.
 
     Attributes:
         original: the processor it replaced.
-        action: what the next call is to do: "compute", "capture" or "reuse" (:class:`Action` by value: the
-            compiler guards a string on every layer, but one and the same enum member on the first alone).
+        action: what the next call is to do: "compute", "capture", "reuse" or "hold" (:class:`Action` by value:
+            the compiler guards a string on every layer, but one and the same enum member on the first alone).
         slot: the map of the next call, ``(B, H, M, N)``, when it captures or reuses.
         outline: a tensor of the slot's shape; code compiled for any size takes its sizes as symbols.
+        output: what the next call gives when it holds, else where its output is kept; or None.
+        context: what the next call attends over where that is the denoiser's, else None; checked for `output`.
         did: what the layer did, likewise; None as long as it was not called.
-        why: why it computed instead of capturing or reusing, or None.
+        kept: it wrote its output to `output`.
+        why: why it computed instead of what it was to do, or did not keep its output; or None.
     """
 
     def __init__(self, original: Any = None):
@@ -59,6 +66,9 @@ class ReuseAttnProcessor:
         self.why: str | None = None
         self.slot: AttentionMap | None = None
         self.outline: Tensor | None = None
+        self.output: OutputSlot | None = None
+        self.context: Tensor | None = None
+        self.kept = False
 
     def __deepcopy__(self, memo: dict) -> Any:
         """A copied denoiser has no session: its layers get the stock processor back."""
@@ -78,17 +88,26 @@ class ReuseAttnProcessor:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        action = self.action
-        if action != COMPUTE:
-            if not self._fits(attn, hidden_states, encoder_hidden_states):
-                action, self.why = COMPUTE, OTHER_SHAPE
-            elif self.did is not None:
-                action, self.why = COMPUTE, CALLED_AGAIN
-            elif _overridden():
-                action, self.why = COMPUTE, OVERRIDDEN
+        action, keep = self.action, self.output is not None and self.action != HOLD
+        if action != COMPUTE or keep:
+            why = self._misfit(attn, hidden_states, encoder_hidden_states)
+            if why is not None:
+                action, keep, self.why, self.kept = COMPUTE, False, why, False
         self.did = action
+        if action == HOLD:
+            return self.output.read(_output_shape(hidden_states, self.output))
         if action == COMPUTE:
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+            output = self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+        else:
+            output = self._with_map(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if keep:
+            self._keep(hidden_states, output)
+        return output
+
+    def _with_map(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None, mask: Tensor | None, temb: Any
+    ) -> Tensor:
+        """Capture or reuse: the original's steps around our kernels."""
         residual, shape = hidden_states, hidden_states.shape
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -103,8 +122,8 @@ class ReuseAttnProcessor:
                 context = attn.norm_encoder_hidden_states(context)
 
         value = _split_heads(attn.to_v(context), attn.heads)  # [B, H, N, D]
-        if action == CAPTURE:
-            output = self._capture(attn, hidden_states, context, value, attention_mask)
+        if self.action == CAPTURE:
+            output = self._capture(attn, hidden_states, context, value, mask)
         else:
             output = ops.reuse_into(
                 self.slot.storage, hidden_states.shape[1], value, self.slot.format.name
@@ -117,12 +136,35 @@ class ReuseAttnProcessor:
             output = output + residual
         return output / attn.rescale_output_factor
 
+    def _misfit(self, attn: Any, hidden_states: Tensor, context: Tensor | None) -> str | None:
+        """Why this call cannot do what it is to do, or None."""
+        if not self._fits(attn, hidden_states, context):
+            return OTHER_SHAPE
+        if self.did is not None:
+            return CALLED_AGAIN
+        # Compiled code runs as it was traced: a tool that changes what layers attend over is in the trace.
+        if self.output is not None and not torch.compiler.is_compiling() and context is not self.context:
+            return OTHER_CONTEXT
+        return OVERRIDDEN if _overridden() else None
+
     def _fits(self, attn: Any, hidden_states: Tensor, context: Tensor | None) -> bool:
-        """Whether this call's map has the shape of `slot`."""
-        b, h, m, n = self.outline.shape
+        """Whether this call has the shapes of `slot` and of `output`."""
         queries = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states.shape[2] * hidden_states.shape[3]
-        keys = queries if context is None else context.shape[1]
-        return hidden_states.shape[0] == b and attn.heads == h and queries == m and keys == n
+        fits = True
+        if self.outline is not None:
+            b, h, m, n = self.outline.shape
+            keys = queries if context is None else context.shape[1]
+            fits = hidden_states.shape[0] == b and attn.heads == h and queries == m and keys == n
+        if self.output is not None:
+            fits = fits and hidden_states.shape[0] == self.output.shape[0] and queries == self.output.shape[1]
+        return fits
+
+    def _keep(self, hidden_states: Tensor, output: Tensor) -> None:
+        if output.dtype != self.output.dtype or output.shape != _output_shape(hidden_states, self.output):
+            self.why = OTHER_OUTPUT
+            return
+        self.output.write(output)
+        self.kept = True
 
     def _capture(self, attn: Any, hidden_states: Tensor, context: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         query = _split_heads(attn.to_q(hidden_states), attn.heads)  # [B, H, M, D]
@@ -149,6 +191,12 @@ class ShapeRecorder:
         keys = queries if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         self.shapes[self.name] = (hidden_states.shape[0], queries, keys)
         return self.original(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+
+
+def _output_shape(hidden_states: Tensor, output: OutputSlot) -> tuple[int, ...]:
+    """Shape in which a layer gives its output: as its input, ``[B, M, C]`` or ``[B, C, Y, X]``."""
+    b, m, c = output.shape
+    return (b, m, c) if hidden_states.ndim == 3 else (b, c, *hidden_states.shape[2:])
 
 
 def _overridden() -> bool:

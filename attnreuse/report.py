@@ -8,15 +8,16 @@ from typing import Any
 
 from attnreuse.policy import Action
 
-COUNTS = {Action.COMPUTE: "computed", Action.CAPTURE: "captured", Action.REUSE: "reused"}
+COUNTS = {Action.COMPUTE: "computed", Action.CAPTURE: "captured", Action.REUSE: "reused", Action.HOLD: "held"}
 
 
 @dataclass
 class LayerReport:
-    """What one layer did in a run: numbers of denoiser calls, and its map: bytes, ``(B, H, M, N)``, head dim.
+    """What one layer did in a run: numbers of denoiser calls, and its map: ``(B, H, M, N)``, head dim, bytes.
 
     Attributes:
-        planned: what the policy said for the same calls, by "computed", "captured" and "reused".
+        held: calls that gave the output of an earlier one again.
+        planned: what the policy said for the same calls, by "computed", "captured", "reused" and "held".
         reasons: why calls went otherwise than planned, and how many did.
     """
 
@@ -25,6 +26,7 @@ class LayerReport:
     computed: int = 0
     captured: int = 0
     reused: int = 0
+    held: int = 0
     planned: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS.values(), 0))
     reasons: dict[str, int] = field(default_factory=dict)
     map_bytes: int = 0
@@ -34,12 +36,8 @@ class LayerReport:
     def count(self, planned: Action, did: Action | None, reason: str | None) -> None:
         """Count a denoiser call; `did` is None where the layer was not called."""
         self.planned[COUNTS[planned]] += 1
-        if did is Action.COMPUTE:
-            self.computed += 1
-        elif did is Action.CAPTURE:
-            self.captured += 1
-        elif did is Action.REUSE:
-            self.reused += 1
+        if did is not None:
+            setattr(self, COUNTS[did], getattr(self, COUNTS[did]) + 1)
         if did is not planned:
             reason = reason or "unknown"
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
@@ -76,7 +74,7 @@ class Report:
         from rich.text import Text
 
         table = Table(box=box.SIMPLE, pad_edge=False)
-        for column in ("", "layers", "kind", "map", "computed", "captured", "reused", "bytes"):
+        for column in ("", "layers", "kind", "map", *COUNTS.values(), "bytes"):
             table.add_column(column, justify="left" if column in ("", "kind") else "right")
         notes = []
         for number, layers in enumerate(self.groups(), 1):

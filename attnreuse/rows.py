@@ -1,21 +1,43 @@
-"""Rows: one boolean per executed step, whether it reuses. How good a row is, and which is best. No tensors here."""
+"""Rows: what a layer does at each executed step. How good a row is, and which is best. No tensors here.
+
+A step computes (False), reuses the map (True), or holds the output of the step before ("H"). As text ".RH".
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 
-Row = tuple[bool, ...]
+Row = tuple["bool | Literal['H']", ...]
 ReuseError = Callable[[int, int], float]  # (step that captured, step that reuses) to the predicted error
 SAME = 1e-3  # levels that differ less are one level
 
 
-def strip(row: Iterable[bool]) -> str:
-    """A row as text: "R" where a step reuses, "." where it does not."""
-    return "".join(".R"[reuse] for reuse in row)
+def strip(row: Iterable[bool | str]) -> str:
+    """A row as text: "." where a step computes, "R" where it reuses, "H" where it holds."""
+    return "".join("H" if step == "H" else ".R"[step] for step in row)
+
+
+def parse(row: Iterable[bool | int | str]) -> Row:
+    """A row from its text, or from booleans (or 0 and 1) and "H".
+
+    Raises:
+        ValueError: something else.
+    """
+    values = {".": False, "R": True, "H": "H", False: False, True: True}
+    try:
+        return tuple(values[step] for step in row)
+    except (KeyError, TypeError):
+        raise ValueError(f"a row must hold booleans, or the letters '.', 'R' and 'H', got {row!r}") from None
+
+
+def holding(row: Row) -> Row:
+    """`row` with the output held wherever it reuses: what a layer does whose values never change."""
+    return tuple("H" if step else False for step in row)
 
 
 def trades(row: Row) -> list[Row]:
@@ -90,18 +112,14 @@ def best_row(steps: int, reuse: int, error: ReuseError) -> Row:
 
 
 def stretched(row: Row, steps: int, levels: Sequence[float] | None = None, to: Sequence[float] | None = None) -> Row:
-    """`row` for another number of steps: each captured map is reused as often as around the same place of `row`.
+    """`row` for another number of steps: what follows a computed step is what follows it around the same place.
 
     Args:
         levels, to: noise levels of the row's steps and of the others; without them steps are placed evenly.
     """
-    lengths: list[int] = []  # for each step: reuses of the map that it captures or reuses
-    for i, on in enumerate(row):
-        if not on:
-            following = itertools.takewhile(bool, row[i + 1 :])
-            lengths.append(len(list(following)))
-        else:
-            lengths.append(lengths[-1])
+    tails: list[Row] = []  # for each step: what follows the latest computed one
+    for i, step in enumerate(row):
+        tails.append(tails[-1] if step else tuple(itertools.takewhile(bool, row[i + 1 :])))
 
     def nearest(at: int) -> int:
         share = (at + 0.5) * len(row) / steps - 0.5
@@ -109,7 +127,7 @@ def stretched(row: Row, steps: int, levels: Sequence[float] | None = None, to: S
             return min(len(row) - 1, round(share))
         return min(range(len(row)), key=lambda i: (round(abs(levels[i] - to[at]) / SAME), abs(i - share)))
 
-    out: list[bool] = []
+    out: list[bool | str] = []
     while len(out) < steps:
-        out += [False] + [True] * lengths[nearest(len(out))]
+        out += [False, *tails[nearest(len(out))]]
     return tuple(out[:steps])

@@ -86,8 +86,8 @@ class Branch:
             self.waits = self.released = True
 
     def forget(self, why: str) -> None:
-        """Hold no map any more; the memory stays."""
-        self.ring.captured_at.clear()
+        """Hold no map and no output any more; the memory stays."""
+        self.ring.forget()
         self.why = why
 
     def is_whole(self, rows: list[int] | None) -> bool:
@@ -186,8 +186,7 @@ class Run:
         report.predicted_bytes = max(report.predicted_bytes, sum(ring.plan.nbytes for ring in rings))
         report.allocated_bytes = max(report.allocated_bytes, sum(ring.nbytes for ring in rings))
         for layer in report.layers:
-            places = [ring.places.get(layer.name) for ring in rings]
-            layer.map_bytes = max(layer.map_bytes, sum(place.nbytes for place in places if place is not None))
+            layer.map_bytes = max(layer.map_bytes, sum(ring.slot_bytes(layer.name) for ring in rings))
 
     def fitting(self, call: Call, step: int) -> list[tuple[Branch, list[int]]]:
         """Branches that `call` of `step` may continue, with the branch's row for each row of the call."""

@@ -20,6 +20,7 @@ from attnreuse.environment import environment
 from attnreuse.formats import map_format as format_named
 from attnreuse.metrics import psnr
 from attnreuse.policy import Policy
+from attnreuse.processors import attention_layers
 from attnreuse.report import Report
 from attnreuse.session import enable
 
@@ -53,8 +54,8 @@ class Comparison:
     """What :func:`sample` measured.
 
     Attributes:
-        attention_s: seconds that the layers with maps spend on attention in the full run, Q and K projections included.
-        at_most_s: those of them that the policy's reusing calls stand for: no reuse can save more (Amdahl).
+        attention_s: seconds that the layers with maps spend on attention in the full run, its projections included.
+        at_most_s: those of them that the calls that reuse or hold stand for: no reuse can save more (Amdahl).
     """
 
     prompts: list[str]
@@ -161,14 +162,16 @@ def sample(
 
 
 def _attention(report: Report, unet: Any) -> tuple[float, float]:
-    """Seconds of computed attention in all calls of the layers with maps, and in those calls that reused."""
+    """Seconds of computed attention in all calls of the layers with maps, and in those that reused or held."""
     held = {layer.name: layer for layer in report.layers if layer.map_bytes}
-    shapes = {name: (layer.shape, layer.head_dim) for name, layer in held.items()}
+    channels = {name: attn.to_out[0].out_features for name, attn in attention_layers(unet).items()}
+    shapes = {n: planner.LayerShape(layer.shape, layer.head_dim, channels[n]) for n, layer in held.items()}
     costs = planner.measure_costs(list(held), shapes, format_named(report.map_format), unet.dtype, unet.device)
-    calls = {name: layer.computed + layer.captured + layer.reused for name, layer in held.items()}
+    cached = {name: layer.reused + layer.held for name, layer in held.items()}
+    calls = {name: layer.computed + layer.captured + cached[name] for name, layer in held.items()}
     return (
         sum(cost.compute * calls[name] for name, cost in costs.items()),
-        sum(cost.compute * held[name].reused for name, cost in costs.items()),
+        sum(cost.compute * cached[name] for name, cost in costs.items()),
     )
 
 

@@ -447,7 +447,7 @@ class _Climb:
         if self.objective.floor is None:
             return 0.0
         self._costs = self._costs or layer_costs(self.evaluator)
-        return _cost(self._costs, policy)
+        return _cost(self.evaluator, self._costs, policy)
 
 
 # -- layer-wise allocation
@@ -484,7 +484,7 @@ def layer_groups(evaluator: Evaluator, by: Literal["kind", "level", "layer"]) ->
     kinds, shapes = layer_kinds(evaluator.pipe.unet), evaluator.shapes()
     groups: dict[str, list[str]] = {}
     for name in evaluator.served():
-        label = {"kind": kinds[name], "level": f"{kinds[name]}@{shapes[name][0][2]}", "layer": name}[by]
+        label = {"kind": kinds[name], "level": f"{kinds[name]}@{shapes[name].map[2]}", "layer": name}[by]
         groups.setdefault(label, []).append(name)
     return groups
 
@@ -497,7 +497,7 @@ def layer_costs(evaluator: Evaluator) -> dict[str, planner.LayerCost]:
 
 def map_costs(evaluator: Evaluator) -> dict[str, planner.LayerCost]:
     """The paper's cost: map elements computed (a reuse costs nothing, a capture no more than a compute)."""
-    return {name: planner.LayerCost(size, size, 0.0) for name, size in evaluator.map_sizes().items()}
+    return {name: planner.LayerCost(size, size, 0.0, 0.0) for name, size in evaluator.map_sizes().items()}
 
 
 def layerwise(
@@ -533,11 +533,11 @@ def layerwise(
         for group, names in groups.items()
         for row in rows
     }
-    total = _cost(costs, evaluator.policy([False] * evaluator.executed_steps, "full"))
+    total = _cost(evaluator, costs, evaluator.policy([False] * evaluator.executed_steps, "full"))
     scan = []
     for i, ((group, row), policy) in enumerate(policies.items()):
         psnr = judge([policy])[0]["psnr"]
-        scan.append(Rung(group, row, (total - _cost(costs, policy)) / total, 10 ** (-psnr / 10)))
+        scan.append(Rung(group, row, (total - _cost(evaluator, costs, policy)) / total, 10 ** (-psnr / 10)))
         progress(i + 1, len(policies), psnr)
     chosen = _allocate(scan, saving, lambda picked: _rows_fit(evaluator, groups, picked, memory_budget))
     policy = evaluator.policy(
@@ -606,8 +606,9 @@ def _ladder(steps: int) -> list[Row]:
     return rows
 
 
-def _cost(costs: dict[str, planner.LayerCost], policy: Policy) -> float:
-    return sum(cost.total(policy.actions(name)) for name, cost in costs.items())
+def _cost(evaluator: Evaluator, costs: dict[str, planner.LayerCost], policy: Policy) -> float:
+    schedule = evaluator.schedule(policy)
+    return sum(cost.total(schedule.actions[name]) for name, cost in costs.items())
 
 
 # -- rows

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from attnreuse import compiled, loops, ops, planner
 from attnreuse.clock import HELP, Place, StepClock
-from attnreuse.denoiser import find_denoiser, model_name, unwrapped
+from attnreuse.denoiser import find_denoiser, holding_layers, model_name, unwrapped
 from attnreuse.errors import (
     AttnReuseError,
     MemoryBudgetError,
@@ -94,7 +94,7 @@ class Session:
         self._layers = Layers(denoiser, self._chosen)
         self._schedule: Schedule | None = None  # of the latest run
         if isinstance(self.policy, Policy):
-            self._schedule = Schedule(self.policy, self._layers.modules)
+            self._schedule_of(self.policy)
         refused = self._layers.refused
         if refused:
             name, reason = next(iter(refused.items()))
@@ -281,7 +281,7 @@ class Session:
             if branch.waits and run.step < run.schedule.last_reuse:
                 self._give_memory(run, branch, given)
             self._now = (run, branch)
-        self._layers.arm(run, branch if run.off is None else None, run.off or GRADIENT)
+        self._layers.arm(run, branch if run.off is None else None, given, run.off or GRADIENT)
         self._complain(run)
 
     def _done(self, run: Run, branch: Branch | None) -> None:
@@ -359,9 +359,13 @@ class Session:
                 off = f"{self.policy} cannot be resolved: {error}"
                 self._object(PolicyMismatchError(off), "; every layer computes")
                 policy = Policy(steps=steps, reuse=(False,) * steps, name=str(self.policy))
-        if self._schedule is None or self._schedule.policy != policy:
-            self._schedule = Schedule(policy, self._layers.modules)
-        return self._schedule, off
+        return self._schedule_of(policy), off
+
+    def _schedule_of(self, policy: Policy) -> Schedule:
+        holding = holding_layers(self.denoiser, self._layers.modules)
+        if self._schedule is None or (self._schedule.policy, self._schedule.holding) != (policy, holding):
+            self._schedule = Schedule(policy, self._layers.modules, holding)
+        return self._schedule
 
     def _levels(
         self, place: Place | None, steps: int, backward: bool, timestep: Any, loop: loops.Loop | None
@@ -470,16 +474,18 @@ class Session:
         self._only_compute(run, unserved)
         names = [n for n in names if n not in unserved]
         for name in names if self._strict else []:
-            reason = ops.fallback_reason(self.map_format, sample.device, sample.dtype, shapes[name][1])
+            reason = ops.fallback_reason(self.map_format, sample.device, sample.dtype, shapes[name].head_dim)
             if reason:
                 raise UnsupportedLayerError(f"layer {name} would run through plain torch: {reason}")
         try:
-            plan = plan_ring(planner.map_requests(run.schedule.policy, names, shapes), self.map_format, self._budget)
+            requests = planner.map_requests(run.schedule, names, shapes, _compute_dtype(sample))
+            plan = plan_ring(requests, self.map_format, self._budget)
         except MemoryBudgetError as error:
             self._only_compute(run, dict.fromkeys(names, str(error)))
             return None
         for layer in run.report.layers:
-            layer.shape, layer.head_dim = shapes.get(layer.name, (None, None))
+            sizes = shapes.get(layer.name)
+            layer.shape, layer.head_dim = (None, None) if sizes is None else sizes[:2]
         unfit = "its map of {:,} bytes does not fit the memory budget of {:,}"
         dropped = {name: unfit.format(nbytes, self._budget) for name, nbytes in plan.dropped.items()}
         self._only_compute(run, dropped, asked_for=True)
@@ -536,6 +542,12 @@ def _nothing(*args: Any) -> None:
 
 def _inert_hook() -> Callable[..., None]:
     return _nothing
+
+
+def _compute_dtype(sample: torch.Tensor) -> torch.dtype:
+    """What layers give for this sample."""
+    device = sample.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else sample.dtype
 
 
 def _executed(place: Place, loop: loops.Loop | None) -> int:

@@ -116,7 +116,7 @@ def processors_of(unet: Any, given: dict[str, Any], name: str, device: torch.dev
         if kinds[layer] == "self":
             processor = ReuseAttnProcessor(module.processor)
             processor.slot = AttentionMap.empty(map_format(name), shapes[layer][0], device)
-            processor.outline = outline(processor.slot)
+            processor.outline = outline(processor.slot.shape, device)
             module.set_processor(processor)
             placed.append(processor)
     return placed

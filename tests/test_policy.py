@@ -78,8 +78,8 @@ def test_rows_by_layer_pattern():
     ("fields", "said"),
     [
         ({"steps": 3, "reuse": [0, 1]}, "must have 3 entries like steps, got 2"),
-        ({"steps": 2, "reuse": [1, 0]}, "must not reuse at the first step"),
-        ({"steps": 2, "reuse": [0, 2]}, "must hold booleans"),
+        ({"steps": 2, "reuse": [1, 0]}, "must compute at the first step"),
+        ({"steps": 2, "reuse": [0, 2]}, "must hold booleans, or the letters"),
         ({"steps": 0, "reuse": []}, "greater than or equal to 1"),
         ({"steps": 1, "reuse": [0], "resue": 1}, "Extra inputs are not permitted"),
     ],
