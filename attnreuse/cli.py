@@ -143,33 +143,39 @@ def sample(
 @app.command(
     epilog="Examples:\n\n    attnreuse search --out policy.json\n\n    attnreuse search --metric ssim --floor 0.98\n\n"
     "    attnreuse search --method exhaustive --steps 10 --reuse 4\n\n"
-    "    attnreuse search --method layerwise --by level --saving 0.5\n\n"
+    "    attnreuse search --method ladder --scheduler 'Euler a' --floor 45 --budget-time 20\n\n"
     '    attnreuse search --model user/pipeline --prompt "a red fox" --prompt "a harbour" --engine ray'
 )
 def search(
     model: Model = "",
     steps: Steps = 20,
     reuse: Reuse = 10,
-    method: Annotated[str, typer.Option(help="phast, exhaustive, or layerwise.")] = "phast",
+    method: Annotated[str, typer.Option(help="phast, exhaustive, or ladder.")] = "phast",
     variant: Annotated[str, typer.Option(help="phast: greedy, or exhaustive in each neighbourhood.")] = "greedy",
     metric: Annotated[str, typer.Option(help="psnr, ssim or lpips, against the full-step pictures.")] = "psnr",
     floor: Annotated[float | None, typer.Option(help="Seek the fastest schedule with at least this metric.")] = None,
+    time: Annotated[
+        float | None, typer.Option(help="ladder: seek the best schedule within this share of the full run's time.")
+    ] = None,
     memory_budget: MemoryBudget = None,
-    budget: Annotated[int, typer.Option(min=1, help="phast: most schedules to judge.")] = 200,
+    budget: Annotated[int, typer.Option(min=1, help="Most schedules to judge.")] = 200,
+    budget_time: Annotated[
+        float | None, typer.Option(min=0, help="ladder: minutes to search. Default: no limit.")
+    ] = None,
     patience: Annotated[int | None, typer.Option(min=1, help="phast: give a start up after so many in vain.")] = None,
     restarts: Annotated[int, typer.Option(min=0, help="phast: random schedules to start from besides HURRY.")] = 0,
     analysis: Annotated[
         Path | None, typer.Option(help="phast: file of `attnreuse analyze`; its prediction seeds the search.")
     ] = None,
-    by: Annotated[str, typer.Option(help="layerwise: kind, level or layer.")] = "level",
-    saving: Annotated[float, typer.Option(min=0, max=1, help="layerwise: share of attention's cost to save.")] = 0.5,
-    cost: Annotated[str, typer.Option(help="layerwise: maps (not computed), or seconds (measured here).")] = "maps",
+    by: Annotated[str, typer.Option(help="ladder: layers that share a row: kind, level or layer.")] = "level",
     prompt: Prompts = None,
     images: Images = 8,
     seed: Seed = 1000,
     guidance: Guidance = None,
     eta: Eta = None,
-    layers: Layers = "self",
+    layers: Annotated[
+        str | None, typer.Option(help="self, cross, all, or a pattern of names. Default: self; ladder: all.")
+    ] = None,
     map_format: Format = None,
     scheduler: Scheduler = None,
     batch: Batch = 4,
@@ -182,18 +188,24 @@ def search(
     out_path: Annotated[Path, typer.Option("--out", help="The policy found.")] = Path("attnreuse-policy.json"),
     as_json: AsJson = False,
 ) -> None:
-    """Search the schedule whose pictures stay closest to the full-step ones (PHAST)."""
+    """Search the schedule that keeps the full-step pictures best (PHAST), or the front of time and quality (ladder)."""
     with _clear_errors():
         from attnreuse import search as searching
         from attnreuse.evaluate import Evaluator
+        from attnreuse.front import ladder
         from attnreuse.planner import parse_bytes
 
-        _one_of("--method", method, "phast", "exhaustive", "layerwise")
+        _one_of("--method", method, "phast", "exhaustive", "ladder")
         _one_of("--engine", engine, "local", "ray")
         _one_of("--by", by, "kind", "level", "layer")
-        _one_of("--cost", cost, "maps", "seconds")
+        is_ladder = method == "ladder"
+        if is_ladder and floor is None and time is None:
+            raise ValueError(
+                "--method ladder finds a front: say which point to save by --floor (dB) or --time (a share)"
+            )
         objective = searching.Objective(metric, floor, parse_bytes(memory_budget))
         _suffix("--out", out_path, ".json")
+        layers = layers or ("all" if is_ladder else "self")
         setting = _setting(model, prompt, images, steps, seed, guidance, eta, map_format, layers, batch)
         evaluator = Evaluator(_load_pipeline(model, scheduler), setting)
         chosen = searching.RayEngine(evaluator, workers, address) if engine == "ray" else searching.InProcess(evaluator)
@@ -209,15 +221,17 @@ def search(
             elif method == "exhaustive":
                 found = searching.exhaustive(chosen, reuse, objective=objective, **given)
             else:
-                costs = searching.map_costs(evaluator) if cost == "maps" else searching.layer_costs(evaluator)
-                found = searching.layerwise(
-                    chosen, by=by, saving=saving, costs=costs, memory_budget=objective.memory_budget, **given
-                )
-        found.policy.save(out_path)
+                seconds = None if budget_time is None else 60 * budget_time
+                found = ladder(
+                    chosen, by=by, budget=budget, budget_time=seconds, memory_budget=objective.memory_budget,
+                    seed=seed, **given,
+                )  # fmt: skip
+        policy = found.pick(floor, time).policy if is_ladder else found.policy
+        policy.save(out_path)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
         return
-    out.print(_search_table(found, metric))
+    out.print(_front_table(found, policy) if is_ladder else _search_table(found, metric))
     out.print(f"[dim]{out_path}; scores in {cache}[/dim]", highlight=False)
 
 
@@ -657,20 +671,19 @@ def _progress() -> Iterator[Any]:
         yield lambda done, of, best: bar.update(task, completed=done, total=of, description=f"{best:.4g}")
 
 
-def _search_table(found: Any, metric: str) -> Table:
-    """Improvements of a step-wise search, or the groups of a layer-wise one."""
-    from attnreuse.rows import strip
-    from attnreuse.search import LayerwiseResult
+def _front_table(found: Any, picked: Any) -> Table:
+    """The points of a front, and which of them is saved."""
+    table = Table(title=f"{found.evaluations} schedules judged, stopped at: {found.stopped}; time as a share of "
+                  f"{found.full_s:.2f} s, predicted")  # fmt: skip
+    for column in ("time", "PSNR, dB", ""):
+        table.add_column(column, justify="right" if column else "left")
+    for point in found.points:
+        table.add_row(f"{point.time:.3f}", f"{point.psnr_db:.2f}", "saved" if point.policy == picked else "")
+    return table
 
-    if isinstance(found, LayerwiseResult):
-        table = Table(
-            title=f"saves {found.saving:.0%} at {found.psnr_db:.2f} dB ({found.predicted_psnr_db:.2f} predicted)"
-        )
-        table.add_column("layer")
-        table.add_column("reuse")
-        for name, row in found.policy.reuse.items():
-            table.add_row(name, strip(row))
-        return table
+
+def _search_table(found: Any, metric: str) -> Table:
+    """Improvements of a step-wise search."""
     table = Table(title=f"{found.policy.name}: {found.evaluations} schedules, stopped at: {found.stopped}; "
                   f"{found.calls.saved:.0%} of denoiser calls replayed")  # fmt: skip
     for column in ("schedule", metric, "after"):
@@ -681,9 +694,15 @@ def _search_table(found: Any, metric: str) -> Table:
 
 
 def _predicted(analysis: Path | None, evaluator: Any, reuse: int) -> tuple[list[Any], Any]:
-    """HURRY and the schedule that an analysis predicts best, to start from, and its ranking; none without one."""
-    if analysis is None:
+    """Where a search starts, and how it ranks: by an analysis; else by noise levels; else from HURRY, unranked."""
+    from attnreuse.rows import best_row, level_error, schedule_error
+
+    if analysis is None and evaluator.levels is None:
         return [], None
+    if analysis is None:
+        error, executed = level_error(evaluator.levels), evaluator.executed_steps
+        row = best_row(executed, reuse, error)
+        return [evaluator.policy(row, "start")], lambda policy: schedule_error(policy.reuse, error)
     from attnreuse.analysis import Analysis, best_predicted, predict
     from attnreuse.policy import hurry
 

@@ -131,6 +131,7 @@ class Evaluator:
         self.scheduler, self.model = type(pipe.scheduler).__name__, model_name(pipe)
         self._memo = _Memo(memo_bytes)
         self._inputs: dict[str, Any] = {}  # the denoiser's, of the first call
+        self._costs: dict[str, planner.LayerCost] = {}
         self._full: Sampled | None = None
 
     def key(self) -> str:
@@ -227,6 +228,18 @@ class Evaluator:
         served, dtype = self.served(), self.pipe.unet.dtype
         requests = planner.map_requests(self.schedule(policy), served, self.shapes(), dtype)
         return plan_ring(requests, map_format(self.setting.map_format)).nbytes
+
+    def attention_seconds(self, policy: Policy) -> float:
+        """Predicted seconds that the served layers take in the calls of one batch with `policy`.
+
+        Their costs by action are measured once, at this setting's shapes, on this device.
+        """
+        served, unet = self.served(), self.pipe.unet
+        if not self._costs:
+            chosen = map_format(self.setting.map_format)
+            self._costs = planner.measure_costs(served, self.shapes(), chosen, unet.dtype, unet.device)
+        schedule = self.schedule(policy)
+        return sum(cost.total(schedule.actions[name]) for name, cost in self._costs.items())
 
     def _layers(self) -> str | list[str]:
         layers = self.setting.layers

@@ -4,7 +4,7 @@ A neighbour of a schedule lets one reuse step and one computed step trade places
 deterministic function of the scores and the seed, and every score is kept in a file, so a search
 that was killed goes on where it was, and finds what it would have found.
 
-Source: arXiv 2401.01008 (PHAST); objectives, restarts, prefix sharing and layer-wise allocation are ours.
+Source: arXiv 2401.01008 (PHAST); objectives, restarts and prefix sharing are ours.
 """
 
 from __future__ import annotations
@@ -21,16 +21,12 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from attnreuse import planner
-from attnreuse.denoiser import layer_kinds
 from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Calls, Evaluator, Setting
-from attnreuse.formats import map_format as format_named
 from attnreuse.metrics import HIGHER_IS_BETTER
 from attnreuse.policy import Policy, hurry
-from attnreuse.rows import room_for, strip, trades
+from attnreuse.rows import Row, strip, trades
 
-Row = tuple[bool, ...]  # per executed step: reuse?
 Scores = dict[str, float]
 Value = tuple[int, float]  # larger is better
 MOST = 20_000  # schedules that `exhaustive` agrees to evaluate
@@ -363,7 +359,6 @@ class _Climb:
         self.history: list[Step] = []
         self.since = 0  # evaluations since this start last improved
         self.stopped = "local optimum"
-        self._costs: dict[str, planner.LayerCost] | None = None
 
     def start(self, row: Row) -> None:
         """Begin from `row`."""
@@ -444,171 +439,7 @@ class _Climb:
 
     def _seconds(self, policy: Policy) -> float:
         """Predicted seconds in attention; only where a floor makes them matter."""
-        if self.objective.floor is None:
-            return 0.0
-        self._costs = self._costs or layer_costs(self.evaluator)
-        return _cost(self.evaluator, self._costs, policy)
-
-
-# -- layer-wise allocation
-
-
-@dataclass(frozen=True)
-class Rung:
-    """A group of layers under one schedule: what it saves and what error it alone makes (mean squared)."""
-
-    group: str
-    row: Row
-    saving: float
-    error: float
-
-
-@dataclass
-class LayerwiseResult:
-    """`policy` per layer; its `saving`, the sensitivity scan behind it, and the metric measured and predicted."""
-
-    policy: Policy
-    saving: float
-    psnr_db: float
-    predicted_psnr_db: float
-    scan: list[Rung]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        found = asdict(self) | {"policy": self.policy.model_dump(mode="json", exclude_none=True)}
-        return found | {"scan": [asdict(r) | {"row": strip(r.row)} for r in self.scan]}
-
-
-def layer_groups(evaluator: Evaluator, by: Literal["kind", "level", "layer"]) -> dict[str, list[str]]:
-    """Served layers by "kind" (self, cross), by kind and "level" (query tokens), or each "layer" alone."""
-    kinds, shapes = layer_kinds(evaluator.pipe.unet), evaluator.shapes()
-    groups: dict[str, list[str]] = {}
-    for name in evaluator.served():
-        label = {"kind": kinds[name], "level": f"{kinds[name]}@{shapes[name].map[2]}", "layer": name}[by]
-        groups.setdefault(label, []).append(name)
-    return groups
-
-
-def layer_costs(evaluator: Evaluator) -> dict[str, planner.LayerCost]:
-    """Measured seconds of each served layer by action, at the evaluator's shapes, on its device."""
-    unet, chosen = evaluator.pipe.unet, format_named(evaluator.setting.map_format)
-    return planner.measure_costs(evaluator.served(), evaluator.shapes(), chosen, unet.dtype, unet.device)
-
-
-def map_costs(evaluator: Evaluator) -> dict[str, planner.LayerCost]:
-    """The paper's cost: map elements computed (a reuse costs nothing, a capture no more than a compute)."""
-    return {name: planner.LayerCost(size, size, 0.0, 0.0) for name, size in evaluator.map_sizes().items()}
-
-
-def layerwise(
-    engine: Engine,
-    *,
-    by: Literal["kind", "level", "layer"] = "level",
-    saving: float,
-    costs: dict[str, planner.LayerCost],
-    ladder: Iterable[Row] | None = None,
-    memory_budget: int | None = None,
-    cache: str | Path | None = None,
-    progress: Callable[[int, int, float], None] = lambda evaluations, budget, best: None,
-) -> LayerwiseResult:
-    """Give each group of layers its own schedule: scan what each does alone, then allocate greedily.
-
-    Errors of groups are taken to add (as mean squares); the result is measured, and says how well that held.
-
-    Args:
-        by: see :func:`layer_groups`.
-        saving: wanted share of the computed cost of all served layers.
-        costs: of each layer by action (:func:`layer_costs`, :func:`map_costs`).
-        ladder: schedules to choose from; default: HURRY with fresh maps and with maps two, four and any steps old.
-        memory_budget: most bytes of maps.
-
-    Raises:
-        AttnReuseError: the wanted saving cannot be reached.
-    """
-    evaluator, judge = engine.evaluator, Judge(engine, cache)
-    groups = layer_groups(evaluator, by)
-    rows = list(dict.fromkeys(ladder if ladder is not None else _ladder(evaluator.executed_steps)))
-    policies = {
-        (group, row): evaluator.policy(dict.fromkeys(names, row), f"{group} alone")
-        for group, names in groups.items()
-        for row in rows
-    }
-    total = _cost(evaluator, costs, evaluator.policy([False] * evaluator.executed_steps, "full"))
-    scan = []
-    for i, ((group, row), policy) in enumerate(policies.items()):
-        psnr = judge([policy])[0]["psnr"]
-        scan.append(Rung(group, row, (total - _cost(evaluator, costs, policy)) / total, 10 ** (-psnr / 10)))
-        progress(i + 1, len(policies), psnr)
-    chosen = _allocate(scan, saving, lambda picked: _rows_fit(evaluator, groups, picked, memory_budget))
-    policy = evaluator.policy(
-        {name: rung.row for rung in chosen.values() for name in groups[rung.group]}, f"layerwise({by},{saving:.2f})"
-    )
-    psnr = judge([policy])[0]["psnr"]
-    policy = policy.model_copy(update={"metrics": {"psnr_db": round(psnr, 4)}})
-    predicted = -10 * math.log10(sum(rung.error for rung in chosen.values()))
-    return LayerwiseResult(policy, _saved(chosen), psnr, predicted, scan)
-
-
-def _allocate(scan: list[Rung], saving: float, fits: Callable[[dict[str, Rung]], bool]) -> dict[str, Rung]:
-    """Climb, one group at a time, the rung that saves most per error added, until enough is saved."""
-    chosen: dict[str, Rung] = {}
-    while _saved(chosen) < saving:
-        gains = []
-        for rung in scan:
-            held = chosen.get(rung.group)
-            more = rung.saving - (held.saving if held else 0.0)
-            worse = rung.error - (held.error if held else 0.0)
-            if more > 1e-12 and fits(chosen | {rung.group: rung}):
-                gains.append((more / worse if worse > 0 else math.inf, more, rung))
-        if not gains:
-            raise AttnReuseError(f"a saving of {saving:.0%} cannot be reached here: at most {_saved(chosen):.0%}")
-        rung = max(gains, key=lambda g: g[:2])[2]
-        chosen[rung.group] = rung
-    return _relaxed(chosen, scan, saving, fits)
-
-
-def _relaxed(
-    chosen: dict[str, Rung], scan: list[Rung], saving: float, fits: Callable[[dict[str, Rung]], bool]
-) -> dict[str, Rung]:
-    """Take back what the climb saved too much: change the group that lowers the error most, while enough is saved."""
-
-    def error(picked: dict[str, Rung]) -> float:
-        return math.fsum(rung.error for rung in picked.values())
-
-    while True:
-        without = [{name: rung for name, rung in chosen.items() if name != group} for group in chosen]
-        others = [chosen | {rung.group: rung} for rung in scan if rung.group in chosen]
-        enough = [p for p in without + others if error(p) < error(chosen) and _saved(p) >= saving and fits(p)]
-        if not enough:
-            return chosen
-        chosen = min(enough, key=error)
-
-
-def _saved(picked: dict[str, Rung]) -> float:
-    return sum(rung.saving for rung in picked.values())
-
-
-def _rows_fit(
-    evaluator: Evaluator, groups: dict[str, list[str]], picked: dict[str, Rung], memory_budget: int | None
-) -> bool:
-    if memory_budget is None:
-        return True
-    rows = {name: rung.row for rung in picked.values() for name in groups[rung.group]}
-    return evaluator.map_bytes(evaluator.policy(rows, "candidate")) <= memory_budget
-
-
-def _ladder(steps: int) -> list[Row]:
-    rows = []
-    for age in (1, 2, 4, None):
-        room = room_for(steps, steps if age is None else age)
-        counts = {max(1, round(room * share)) for share in (0.25, 0.5, 0.75, 1)}
-        rows += [hurry(steps, count, age).reuse for count in sorted(counts)]
-    return rows
-
-
-def _cost(evaluator: Evaluator, costs: dict[str, planner.LayerCost], policy: Policy) -> float:
-    schedule = evaluator.schedule(policy)
-    return sum(cost.total(schedule.actions[name]) for name, cost in costs.items())
+        return 0.0 if self.objective.floor is None else self.evaluator.attention_seconds(policy)
 
 
 # -- rows

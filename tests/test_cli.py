@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from attnreuse import hurry
+from attnreuse import Policy, hurry, load_policy
 from attnreuse.cli import app
 from attnreuse.policy import shipped_policies
 
@@ -173,13 +173,15 @@ def test_search_finds_a_policy_and_goes_on_from_its_cache(tmp_path):
     assert json.loads(sampled.stdout)["policy"]["reuse"] == found["policy"]["reuse"]
 
 
-def test_layerwise_search(tmp_path):
-    args = ("--steps", 3, "--images", 1, "--method", "layerwise", "--saving", 0.3, "--cache", tmp_path / "c.jsonl")
-    result = run("search", *args, "--out", tmp_path / "p.json", "--json")
+def test_ladder_search_saves_the_point_asked_for(tmp_path):
+    args = ("--steps", 3, "--images", 1, "--method", "ladder", "--budget", 12, "--cache", tmp_path / "c.jsonl")
+    result = run("search", *args, "--time", 0.999, "--out", tmp_path / "p.json", "--json")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert found["saving"] >= 0.3
-    assert isinstance(found["policy"]["reuse"], dict)
+    points = json.loads(result.stdout)["points"]
+    assert load_policy(tmp_path / "p.json") == Policy.model_validate(points[-1]["policy"])
+    lost = run("search", *args, "--floor", 500, "--out", tmp_path / "p.json")
+    assert lost.exit_code == 2
+    assert "no schedule found has at least 500 dB" in lost.output
 
 
 def test_analyze_writes_figures_and_seeds_a_search(tmp_path):
@@ -200,7 +202,8 @@ def test_analyze_writes_figures_and_seeds_a_search(tmp_path):
     ("args", "said"),
     [
         (("search", "--metric", "fid"), "metric must be one of psnr, ssim, lpips, got 'fid'"),
-        (("search", "--method", "random"), "--method must be one of phast, exhaustive, layerwise, got 'random'"),
+        (("search", "--method", "ladder"), "say which point to save by --floor (dB) or --time"),
+        (("search", "--method", "random"), "--method must be one of phast, exhaustive, ladder, got 'random'"),
         (("search", "--out", "p.yaml"), "--out must end in .json, got p.yaml"),
         (("search", "--model", "user/model"), "--model needs --prompt"),
         (("compare", "--metric", "mse"), "--metric must be one of ssim, lpips, fid, clip, got 'mse'"),

@@ -16,16 +16,13 @@ import search_run
 from fake_engine import FakeEngine
 from tiny_random import captioned_pipeline
 
-from attnreuse import AttnReuseError, Policy, hurry
+from attnreuse import AttnReuseError, hurry
 from attnreuse.evaluate import Evaluator, Setting
 from attnreuse.search import (
     InProcess,
     Objective,
     RayEngine,
     exhaustive,
-    layer_groups,
-    layerwise,
-    map_costs,
     phast,
 )
 
@@ -234,57 +231,3 @@ def test_a_worker_killed_in_mid_search_loses_nothing(cluster, evaluator, tmp_pat
     assert set(pids) != set(ray.get([actor.pid.remote() for actor in cluster.actors]))
     here = phast(evaluator.pipe, 6, 2, PROMPTS, engine=InProcess(evaluator), width=2)
     assert found.scores == here.scores
-
-
-# -- layer-wise
-
-
-def test_layers_are_grouped_by_kind_level_and_name(evaluator):
-    everything = Evaluator(evaluator.pipe, Setting(PROMPTS, 6, map_format="fp32", batch=2, layers="all"))
-    assert set(layer_groups(everything, "kind")) == {"self", "cross"}
-    assert set(layer_groups(everything, "level")) == {"self@64", "self@16", "cross@64", "cross@16"}
-    names = [n for group in layer_groups(everything, "level").values() for n in group]
-    assert sorted(names) == sorted(layer_groups(everything, "layer"))
-    assert set(layer_groups(evaluator, "kind")) == {"self"}
-
-
-def test_layerwise_saves_what_was_asked_for(evaluator):
-    engine, costs = InProcess(evaluator), map_costs(evaluator)
-    rows = [hurry(6, n, None).reuse for n in (1, 2, 3)]
-    found = layerwise(engine, by="level", saving=0.4, costs=costs, ladder=rows)
-    total = sum(cost.total(Policy(steps=6, reuse=[0] * 6).actions("")) for cost in costs.values())
-    spent = sum(cost.total(found.policy.actions(name)) for name, cost in costs.items())
-    assert 1 - spent / total == pytest.approx(found.saving)
-    assert found.saving >= 0.4
-    assert found.psnr_db == pytest.approx(evaluator.scores(found.policy)["psnr"])
-    assert len(found.scan) == 2 * 3
-    assert found.psnr_db > 10
-
-
-def test_layerwise_saves_no_more_than_it_must(evaluator):
-    engine, costs = InProcess(evaluator), map_costs(evaluator)
-    rows = [hurry(6, n, None).reuse for n in (1, 2, 3)]
-    found = layerwise(engine, by="level", saving=0.2, costs=costs, ladder=rows)
-    groups = layer_groups(evaluator, "level")
-    actions = {rung.row: Policy(steps=6, reuse=rung.row).actions("") for rung in found.scan}
-    chosen = [r for r in found.scan if found.policy.actions(groups[r.group][0]) == actions[r.row]]
-    assert found.saving == pytest.approx(sum(rung.saving for rung in chosen))
-    for held in chosen:
-        for other in found.scan:
-            if other.group == held.group and other.error < held.error:
-                assert found.saving - held.saving + other.saving < 0.2
-
-
-def test_layerwise_says_what_cannot_be_reached(evaluator):
-    engine, costs = InProcess(evaluator), map_costs(evaluator)
-    with pytest.raises(AttnReuseError, match="saving of 90% cannot be reached here: at most 33%"):
-        layerwise(engine, by="kind", saving=0.9, costs=costs, ladder=[hurry(6, 2, None).reuse])
-
-
-def test_layerwise_keeps_a_memory_budget(evaluator):
-    engine, costs = InProcess(evaluator), map_costs(evaluator)
-    rows = [hurry(6, 2, None).reuse]
-    whole = layerwise(engine, by="level", saving=0.01, costs=costs, ladder=rows)
-    needed = evaluator.map_bytes(whole.policy)
-    found = layerwise(engine, by="level", saving=0.01, costs=costs, ladder=rows, memory_budget=needed - 1)
-    assert evaluator.map_bytes(found.policy) < needed

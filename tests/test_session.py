@@ -262,7 +262,7 @@ def test_one_buffer_is_allocated_before_the_first_step_and_none_later(pipe, monk
         def watch(pipe, step, t, kwargs):
             for ring in made:
                 addresses.update(slot.storage.data_ptr() for slot in ring.slots.values())
-                addresses.update(ring.outputs[name].data_ptr() for name in ring.kept_at)
+                addresses.update(ring.outputs[name].storage.data_ptr() for name in ring.kept_at)
             return kwargs
 
         sample(pipe, 6, callback_on_step_end=watch)
