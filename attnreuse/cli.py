@@ -56,7 +56,13 @@ Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Repeatable.
 Images = Annotated[int, typer.Option(min=1, help="Pictures, of as many captions, without --prompt.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")]
-Layers = Annotated[str, typer.Option(help="self, cross, all, or a pattern of layer names.")]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        help="self, cross, all, or a pattern of layer names. Default: self, and layers that a policy names; "
+        "search --method ladder: all."
+    ),
+]
 MemoryBudget = Annotated[str | None, typer.Option(help="Most memory of maps, such as 4GiB.")]
 Scheduler = Annotated[
     str | None,
@@ -173,9 +179,7 @@ def search(
     seed: Seed = 1000,
     guidance: Guidance = None,
     eta: Eta = None,
-    layers: Annotated[
-        str | None, typer.Option(help="self, cross, all, or a pattern of names. Default: self; ladder: all.")
-    ] = None,
+    layers: Layers = None,
     map_format: Format = None,
     scheduler: Scheduler = None,
     batch: Batch = 4,
@@ -205,7 +209,7 @@ def search(
             )
         objective = searching.Objective(metric, floor, parse_bytes(memory_budget))
         _suffix("--out", out_path, ".json")
-        layers = layers or ("all" if is_ladder else "self")
+        layers = layers or ("all" if is_ladder else None)
         setting = _setting(model, prompt, images, steps, seed, guidance, eta, map_format, layers, batch)
         evaluator = Evaluator(_load_pipeline(model, scheduler), setting)
         chosen = searching.RayEngine(evaluator, workers, address) if engine == "ray" else searching.InProcess(evaluator)
@@ -247,7 +251,7 @@ def analyze(
     seed: Seed = 2000,
     guidance: Guidance = None,
     eta: Eta = None,
-    layers: Layers = "self",
+    layers: Layers = None,
     scheduler: Scheduler = None,
     batch: Batch = 4,
     schedules: Annotated[int, typer.Option(min=0, help="Random schedules to test the prediction on.")] = 100,
@@ -312,7 +316,7 @@ def compare(
     seed: Seed = 0,
     guidance: Guidance = None,
     eta: Eta = None,
-    layers: Layers = "self",
+    layers: Layers = None,
     batch: Batch = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds, all methods in turns.")] = 3,
     out_path: Annotated[Path, typer.Option("--out", help="The report (.html); a CSV goes beside it.")] = Path(
@@ -367,7 +371,7 @@ def plan(
     fit: Fit = "exact",
     map_format: Format = None,
     scheduler: Scheduler = None,
-    layers: Layers = "self",
+    layers: Layers = None,
     height: Annotated[int | None, typer.Option(min=8, help="Pixels. Default: the model's own.")] = None,
     width: Annotated[int | None, typer.Option(min=8, help="Pixels. Default: the model's own.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at once; guidance doubles it.")] = 4,
@@ -622,7 +626,7 @@ def _setting(
     guidance: float | None,
     eta: float | None,
     map_format: str | None,
-    layers: str,
+    layers: str | None,
     batch: int,
     held_out: bool = False,
 ) -> Any:
@@ -766,12 +770,16 @@ def _comparison_table(result: Any) -> Table:
     return table
 
 
+MEAN_QUALITY = {"shape": ".0%", "relation": ".0%", "clip_score": ".1f", "fid": ".1f"}  # what pictures are worth alone
+
+
 def _group_table(group: Any) -> Table:
     """One line per method, within 80 columns; the page and the CSV hold the rest."""
     title = f"{group.scheduler}, {group.steps} steps, {group.map_format} maps; time as a ratio to the full run's"
     table = Table(title=title, box=None)
-    for column in ("method", "time", "maps", "PSNR, dB", "plain, same time", "same maps"):
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
+    judged = {key: form for key, form in MEAN_QUALITY.items() if key in group.full.scores or key == "fid"}
+    for column in ("method", "time", "maps", "PSNR, dB", "plain, same time", "same maps", *judged):
+        table.add_column(column.replace("_score", ""), justify="left" if column == "method" else "right")
     for row in group.rows:
         quality = "reference" if row is group.full else f"{row.scores['psnr']:.1f} ± {row.scores['psnr_ci']:.1f}"
         table.add_row(
@@ -780,6 +788,7 @@ def _group_table(group: Any) -> Table:
             "" if row.maps_computed is None else f"{row.maps_computed:.0%}",
             quality,
             *("" if v is None else f"{v:.1f}" for v in (row.plain_psnr, row.equal_cost_psnr)),
+            *(f"{row.scores[key]:{form}}" if key in row.scores else "" for key, form in judged.items()),
         )
     return table
 

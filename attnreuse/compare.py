@@ -1,8 +1,10 @@
 """The paper's comparison, at equal measured latency: reuse, fewer steps, and other caches, in one run.
 
-Every way to sample is judged by the same prompts and seeds against the full-step pictures of the same
-scheduler and step count, and timed in turns with all others. "Plain steps at equal latency" are the best of
-the measured ladder that take no longer; "at equal cost" counts as the paper does, by attention maps computed.
+Every way to sample is judged by the same prompts and seeds against the full-step pictures of the same scheduler and
+step count, and timed in turns with all others. "Plain steps at equal latency" are the best of the measured ladder that
+take no longer; "at equal cost" counts as the paper does, by attention maps computed. A stochastic sampler draws other
+noise when it makes other steps: "same noise" holds it fixed (:mod:`attnreuse.noise`). Users get no such run, but plain
+steps are not to be beaten by bad luck alone, so it counts among them.
 """
 
 from __future__ import annotations
@@ -23,10 +25,14 @@ from attnreuse.environment import environment, package_version
 from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Evaluator, Setting
 from attnreuse.levels import noise_levels
+from attnreuse.noise import NoisePath
 from attnreuse.policy import Policy, Rule, hurry, periodic
 from attnreuse.rows import strip
 from attnreuse.samplers import make_scheduler, step_options
 from attnreuse.session import enable
+
+SAME_NOISE = "plain steps, same noise"
+PLAIN = ("plain steps", SAME_NOISE)
 
 
 @dataclass
@@ -35,8 +41,8 @@ class Method:
 
     Attributes:
         name: what tables call it.
-        family: "full", "plain steps", "reuse", "reuse + fewer steps", "other cache", "reuse + other cache", "student"
-            or "student + reuse".
+        family: "full", one of ``PLAIN``, "reuse", "reuse + fewer steps", "other cache", "reuse + other cache",
+            "student" or "student + reuse".
         steps: ``num_inference_steps``.
         policy: of reuse; None: no reuse.
         map_format: of its maps.
@@ -217,6 +223,7 @@ def methods(
     as_costly = {round(setting.steps * (1 - reused / executed)) for reused in (half, quarter)}
     for steps in _ladder(setting.steps, as_costly):
         found.append(Method(f"{steps} plain steps", "plain steps", steps))
+        found.append(Method(f"{steps} plain steps, same noise", SAME_NOISE, steps))
     if others:
         for name, steps, around in (
             ("DeepCache(2)", setting.steps, _deepcache(2)),
@@ -286,17 +293,24 @@ def measure(
 ) -> list[Measured]:
     """Judge and time methods in turns, the full run first; `notes` gets what had to be left out."""
     rows: list[Measured] = []
+    path = NoisePath(pipe.scheduler)
     for i, method in enumerate(wanted):
+        if method.family == SAME_NOISE and not path.is_noisy:
+            continue
         try:
-            rows.append(_judged(pipe, setting, method, rows[0].pictures if rows else None, judge))
+            rows.append(_judged(pipe, setting, method, rows[0].pictures if rows else None, judge, path))
         except AttnReuseError as error:
             notes.append(f"{method.name} was left out: {error}")
             continue
         progress(i + 1, len(wanted), rows[-1].scores.get("psnr", 0.0))
     one_batch = replace(setting, prompts=setting.prompts[: setting.batch])
+    timed = [row for row in rows if row.method.family != SAME_NOISE]  # these take what plain steps take
     for turn in range(rounds):
-        for row in rows[turn % len(rows) :] + rows[: turn % len(rows)]:
+        for row in timed[turn % len(timed) :] + timed[: turn % len(timed)]:
             row.latencies_s.append(_timed(pipe, one_batch, row.method))
+    taken = {row.method.steps: row.latencies_s for row in rows if row.method.family == "plain steps"}
+    for row in rows:
+        row.latencies_s = taken[row.method.steps] if row.method.family == SAME_NOISE else row.latencies_s
     sizes = _map_sizes(pipe, setting)
     for row in rows:
         row.maps_computed = _maps_computed(sizes, setting, row)
@@ -304,14 +318,19 @@ def measure(
     return rows
 
 
-def _judged(pipe: Any, setting: Setting, method: Method, full: np.ndarray | None, judge: tuple[str, ...]) -> Measured:
-    """Pictures of a method, and their scores against `full` (None: they are the full run's)."""
+def _judged(
+    pipe: Any, setting: Setting, method: Method, full: np.ndarray | None, judge: tuple[str, ...], path: NoisePath
+) -> Measured:
+    """Pictures of a method, and their scores against `full` (None: the full run's, whose noise `path` keeps)."""
     evaluator = Evaluator(pipe, _setting_of(setting, method), memo_bytes=0)
     held = [0]
 
     @contextmanager
     def around(start: int) -> Iterator[None]:
-        with _applied(pipe, setting, method) as session:
+        noise = path.recorded(start, method.steps) if full is None else _nothing()
+        if method.family == SAME_NOISE:
+            noise = path.followed(start, method.steps)
+        with _applied(pipe, setting, method) as session, noise:
             yield
             held[0] = max(held[0], session.report().allocated_bytes if session else 0)
 
@@ -362,7 +381,7 @@ def _applied(pipe: Any, setting: Setting, method: Method) -> Iterator[Any]:
         if method.policy is None:
             yield None
             return
-        layers = setting.layers if isinstance(setting.layers, str) else list(setting.layers)
+        layers = list(setting.layers) if isinstance(setting.layers, tuple) else setting.layers
         with enable(pipe, method.policy, map_format=method.map_format, layers=layers) as session:
             yield session
 
@@ -388,14 +407,14 @@ def _at_equal(rows: list[Measured]) -> None:
 
     More steps can be worse or, by noise, faster: at a latency stands the best that takes no longer.
     """
-    plain = sorted((r for r in rows if r.method.family == "plain steps"), key=lambda r: r.latency_s)
+    plain = sorted((r for r in rows if r.method.family in PLAIN), key=lambda r: r.latency_s)
     if len(plain) < 2:
         return
-    by_steps = {r.method.steps: r for r in plain}
+    by_steps = {r.method.steps: r for r in sorted(plain, key=lambda r: r.scores["psnr"])}  # the best of each
     steps = rows[0].method.steps
     seconds, best = [r.latency_s for r in plain], np.maximum.accumulate([r.scores["psnr"] for r in plain])
     for row in rows[1:]:
-        if row.method.family == "plain steps":
+        if row.method.family in PLAIN:
             continue
         if seconds[0] <= row.latency_s <= rows[0].latency_s:
             row.plain_psnr = float(np.interp(row.latency_s, seconds, best))

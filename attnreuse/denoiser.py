@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,16 @@ def layer_kinds(denoiser: Any) -> dict[str, str]:
     return {n: "cross" if m.is_cross_attention else "self" for n, m in attention_layers(denoiser).items()}
 
 
-def select_layers(kinds: dict[str, str], layers: str | list[str]) -> list[str]:
+def select_layers(kinds: dict[str, str], layers: str | list[str] | None, named: Sequence[str] = ()) -> list[str]:
     """Names that `layers` means: "self", "cross", "all", or ``fnmatch`` patterns of names.
+
+    None means self-attention, and what a policy speaks of by its full name, which is in `named`.
 
     Raises:
         ValueError: a pattern that matches no layer.
     """
+    if layers is None:
+        return [name for name, kind in kinds.items() if kind == "self" or name in named]
     if layers in ("all", "self", "cross"):
         return [name for name, kind in kinds.items() if layers in ("all", kind)]
     patterns = [layers] if isinstance(layers, str) else list(layers)

@@ -60,7 +60,7 @@ class Setting:
     eta: float | None = None
     size: tuple[int, int] | None = None
     map_format: str = "u8"
-    layers: str | tuple[str, ...] = "self"
+    layers: str | tuple[str, ...] | None = None
     batch: int = 4
 
     def __post_init__(self) -> None:
@@ -137,6 +137,7 @@ class Evaluator:
     def key(self) -> str:
         """Digest of everything that decides a score besides the schedule: names a cache's rows."""
         about = {**asdict(self.setting), "model": self.model, "scheduler": self.scheduler}
+        about["layers"] = self.setting.layers or "self"
         about |= {"dtype": str(self.pipe.unet.dtype), "device": self.pipe.unet.device.type}
         about |= {"config": dict(self.pipe.scheduler.config)}
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -241,9 +242,9 @@ class Evaluator:
         schedule = self.schedule(policy)
         return sum(cost.total(schedule.actions[name]) for name, cost in self._costs.items())
 
-    def _layers(self) -> str | list[str]:
+    def _layers(self) -> str | list[str] | None:
         layers = self.setting.layers
-        return layers if isinstance(layers, str) else list(layers)
+        return list(layers) if isinstance(layers, tuple) else layers
 
     @contextmanager
     def _replaying(self, session: Session, batch: int) -> Iterator[None]:

@@ -146,7 +146,7 @@ def forecast(
     policy: Policy,
     *,
     map_format: str,
-    layers: str,
+    layers: str | None,
     size: tuple[int, int],
     batch: int,
     dtype: torch.dtype,
@@ -155,7 +155,7 @@ def forecast(
 ) -> Forecast:
     """Plan `policy` for pictures of `size` (height, width) and `batch` denoiser rows in `dtype`."""
     chosen = format_named(map_format)
-    wanted = set(select_layers(layer_kinds(blueprint.denoiser), layers))
+    wanted = set(select_layers(layer_kinds(blueprint.denoiser), layers, policy.patterns))
     shapes = map_shapes(blueprint.denoiser, blueprint.inputs(size, batch))
     names = [name for name in shapes if name in wanted]
     schedule = Schedule(policy, names, holding_layers(blueprint.denoiser, attention_layers(blueprint.denoiser)))

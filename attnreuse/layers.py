@@ -8,6 +8,7 @@ whoever reads, sets, saves or copies processors finds their own; what the layer 
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from typing import Any
 
 from attnreuse.denoiser import foreign, layer_kinds, never_served, select_layers
@@ -27,7 +28,7 @@ class Layers:
 
     Args:
         denoiser: the model.
-        layers: "self", "cross", "all", or ``fnmatch`` patterns of names.
+        layers, named: as in :func:`~attnreuse.denoiser.select_layers`.
 
     Attributes:
         all: every attention layer of the denoiser, by name.
@@ -41,9 +42,9 @@ class Layers:
         UnsupportedLayerError: there is none to serve.
     """
 
-    def __init__(self, denoiser: Any, layers: str | list[str]):
+    def __init__(self, denoiser: Any, layers: str | list[str] | None, named: Sequence[str] = ()):
         modules, kinds = attention_layers(denoiser), layer_kinds(denoiser)
-        wanted = select_layers(kinds, layers)
+        wanted = select_layers(kinds, layers, named)
         never = {name: reason for name in wanted if (reason := never_served(name, modules[name]))}
         self.refused = never | {n: r for n in wanted if n not in never and (r := foreign(modules[n]))}
         if len(self.refused) == len(wanted):

@@ -18,7 +18,8 @@ from attnreuse.plots import INK, QUIET, pyplot
 
 TEMPLATE = Path(__file__).parent / "assets" / "comparison.html"
 COLORS = {
-    "full": INK, "plain steps": QUIET, "reuse": "#d64545", "reuse + fewer steps": "#e8963c", "other cache": "#3e7cb1",
+    "full": INK, "plain steps": QUIET, "plain steps, same noise": "#9aa5b1", "reuse": "#d64545",
+    "reuse + fewer steps": "#e8963c", "other cache": "#3e7cb1",
     "reuse + other cache": "#17a2b8", "student": "#4c9a6b", "student + reuse": "#8a5fb0",
 }  # fmt: skip
 SHOWN = 4  # pictures per method

@@ -70,7 +70,7 @@ class Session:
         policy: Policy | Rule,
         map_format: MapFormat,
         memory_budget: int | None,
-        layers: str | list[str],
+        layers: str | list[str] | None,
         strict: bool,
         given_compiled: bool,
     ):
@@ -91,7 +91,7 @@ class Session:
         """Choose the layers of `denoiser` to serve."""
         self.denoiser = denoiser
         self._parameters = list(inspect.signature(type(denoiser).forward).parameters)[1:]
-        self._layers = Layers(denoiser, self._chosen)
+        self._layers = Layers(denoiser, self._chosen, self.policy.patterns)
         self._schedule: Schedule | None = None  # of the latest run
         if isinstance(self.policy, Policy):
             self._schedule_of(self.policy)
@@ -570,7 +570,7 @@ def enable(
     fit: Literal["exact", "stretch"] = "exact",
     map_format: str = "u8",
     memory_budget: int | str | None = None,
-    layers: str | list[str] = "self",
+    layers: str | list[str] | None = None,
     scheduler: Any = None,
     strict: bool = False,
 ) -> Session:
@@ -589,7 +589,8 @@ def enable(
         map_format: "fp32", "fp16", "bf16", "u8", "u7" or "u4".
         memory_budget: most bytes the maps of a denoiser call may take, a number or like "4GiB"; layers
             that do not fit only compute, and are reported. None: whatever the policy needs.
-        layers: "self", "cross", "all", or ``fnmatch`` patterns of layer names.
+        layers: "self", "cross", "all", or ``fnmatch`` patterns of layer names. None: self-attention, and the
+            layers that the policy speaks of by their full names.
         scheduler: for a denoiser without its pipeline whose timesteps are not taken from a tensor; or
             call :meth:`Session.step` in your loop.
         strict: whatever keeps a layer from doing what the policy says is an error instead of a warning, but for

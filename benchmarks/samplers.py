@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from rows import RESULTS, append, provenance
 
 from attnreuse import tiny_shapes
-from attnreuse.compare import Measured, Method, measure, rule_for
+from attnreuse.compare import SAME_NOISE, Measured, Method, measure, rule_for
 from attnreuse.evaluate import Setting
 from attnreuse.policy import shipped_policies
 from attnreuse.samplers import make_scheduler
@@ -44,7 +44,10 @@ def methods(scheduler: object, steps: int, map_format: str) -> list[Method]:
     executed, cls = policies["hurry(reuse=0.5)"].steps, type(scheduler).__name__
     policies |= {policy.name: policy for policy in shipped_policies(cls, executed)}
     found += [Method(name, "reuse", steps, policy, map_format) for name, policy in policies.items()]
-    return found + [Method(f"{round(steps * s)} plain steps", "plain steps", round(steps * s)) for s in SHARES]
+    for count in (round(steps * share) for share in SHARES):
+        found.append(Method(f"{count} plain steps", "plain steps", count))
+        found.append(Method(f"{count} plain steps, same noise", SAME_NOISE, count))
+    return found
 
 
 def row(sampler: str, guidance: float, measured: Measured, full: Measured) -> dict[str, object]:

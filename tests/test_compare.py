@@ -64,7 +64,8 @@ def test_other_caches_change_pictures_repeatably_and_leave_nothing(make):
 
 
 def test_every_kind_of_method_is_there(measured):
-    assert {r.method.family for r in measured.groups[0].rows} == set(page.COLORS)
+    families = {r.method.family for r in measured.groups[0].rows}
+    assert families == set(page.COLORS) - {compare.SAME_NOISE}  # DDIM draws none
     names = [r.method.name for r in measured.groups[0].rows]
     assert len(set(names)) == len(names)
     assert "mine" in names
@@ -91,6 +92,24 @@ def test_plain_steps_at_equal_latency_lie_between_their_neighbours(measured):
             assert min(plain) <= r.latency_s <= measured.groups[0].full.latency_s
             assert min(plain.values()) <= r.plain_psnr <= max(plain.values())
             assert r.plain_psnr >= max(psnr for latency, psnr in plain.items() if latency <= r.latency_s)
+
+
+def test_a_stochastic_sampler_is_compared_with_its_noise_held_fixed():
+    """Plain steps of the same noise take their twins' time, and count among plain steps."""
+    found = compare.compare(
+        captioned_pipeline(), Setting(PROMPTS, 8, map_format="fp32"), schedulers=["Euler a", "DPM2 a"], others=False,
+        rounds=1,
+    )  # fmt: skip
+    rows = {r.method.name: r for r in found.groups[0].rows}
+    for steps in (7, 6):
+        plain, same = rows[f"{steps} plain steps"], rows[f"{steps} plain steps, same noise"]
+        assert same.scores["psnr"] != plain.scores["psnr"]
+        assert same.latencies_s == plain.latencies_s
+    plain = {r.latency_s: r.scores["psnr"] for r in rows.values() if r.method.family in compare.PLAIN}
+    for r in rows.values():
+        if r.plain_psnr is not None:
+            assert r.plain_psnr >= max(psnr for latency, psnr in plain.items() if latency <= r.latency_s)
+    assert "same noise was left out: the noise of KDPM2Ancestral" in " ".join(found.groups[1].notes)
 
 
 def test_figures_belong_to_their_method(measured):
