@@ -11,6 +11,8 @@ import hashlib
 import inspect
 import json
 import math
+import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,6 +28,7 @@ from attnreuse.clock import executed_steps
 from attnreuse.denoiser import find_denoiser, holding_layers, layer_kinds, model_name, select_layers, unsupported
 from attnreuse.errors import AttnReuseError, PolicyMismatchError
 from attnreuse.formats import map_format
+from attnreuse.layers import NOT_CALLED
 from attnreuse.levels import noise_levels
 from attnreuse.metrics import PAIRED
 from attnreuse.policy import Action, Policy
@@ -273,7 +276,9 @@ class Evaluator:
 
         denoiser.forward = replay
         try:
-            yield
+            with warnings.catch_warnings():  # what is replayed calls no layer
+                warnings.filterwarnings("ignore", f".*{re.escape(NOT_CALLED)}")
+                yield
         finally:
             del denoiser.forward
             if bound is not None:

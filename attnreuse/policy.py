@@ -59,6 +59,9 @@ class _Saved(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
     def save(self, path: str | Path) -> None:
         """Write the policy as JSON."""
         Path(path).write_text(self.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")

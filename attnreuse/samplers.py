@@ -6,8 +6,7 @@ import importlib.util
 import inspect
 from typing import Any
 
-KARRAS = {"use_karras_sigmas": True}
-SDE = {"algorithm_type": "sde-dpmsolver++"}
+ODE, SDE = {"algorithm_type": "dpmsolver++"}, {"algorithm_type": "sde-dpmsolver++"}
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {  # diffusers' class, and what is set besides the model's own config
     "DDIM": ("DDIMScheduler", {}),
     "DDPM": ("DDPMScheduler", {}),
@@ -18,9 +17,9 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {  # diffusers' class, and wha
     "Heun": ("HeunDiscreteScheduler", {}),
     "DPM2": ("KDPM2DiscreteScheduler", {}),
     "DPM2 a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
+    "DPM++ 2M": ("DPMSolverMultistepScheduler", ODE),
     "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", SDE),
-    "DPM++ 2S": ("DPMSolverSinglestepScheduler", {}),
+    "DPM++ 2S": ("DPMSolverSinglestepScheduler", ODE),
     "DPM++ SDE": ("DPMSolverSDEScheduler", {}),
     "DEIS": ("DEISMultistepScheduler", {}),
     "UniPC": ("UniPCMultistepScheduler", {}),
@@ -56,10 +55,15 @@ def make_scheduler(config: dict[str, Any], name: str | None) -> Any:
     cls = getattr(diffusers, cls_name)
     if cls_name == "DPMSolverSDEScheduler" and importlib.util.find_spec("torchsde") is None:
         raise ValueError(f"--scheduler {wanted} needs torchsde: pip install torchsde; DPM++ 2M SDE does without")
-    if karras and "use_karras_sigmas" not in inspect.signature(cls.__init__).parameters:
+    spaced = "use_karras_sigmas" in inspect.signature(cls.__init__).parameters
+    if karras and not spaced:
         raise ValueError(f"--scheduler {wanted}: {cls_name} has no Karras noise levels")
+    if "FlowMatch" in cls_name and "FlowMatch" not in config.get("_class_name", cls_name):
+        raise ValueError(f"--scheduler {wanted}: {cls_name} is for models trained by flow matching, this one is not")
+    if spaced and sampler in known:  # a name says what it is, whatever the model's config says
+        extra = {**extra, "use_karras_sigmas": karras}
     try:
-        return cls.from_config(config, **extra, **(KARRAS if karras else {}))
+        return cls.from_config(config, **extra)
     except (TypeError, ImportError) as error:
         raise ValueError(f"--scheduler {wanted}: {cls_name} cannot be made for this model: {error}") from error
 

@@ -31,14 +31,17 @@ def policies(steps, layers):
     ]
     rows += [tuple([False] + [rng.random() < 0.5 for _ in range(steps - 1)]) for _ in range(4)]
     mixed = {layers[0]: rows[1], layers[-1]: rows[4]}
-    return [Policy(steps=steps, reuse=row) for row in [*rows, mixed, rows[1]]]
+    held = [(False, "H", True, *rows[1][3:]), (False, True, "H", *rows[1][3:])]
+    return [Policy(steps=steps, reuse=row) for row in [*rows, mixed, *held, rows[1]]]
 
 
+@pytest.mark.filterwarnings("error:.*was not called")
+@pytest.mark.parametrize("layers", [None, "all"])
 @pytest.mark.parametrize("scheduler", ["DDIM", "DPM", "PNDM", "Heun"])
-def test_replayed_beginnings_change_no_bit(scheduler):
+def test_replayed_beginnings_change_no_bit(scheduler, layers):
     pipe = captioned_pipeline()
     pipe.scheduler = make_scheduler(pipe.scheduler.config, scheduler)
-    sharing, plain = Evaluator(pipe, setting()), Evaluator(pipe, setting(), memo_bytes=0)
+    sharing, plain = (Evaluator(pipe, setting(layers=layers), n) for n in (1 << 30, 0))
     for policy in policies(sharing.executed_steps, list(attention_layers(pipe.unet))):
         ours, theirs = sharing.sample(policy), plain.sample(policy)
         assert torch.equal(ours.latents, theirs.latents), policy

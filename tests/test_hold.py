@@ -289,6 +289,11 @@ def test_rows_are_text_lists_or_both():
         Policy(steps=3, reuse="H..")
 
 
+def test_policies_can_be_kept_in_sets():
+    made = [Policy(steps=3, reuse={"a": ".RH"}, metrics={"psnr_db": 1.0}) for _ in range(2)]
+    assert len({*made, hurry(reuse=0.5), hurry(reuse=0.5), hurry(reuse=0.25)}) == 3
+
+
 def test_files_hold_text_and_old_ones_load(tmp_path):
     path = tmp_path / "policy.json"
     Policy(steps=4, reuse={"a": ".RH.", "*": ".R.."}).save(path)

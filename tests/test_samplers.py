@@ -60,3 +60,16 @@ def test_eta_is_for_schedulers_that_have_one():
     assert step_options(diffusers.HeunDiscreteScheduler(), None) == {}
     with pytest.raises(ValueError, match="--eta: HeunDiscreteScheduler has none; DDIM and TCD have"):
         step_options(diffusers.HeunDiscreteScheduler(), 0.5)
+
+
+def test_a_name_says_what_it_is_whatever_the_config_says():
+    odd = {**CONFIG, "use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"}
+    plain = make_scheduler(odd, "DPM++ 2M").config
+    assert (plain["use_karras_sigmas"], plain["algorithm_type"]) == (False, "dpmsolver++")
+    assert make_scheduler(odd, "DPM++ 2M Karras").config["use_karras_sigmas"] is True
+    assert make_scheduler(odd, "DPMSolverMultistepScheduler").config["use_karras_sigmas"] is True  # a class: as it is
+
+
+def test_flow_matching_is_refused_for_other_models():
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler is for models trained by flow matching"):
+        make_scheduler({**CONFIG, "_class_name": "DDIMScheduler"}, "FlowMatchEulerDiscrete")
