@@ -15,6 +15,7 @@ PACKAGE = Path(attnreuse.__file__).parent
 # Imports point one way: a module may import only those before it.
 LAYERS = [
     {"errors", "environment", "timing", "tiny_shapes", "loops", "conditions", "rows", "levels", "samplers"},
+    {"noise"},
     {"formats", "policy", "caption_oracle", "clock", "guard"},
     {"reference", "native", "kernels", "ring", "metrics", "report", "schedule"},
     {"ops", "run"},
@@ -25,7 +26,7 @@ LAYERS = [
     {"session"},
     {"evaluate", "forecast", "sampling"},
     {"search", "analysis"},
-    {"compare"},
+    {"compare", "front"},
     {"plots"},
     {"page"},
     {"cli"},
