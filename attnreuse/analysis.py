@@ -103,7 +103,7 @@ class Prediction(_Part):
         schedules: the rows judged.
         measured, predicted: distances.
         rank: correlation of :func:`predict`, from measured growth and drift.
-        rank_level: of the rule ``hurry(reuse=...)``, from noise levels alone; None where there are none.
+        rank_level: of the rule ``hurry(reuse=...)``, from what the scheduler says alone; None where that is nothing.
         rank_age: of the same with ages counted in calls.
         rank_hurry: of "latest is best" (mean reuse step).
         rank_growth: of the growth fit alone, without drift.
@@ -126,6 +126,7 @@ class Analysis(_Part):
     scheduler: str
     steps: int
     levels: tuple[float, ...] | None = None
+    influence: tuple[float, ...] | None = None
     images: int
     growth: Growth
     noise: Growth
@@ -222,6 +223,7 @@ def analyze(
     advance(0.0)
     parts["staleness"] = staleness(evaluator, places, ages, advance=advance)
     about = {"model": evaluator.model, "scheduler": evaluator.scheduler, "steps": steps, "levels": evaluator.levels}
+    about["influence"] = evaluator.influence
     found = Analysis(**about, images=len(evaluator.setting.prompts), **parts)
     if not schedules:
         return found
@@ -359,7 +361,7 @@ def check_prediction(
 
     by_level = by_age = None
     if analysis.levels is not None:
-        error = level_error(analysis.levels)
+        error = level_error(analysis.levels, analysis.influence)
         by_level = rank([schedule_error(row, error) for row in ordered])
         by_age = rank([schedule_error(row, call_age_error(analysis.levels)) for row in ordered])
     return Prediction(

@@ -570,7 +570,7 @@ def _policy(
 ) -> Any:
     """The policy for a run: of the file; else, for the shipped model, the shipped one that fits; else HURRY."""
     from attnreuse.clock import executed_steps
-    from attnreuse.levels import noise_levels
+    from attnreuse.levels import resolved
     from attnreuse.policy import Policy, Stretched, hurry, load_policy, shipped_policies
 
     _one_of("--fit", fit, "exact", "stretch")
@@ -589,12 +589,12 @@ def _policy(
         if isinstance(found, Policy) and found.steps == executed:
             return found
         rule = Stretched(policy=found) if isinstance(found, Policy) else found
-        return rule.resolve(executed, noise_levels(scheduler) if rule.uses_levels else None)
+        return resolved(rule, scheduler, executed)
     if max_age is not None:
         return hurry(executed, count, max_age or None)
     fitting = shipped_policies(type(scheduler).__name__, executed) if not model else []
     fitting = [p for p in fitting if p.reuse_steps == count]
-    return fitting[0] if fitting else hurry(reuse=count / executed).resolve(executed, noise_levels(scheduler))
+    return fitting[0] if fitting else resolved(hurry(reuse=count / executed), scheduler, executed)
 
 
 def _suffix(option: str, path: Path, suffix: str) -> None:
@@ -704,7 +704,7 @@ def _predicted(analysis: Path | None, evaluator: Any, reuse: int) -> tuple[list[
     if analysis is None and evaluator.levels is None:
         return [], None
     if analysis is None:
-        error, executed = level_error(evaluator.levels), evaluator.executed_steps
+        error, executed = level_error(evaluator.levels, evaluator.influence), evaluator.executed_steps
         row = best_row(executed, reuse, error)
         return [evaluator.policy(row, "start")], lambda policy: schedule_error(policy.reuse, error)
     from attnreuse.analysis import Analysis, best_predicted, predict

@@ -24,7 +24,7 @@ from attnreuse.clock import executed_steps
 from attnreuse.environment import environment, package_version
 from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Evaluator, Setting
-from attnreuse.levels import noise_levels
+from attnreuse.levels import resolved
 from attnreuse.noise import NoisePath
 from attnreuse.policy import Policy, Rule, hurry, periodic
 from attnreuse.rows import strip
@@ -208,9 +208,8 @@ def methods(
     schedules = [hurry(executed, half, None), hurry(executed, half, 1), rule_for(pipe.scheduler, setting.steps, 0.5)]
     schedules += [hurry(executed, quarter, None), rule_for(pipe.scheduler, setting.steps, 0.25)]
     schedules += [periodic(executed, 2), periodic(executed, 3)]
-    levels = noise_levels(pipe.scheduler) if any(isinstance(p, Rule) and p.uses_levels for p in policies) else None
     for policy in policies:
-        fixed = policy.resolve(executed, levels) if isinstance(policy, Rule) else policy
+        fixed = resolved(policy, pipe.scheduler, executed) if isinstance(policy, Rule) else policy
         schedules += [fixed] if fixed.steps == executed and fixed.scheduler in (None, scheduler) else []
     seen: dict[Any, str] = {}
     for policy in schedules:
@@ -244,7 +243,7 @@ def rule_for(scheduler: Any, steps: int, reuse: float) -> Policy:
     """What the rule ``hurry(reuse=...)`` makes of `steps` asked for; without noise levels, HURRY with fresh maps."""
     executed = executed_steps(scheduler, steps)
     try:
-        return hurry(reuse=reuse).resolve(executed, noise_levels(scheduler))
+        return resolved(hurry(reuse=reuse), scheduler, executed)
     except ValueError:
         return hurry(executed, round(reuse * executed))
 

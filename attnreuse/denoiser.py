@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.nn import Dropout, Linear
+
 from attnreuse import ops
 from attnreuse.errors import UnsupportedLayerError
 from attnreuse.processors import attention_layers, stock_of, stock_processors
@@ -89,7 +91,27 @@ def holding_layers(denoiser: Any, layers: dict[str, Any]) -> list[str]:
     """Those of its `layers` whose values depend on its context alone: they hold their output in place of a map."""
     if getattr(denoiser, "encoder_hid_proj", None) is not None:  # what they attend over is made anew at each call
         return []
-    return [n for n, m in layers.items() if m.is_cross_attention and not m.residual_connection and not m.spatial_norm]
+    return [n for n, m in layers.items() if m.is_cross_attention and opaque(m) is None]
+
+
+def opaque(attn: Any) -> str | None:
+    """Why it cannot be told whether a layer would give the same output again, or None.
+
+    Its values and output are made by plain layers, whose weights say all. Adapters, quantised layers, hooks and patches
+    have a state of their own.
+    """
+    if attn.residual_connection or attn.spatial_norm is not None or attn.norm_cross:
+        return "its output depends on more than its map and values"
+    for name, module, plain in (
+        ("to_v", attn.to_v, Linear),
+        ("to_out", attn.to_out[0], Linear),
+        ("to_out", attn.to_out[1], Dropout),
+    ):
+        if type(module) is not plain:
+            return f"its {name} is a {type(module).__name__}, not a plain layer"
+        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+            return f"another tool hooks into its {name}"
+    return None
 
 
 def foreign(attn: Any) -> str | None:

@@ -29,7 +29,7 @@ from attnreuse.denoiser import find_denoiser, holding_layers, layer_kinds, model
 from attnreuse.errors import AttnReuseError, PolicyMismatchError
 from attnreuse.formats import map_format
 from attnreuse.layers import NOT_CALLED
-from attnreuse.levels import noise_levels
+from attnreuse.levels import influences, noise_levels
 from attnreuse.metrics import PAIRED
 from attnreuse.policy import Action, Policy
 from attnreuse.processors import attention_layers
@@ -123,6 +123,7 @@ class Evaluator:
     Attributes:
         executed_steps: denoiser steps of a run; policies must have this many.
         levels: their noise levels (log-SNR), or None where the scheduler has none.
+        influence: how far an error of each moves the final sample (:func:`~attnreuse.levels.influences`), or None.
         calls: denoiser calls asked for and made so far.
     """
 
@@ -131,6 +132,7 @@ class Evaluator:
         step_options(pipe.scheduler, setting.eta)
         self.executed_steps = executed_steps(pipe.scheduler, setting.steps)
         self.levels = _levels(pipe.scheduler)
+        self.influence = None if self.levels is None else influences(pipe.scheduler)
         self.scheduler, self.model = type(pipe.scheduler).__name__, model_name(pipe)
         self._memo = _Memo(memo_bytes)
         self._inputs: dict[str, Any] = {}  # the denoiser's, of the first call

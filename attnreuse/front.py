@@ -117,7 +117,15 @@ def ladder(
 
     Raises:
         AttnReuseError: no schedule fits the memory budget, or was judged in time.
+        ValueError: unknown `by`, no budget, or a run of one step.
     """
+    if by not in ("kind", "level", "layer"):
+        raise ValueError(f"by must be 'kind', 'level' or 'layer', got {by!r}")
+    if budget < 1 or engine.evaluator.executed_steps < 2:
+        raise ValueError(
+            f"a ladder needs a budget of at least 1 and a run of at least 2 steps, got {budget} and "
+            f"{engine.evaluator.executed_steps}"
+        )
     climb = _Ladder(engine.evaluator, Judge(engine, cache), by, budget, budget_time, memory_budget, progress)
     climb.scan()
     climb.join()
@@ -235,7 +243,11 @@ class _Ladder:
 
     def _rungs(self) -> None:
         levels = self.evaluator.levels
-        error = (lambda captured, step: step - captured) if levels is None else level_error(levels)
+        error = (
+            (lambda captured, step: step - captured)
+            if levels is None
+            else level_error(levels, self.evaluator.influence)
+        )
         counts = sorted({max(1, round(share * (self.steps - 1))) for share in SHARES})
         rows = [best_row(self.steps, count, error) for count in counts]
         self.rungs: dict[str, list[Row]] = {

@@ -11,7 +11,7 @@ import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
-from attnreuse.denoiser import foreign, layer_kinds, never_served, select_layers
+from attnreuse.denoiser import foreign, layer_kinds, never_served, opaque, select_layers
 from attnreuse.errors import UnsupportedLayerError
 from attnreuse.policy import Action
 from attnreuse.processors import CAPTURE, COMPUTE, OTHER_SHAPE, ReuseAttnProcessor, attention_layers, stock_processors
@@ -20,7 +20,8 @@ from attnreuse.run import Branch, Run
 from attnreuse.schedule import CACHED, NOTHING
 
 NOT_CALLED = "it was not called (another tool skipped it)"
-CHANGED = "its weights or adapters have changed since its output was kept"
+CHANGED = "its weights have changed since its output was kept"
+NO_CONTEXT = "the denoiser was given nothing that it attends over"
 
 
 class Layers:
@@ -124,24 +125,33 @@ class Layers:
         ring = branch.ring
         if name not in ring.plan.requests:
             return Action.COMPUTE, run.report.skipped.get(name) or branch.why or "it has no memory for a map"
-        about = _depends_on(self.modules[name], given) if keep or planned is Action.HOLD else None
-        action, reason = planned, self._missing(name, planned, about, run, branch)
+        context = given.get("encoder_hidden_states") if self.kinds[name] == "cross" else None
+        about, unfit = None, None
+        if keep or planned is Action.HOLD:
+            unfit = NO_CONTEXT if self.kinds[name] == "cross" and context is None else opaque(self.modules[name])
+            about = None if unfit else _Weights(self.modules[name])
+        action, reason = planned, self._missing(name, planned, about, unfit, run, branch)
         if reason is not None:
             action = Action.CAPTURE if run.schedule.reuses_after(name, run.step) else Action.COMPUTE
             keep = run.schedule.planned(name, run.step + 1) is Action.HOLD
+        keep = keep and unfit is None
         if action in (Action.CAPTURE, Action.REUSE):
             processor.slot, processor.outline = ring.places[name], ring.outlines[name]
         if keep or action is Action.HOLD:
             processor.output, processor.kept = ring.outputs[name], False
-            processor.context = given.get("encoder_hidden_states") if self.kinds[name] == "cross" else None
+            processor.context = context
         if keep or action is not Action.COMPUTE:
             self._armed.append((name, processor, keep, about))
         return action, reason
 
-    def _missing(self, name: str, planned: Action, about: Any, run: Run, branch: Branch) -> str | None:
+    def _missing(
+        self, name: str, planned: Action, about: Any, unfit: str | None, run: Run, branch: Branch
+    ) -> str | None:
         """Why the branch does not hold what layer `name` is to reuse or hold; None if it does."""
         if planned not in CACHED:
             return None
+        if planned is Action.HOLD and unfit is not None:
+            return unfit
         due = run.schedule.due(name, run.step)
         if planned is Action.REUSE:
             lost = f"its map of step {due} was not captured"
@@ -211,12 +221,17 @@ class Layers:
         return None
 
 
-def _depends_on(attn: Any, given: dict[str, Any]) -> tuple:
-    """What a layer's output depends on besides its map and context: weights and adapters of its values and output."""
-    found: list[Any] = [(given.get("cross_attention_kwargs") or {}).get("scale")]
-    for layer in (attn.to_v, attn.to_out[0]):
-        weight = layer.weight
-        found += [id(layer), weight.data_ptr(), None if weight.is_inference() else weight._version]
-        if hasattr(layer, "scaling"):  # an adapter of peft
-            found += [dict(layer.scaling), layer.active_adapters, layer.merged_adapters[:], layer.disable_adapters]
-    return tuple(found)
+class _Weights:
+    """The weights that a layer makes its values and output with, as they are now; equal as long as they are the same.
+
+    They are kept alive, so that no others can come to lie at their addresses.
+    """
+
+    def __init__(self, attn: Any):
+        self._tensors = [p for m in (attn.to_v, attn.to_out[0]) for p in (m.weight, m.bias) if p is not None]
+        self._marks = [(id(p), p.data_ptr(), None if p.is_inference() else p._version) for p in self._tensors]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Weights) and self._marks == other._marks
+
+    __hash__ = None

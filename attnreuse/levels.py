@@ -1,4 +1,4 @@
-"""Noise levels of a run's denoiser calls, as log-SNR: what rules are resolved from.
+"""Noise levels of a run's denoiser calls, as log-SNR, and their influence: what rules are resolved from.
 
 The level of a timestep is ``log(alpha_bar / (1 - alpha_bar))`` of the training schedule, between its entries by
 interpolation; ``2 log((1 - sigma) / sigma)`` for flow matching; ``-2 log sigma`` for schedulers that know sigma alone.
@@ -8,6 +8,7 @@ a copy may not make (custom ones, LCM's and TCD's, flow matching's, copies of a 
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 INSTEAD = "give a policy with a step count, such as hurry(steps, reuse), or periodic(interval=2)"
+MOST = 200  # calls for which influences are told: it takes a run of as many rows
+_known: dict[str, list[float] | None] = {}  # influences, by scheduler, config and walk
 LIMIT = 16.0  # |log-SNR| beyond which nothing changes any more: zero terminal SNR, the last step of flow matching
 
 
@@ -33,6 +36,38 @@ def noise_levels(scheduler: Any, timesteps: Tensor | None = None) -> list[float]
     if levels.isnan().any():
         raise ValueError(f"{type(scheduler).__name__} has noise levels that are no numbers: {INSTEAD}")
     return levels.clamp(-LIMIT, LIMIT).tolist()
+
+
+def influences(scheduler: Any) -> list[float] | None:
+    """How far a unit error of each denoiser call's output moves the sample that the run ends with.
+
+    The scheduler itself tells: it is run for pictures that are Gaussian noise of unit variance. There an exact
+    denoiser's output, as v, is zero, so all that moves its sample is an error that is put into one call. Samplers of
+    two calls a step differ in this most: the first call of DPM2 only finds the middle of its step.
+
+    Returns:
+        One number per timestep that `scheduler` is set to; None where that cannot be told (flow matching, a scheduler
+        that cannot predict v, more than ``MOST`` calls, noise that cannot be repeated, custom timesteps on a device).
+    """
+    try:
+        twin = _rewound(scheduler)
+        if twin is None or len(twin.timesteps) > MOST or "prediction_type" not in twin.config:
+            return None
+        sigmas = getattr(twin, "sigmas", None)
+        walk = (twin.timesteps.tolist(), sigmas.tolist() if isinstance(sigmas, Tensor) else None)
+        key = f"{type(twin).__name__} {dict(twin.config)} {walk}"
+        if key not in _known:
+            if len(_known) >= 64:
+                _known.clear()
+            _known[key] = _influences(twin)
+        return _known[key]
+    except Exception:  # whatever a scheduler raises that is run in a way it does not know
+        return None
+
+
+def resolved(rule: Any, scheduler: Any, steps: int) -> Any:
+    """The policy that a rule makes for the `steps` calls that `scheduler` is set to."""
+    return rule.resolve(steps, *(noise_levels(scheduler), influences(scheduler)) if rule.uses_levels else ())
 
 
 def check_levels(scheduler: Any) -> None:
@@ -93,3 +128,40 @@ def _on_host(scheduler: Any, sigmas: Tensor | None) -> Tensor | None:
 def _fresh(scheduler: Any) -> Any:
     """The scheduler as its config makes it, on the host."""
     return type(scheduler).from_config(scheduler.config)
+
+
+def _influences(twin: Any) -> list[float] | None:
+    """:func:`influences` of a scheduler before its first step, which is run."""
+    if "FlowMatch" in type(twin).__name__ or twin.config.get("use_flow_sigmas", False):
+        return None
+    count = len(twin.timesteps)
+    twin.register_to_config(prediction_type="v_prediction", clip_sample=False, thresholding=False)
+    rows, size = count + 2, 1e-2  # the last two rows get no error: alike, unless noise differs from row to row
+    given = {}
+    if "generator" in inspect.signature(twin.step).parameters:
+        given["generator"] = [torch.Generator().manual_seed(0) for _ in range(rows)]
+    x = torch.zeros(rows, 1, 1, 1)
+    for call, t in enumerate(twin.timesteps):
+        twin.scale_model_input(x, t)
+        error = torch.zeros_like(x)
+        error[call] = size
+        x = twin.step(error, t, x, **given).prev_sample
+    moved = ((x - x[-1]).abs().double() / size).flatten()
+    return moved[:count].tolist() if moved[-2] == 0 and moved.isfinite().all() else None
+
+
+def _rewound(scheduler: Any) -> Any:
+    """A copy of the scheduler on the host, before its first step; None where its timesteps cannot be made there."""
+    twin, on_host = _fresh(scheduler), scheduler.timesteps.device.type == "cpu"
+    if scheduler.num_inference_steps is not None and not getattr(scheduler, "custom_timesteps", False):
+        twin.set_timesteps(scheduler.num_inference_steps)
+        made = scheduler.timesteps if on_host else _on_host(scheduler, _sigmas(scheduler))
+        if made is not None and torch.equal(twin.timesteps.double(), made.double()):
+            return twin
+    if not on_host:
+        return None
+    twin = copy.deepcopy(scheduler)  # it has timesteps of somebody's own
+    for name in ("_step_index", "_begin_index"):
+        if hasattr(twin, name):
+            setattr(twin, name, None)
+    return twin

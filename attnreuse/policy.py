@@ -59,6 +59,9 @@ class _Saved(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.model_dump_json() == other.model_dump_json()
+
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
 
@@ -118,7 +121,7 @@ class Policy(_Saved):
     resolution: tuple[int, int] | None = None
     map_format: str | None = None
     levels: tuple[FiniteFloat, ...] | None = None
-    metrics: dict[str, float] = {}
+    metrics: dict[str, FiniteFloat] = {}
     library_version: str = Field(default_factory=_library_version)
     version: Literal[1, 2] = 2
 
@@ -236,15 +239,23 @@ class Rule(_Saved, ABC):
         return False
 
     @abstractmethod
-    def resolve(self, steps: int, levels: Sequence[float] | None = None) -> Policy:
-        """The policy for a run of `steps` executed steps, which have these noise levels (log-SNR)."""
+    def resolve(
+        self, steps: int, levels: Sequence[float] | None = None, influence: Sequence[float] | None = None
+    ) -> Policy:
+        """The policy for a run of `steps` executed steps.
+
+        Args:
+            steps: executed steps.
+            levels, influence: of each, its noise level (log-SNR), and how far an error of its output moves the final
+                sample (:mod:`attnreuse.levels`).
+        """
 
     def __str__(self) -> str:
         return self.name
 
 
 class Hurry(Rule):
-    """Reuse a share of the steps: those whose map, by noise level, has changed least in effect.
+    """Reuse a share of the steps: those whose map, by noise level and influence, has changed least in effect.
 
     Attributes:
         reuse: share of the executed steps that reuse, in [0, 1].
@@ -261,11 +272,15 @@ class Hurry(Rule):
     def uses_levels(self) -> bool:
         return True
 
-    def resolve(self, steps: int, levels: Sequence[float] | None = None) -> Policy:
+    def resolve(
+        self, steps: int, levels: Sequence[float] | None = None, influence: Sequence[float] | None = None
+    ) -> Policy:
         if levels is None:
             raise ValueError(f"{self.name} needs the noise levels of the steps")
         _check_levels(steps, levels)
-        row = best_row(steps, min(round(self.reuse * steps), steps - 1), level_error(levels))
+        if influence is not None and len(influence) != steps:
+            raise ValueError(f"influence must be {steps} numbers like steps, got {len(influence)}")
+        row = best_row(steps, min(round(self.reuse * steps), steps - 1), level_error(levels, influence))
         return Policy(steps=steps, reuse=row, name=self.name, levels=levels)
 
 
@@ -279,7 +294,9 @@ class Periodic(Rule):
     def name(self) -> str:
         return f"periodic(interval={self.interval})"
 
-    def resolve(self, steps: int, levels: Sequence[float] | None = None) -> Policy:
+    def resolve(
+        self, steps: int, levels: Sequence[float] | None = None, influence: Sequence[float] | None = None
+    ) -> Policy:
         row = [step % self.interval != 0 for step in range(steps)]
         return Policy(steps=steps, reuse=row, name=self.name, levels=levels)
 
@@ -302,7 +319,9 @@ class Stretched(Rule):
     def uses_levels(self) -> bool:
         return self.policy.levels is not None
 
-    def resolve(self, steps: int, levels: Sequence[float] | None = None) -> Policy:
+    def resolve(
+        self, steps: int, levels: Sequence[float] | None = None, influence: Sequence[float] | None = None
+    ) -> Policy:
         return self.policy.stretch(steps, levels)
 
 

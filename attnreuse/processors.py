@@ -142,8 +142,7 @@ class ReuseAttnProcessor:
             return OTHER_SHAPE
         if self.did is not None:
             return CALLED_AGAIN
-        # Compiled code runs as it was traced: a tool that changes what layers attend over is in the trace.
-        if self.output is not None and not torch.compiler.is_compiling() and context is not self.context:
+        if self.output is not None and context is not self.context:
             return OTHER_CONTEXT
         return OVERRIDDEN if _overridden() else None
 

@@ -22,7 +22,7 @@ def strip(row: Iterable[bool | str]) -> str:
     return "".join("H" if step == "H" else ".R"[step] for step in row)
 
 
-def parse(row: Iterable[bool | int | str]) -> Row:
+def parse(row: Sequence[bool | int | str]) -> Row:
     """A row from its text, or from booleans (or 0 and 1) and "H".
 
     Raises:
@@ -30,7 +30,9 @@ def parse(row: Iterable[bool | int | str]) -> Row:
     """
     values = {".": False, "R": True, "H": "H", False: False, True: True}
     try:
-        return tuple(values[step] for step in row)
+        if isinstance(row, dict):
+            raise TypeError
+        return tuple(values[row[i]] for i in range(len(row)))
     except (KeyError, TypeError):
         raise ValueError(f"a row must hold booleans, or the letters '.', 'R' and 'H', got {row!r}") from None
 
@@ -41,10 +43,10 @@ def holding(row: Row) -> Row:
 
 
 def trades(row: Row) -> list[Row]:
-    """The rows in which one reuse step and one computed step (not the first) trade places: Hamming distance two."""
-    on = [i for i, reuse in enumerate(row) if reuse]
-    off = [i for i, reuse in enumerate(row) if not reuse and i > 0]
-    return [tuple(r != (k in pair) for k, r in enumerate(row)) for pair in itertools.product(on, off)]
+    """The rows in which a cached step and a computed step (not the first) trade places: Hamming distance two."""
+    on = [i for i, step in enumerate(row) if step]
+    off = [i for i, step in enumerate(row) if not step and i > 0]
+    return [tuple(row[{i: j, j: i}.get(k, k)] for k in range(len(row))) for i, j in itertools.product(on, off)]
 
 
 def room_for(steps: int, age: int) -> int:
@@ -52,14 +54,15 @@ def room_for(steps: int, age: int) -> int:
     return steps - -(-steps // (age + 1))
 
 
-def level_error(levels: Sequence[float]) -> ReuseError:
-    """The error that a reuse is predicted to cause, from noise levels (log-SNR) alone.
+def level_error(levels: Sequence[float], influence: Sequence[float] | None = None) -> ReuseError:
+    """The error that a reuse is predicted to cause, from what the scheduler says alone.
 
-    A map drifts with the distance in level. What it does to the denoiser's estimate of the picture reaches the
-    final picture in the measure of ``sqrt(alpha_bar)``: where noise prevails, the estimate moves the sample
-    little (for Gaussian data of unit variance this is the exact factor of the probability-flow ODE).
+    A map drifts with the distance in level (log-SNR). What that does to the denoiser's output moves the final sample
+    by the influence of the call (:func:`~attnreuse.levels.influences`). Where that is not known, ``sqrt(alpha_bar)``
+    stands for it: where noise prevails, the output moves the sample little (for Gaussian data of unit variance this
+    is the exact factor of the probability-flow ODE).
     """
-    weights = _sqrt_alpha_bar(levels)
+    weights = _sqrt_alpha_bar(levels) if influence is None else influence
     return lambda captured, step: weights[step] * abs(levels[step] - levels[captured])
 
 
@@ -74,7 +77,7 @@ def _sqrt_alpha_bar(levels: Sequence[float]) -> list[float]:
 
 
 def schedule_error(row: Sequence[bool], error: ReuseError) -> float:
-    """The sum over the reuses of a schedule."""
+    """The sum over the reuses of a schedule; a held output counts as a reuse."""
     total, captured = 0.0, 0
     for step, reuses in enumerate(row):
         if reuses:

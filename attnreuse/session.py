@@ -32,7 +32,7 @@ from attnreuse.formats import MapFormat
 from attnreuse.formats import map_format as format_named
 from attnreuse.guard import ThreadGuard
 from attnreuse.layers import Layers
-from attnreuse.levels import check_levels, noise_levels
+from attnreuse.levels import check_levels, influences, noise_levels
 from attnreuse.policy import Action, Policy, Rule, Stretched, hurry, load_policy
 from attnreuse.report import Report
 from attnreuse.ring import RingPlan, plan_ring
@@ -353,8 +353,8 @@ class Session:
         policy, off = self.policy, None
         if isinstance(policy, Rule):
             try:
-                levels = self._levels(place, steps, backward, timestep, loop) if policy.uses_levels else None
-                policy = policy.resolve(steps, levels)
+                told = self._levels(place, steps, backward, timestep, loop) if policy.uses_levels else (None, None)
+                policy = policy.resolve(steps, *told)
             except ValueError as error:
                 off = f"{self.policy} cannot be resolved: {error}"
                 self._object(PolicyMismatchError(off), "; every layer computes")
@@ -369,8 +369,8 @@ class Session:
 
     def _levels(
         self, place: Place | None, steps: int, backward: bool, timestep: Any, loop: loops.Loop | None
-    ) -> tuple[float, ...]:
-        """Noise levels of the steps of a run that begins at `place`; None where its steps are told.
+    ) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
+        """Noise levels of the steps of a run that begins at `place`, None where its steps are told; and influences.
 
         Raises:
             ValueError: they cannot be told.
@@ -394,7 +394,10 @@ class Session:
         levels = levels[: place.position + 1][::-1] if backward else levels[place.position :]
         if len(levels) < steps:
             raise ValueError(f"the run has {steps} steps, its timesteps have {len(levels)} noise levels")
-        return tuple(levels[:steps])
+        influence = None if backward or place.scheduler is None else influences(place.scheduler)
+        if influence is not None:
+            influence = tuple(influence[place.position :][:steps])
+        return tuple(levels[:steps]), influence
 
     def _levels_of_walk(self, place: Place, loop: loops.Loop | None) -> list[float]:
         if place.scheduler is not None:

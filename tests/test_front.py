@@ -98,6 +98,14 @@ def test_a_memory_budget_is_kept(pipe, fixed):
         ladder(InProcess(made), by="kind", budget=20, memory_budget=10)
 
 
+def test_bad_input_is_refused(pipe):
+    for given in ({"by": "levels"}, {"budget": 0}):
+        with pytest.raises(ValueError, match=r"'levels'|budget of at least 1"):
+            ladder(InProcess(evaluator(pipe)), **given)
+    with pytest.raises(ValueError, match="at least 2 steps, got 200 and 1"):
+        ladder(InProcess(Evaluator(pipe, Setting(PROMPTS, 1))))
+
+
 def test_time_ends_the_search(pipe, fixed, monkeypatch):
     from attnreuse import front
 
@@ -114,7 +122,7 @@ def test_where_nothing_pays_the_front_is_empty_and_says_so(pipe, fixed):
 
     made = evaluator(pipe, "self")
     made._costs = {name: LayerCost(1.0, 3.0, 2.0, 1.5) for name in made.served()}
-    found = ladder(InProcess(made), by="kind", budget=10)
+    found = ladder(InProcess(made), by="kind", budget=8)
     assert found.points == []
-    with pytest.raises(AttnReuseError, match="none of 10 schedules is predicted to be faster than full steps"):
+    with pytest.raises(AttnReuseError, match="none of 8 schedules is predicted to be faster than full steps"):
         found.pick(time=0.9)

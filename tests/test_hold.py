@@ -1,5 +1,6 @@
 """Held outputs: cross-attention of an unchanged context, and layers whose row says "H"."""
 
+import copy
 import json
 import warnings
 
@@ -117,40 +118,101 @@ def test_a_context_that_a_hook_changes_is_never_held(pipe):
     assert {counts(layer) for layer in session.report().layers} == {(6, 0, 0, 0)}
 
 
-def test_an_adapter_whose_scale_changes_computes_once_more(pipe):
+def hotswap(pipe):
+    for module in pipe.unet.modules():
+        if hasattr(module, "lora_B"):
+            module.lora_B["default"].weight.data.mul_(-2)
+
+
+ADAPTERS = {
+    "scale": lambda pipe: pipe.unet.set_adapters(["default"], [0.1]),
+    "off": lambda pipe: pipe.unet.disable_adapters(),
+    "weights written past torch's count": hotswap,
+}
+
+
+@pytest.mark.parametrize("change", ADAPTERS)
+def test_layers_with_adapters_reuse_maps_and_so_follow_every_change(pipe, change):
     from peft import LoraConfig
 
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_v", "to_out.0"], init_lora_weights=False))
+    weights = copy.deepcopy(pipe.unet.state_dict())
 
-    def change(pipe, step, t, kwargs):
+    def run():
+        pipe.unet.load_state_dict(weights)
+        pipe.unet.enable_adapters()
+        pipe.unet.set_adapters(["default"], [1.0])
+        at = lambda pipe, step, t, kwargs: (ADAPTERS[change](pipe) if step == 3 else None, kwargs)[1]  # noqa: E731
+        return sample(pipe, 6, callback_on_step_end=at)
+
+    expected = reference(pipe.unet, POLICY, run, layers="cross")
+    with attnreuse.enable(pipe, POLICY, layers="cross", map_format="fp32", strict=True) as session:
+        actual = run()
+    assert {counts(layer) for layer in session.report().layers} == {(0, 2, 4, 0)}
+    torch.testing.assert_close(actual, expected, rtol=0, atol=3e-4)
+    with attnreuse.enable(pipe, POLICY, layers="cross", map_format="fp32"):
+        assert (actual - sample(pipe, 6)).abs().max() > 1e-2  # what was changed shows
+
+
+def patched(attn):
+    real = attn.to_v.forward
+    attn.to_v.forward = lambda x: 2 * real(x)
+
+
+MID_RUN = {
+    "an adapter": lambda attn: setattr(attn, "to_v", torch.nn.utils.parametrizations.weight_norm(attn.to_v)),
+    "a patch": patched,
+    "a hook": lambda attn: attn.to_v.register_forward_hook(lambda module, args, output: 2 * output),
+    "other weights": lambda attn: attn.to_v.load_state_dict({"weight": attn.to_v.weight * 2}),
+    "a weight in its place": lambda attn: setattr(attn.to_v, "weight", torch.nn.Parameter(attn.to_v.weight * 2)),
+    "a bias in place": lambda attn: attn.to_out[0].bias.data.__class__ and attn.to_out[0].bias.detach().add_(1),
+}
+
+
+@pytest.mark.parametrize("change", MID_RUN)
+def test_what_changes_a_layer_in_mid_run_computes(pipe, change):
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    attn = pipe.unet.get_submodule(name)
+
+    def at(pipe, step, t, kwargs):
         if step == 3:
-            pipe.unet.set_adapters(["default"], [0.1])
+            MID_RUN[change](attn)
         return kwargs
 
-    given = {"callback_on_step_end": change}
     with (
         attnreuse.enable(pipe, POLICY, layers="cross") as session,
-        pytest.warns(UserWarning, match="adapters have changed"),
+        pytest.warns(UserWarning, match="mid_block.*of holding"),
     ):
-        actual = sample(pipe, 6, **given)
-    assert {counts(layer) for layer in session.report().layers} == {(3, 0, 0, 3)}
-    pipe.unet.set_adapters(["default"], [1.0])
-    policy = Policy(steps=6, reuse=".RR..R")
-    expected = reference(pipe.unet, policy, lambda: sample(pipe, 6, **given), layers="cross")
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+        sample(pipe, 6, callback_on_step_end=at)
+    for layer in session.report().layers:
+        assert layer.held == (4 if layer.name != name else 3 if "weight" in change or "bias" in change else 2)
 
 
-def test_weights_that_are_loaded_in_mid_run_compute_once_more(pipe):
-    attn = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+@pytest.mark.parametrize("make", ["a patch", "a hook", "quantised"])
+def test_layers_that_other_tools_changed_before_reuse_maps(pipe, make):
+    if make == "quantised":
+        pipe.unet = torch.ao.quantization.quantize_dynamic(pipe.unet, {torch.nn.Linear})
+    else:
+        for name, attn in attention_layers(pipe.unet).items():
+            if name.endswith("attn2"):
+                MID_RUN[make](attn)
+    with attnreuse.enable(pipe, POLICY, layers="cross", strict=True) as session:
+        sample(pipe, 6)
+    assert {counts(layer) for layer in session.report().layers} == {(0, 2, 4, 0)}
 
-    def change(pipe, step, t, kwargs):
-        if step == 3:
-            attn.to_v.load_state_dict({"weight": attn.to_v.weight * 2})
-        return kwargs
 
-    with attnreuse.enable(pipe, POLICY, layers="cross") as session, pytest.warns(UserWarning, match="have changed"):
-        sample(pipe, 6, callback_on_step_end=change)
-    assert sorted(layer.held for layer in session.report().layers) == [3, 4, 4, 4, 4, 4, 4]
+def test_a_call_without_context_holds_nothing():
+    unet = random_unet(block_out_channels=(32, 32), cross_attention_dim=32)
+    x = torch.randn(1, 4, 8, 8)
+    with (
+        torch.no_grad(),
+        attnreuse.enable(unet, hurry(3, 2, None), layers="cross") as session,
+        pytest.warns(UserWarning, match="was given nothing"),
+    ):
+        outs = [(session.step(step, 3), unet(x, 10, None).sample)[1] for step in range(3)]
+    assert {counts(layer) for layer in session.report().layers} == {(3, 0, 0, 0)}
+    with torch.no_grad():
+        assert all(torch.equal(out, unet(x, 10, None).sample) for out in outs)
 
 
 def test_layers_that_project_their_context_anew_reuse_maps():
@@ -253,6 +315,28 @@ def test_compiled_holds_what_eager_holds(pipe, whole):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["denoiser", "blocks"])
+def test_compiled_layers_see_a_context_that_a_hook_changes(pipe, whole):
+    strength = [1.0]
+
+    def change(module, args, kwargs):
+        return args, {**kwargs, "encoder_hidden_states": kwargs["encoder_hidden_states"] * strength[0]}
+
+    for name, attn in attention_layers(pipe.unet).items():
+        if name.endswith("attn2"):
+            attn.register_forward_pre_hook(change, with_kwargs=True)
+    torch._dynamo.reset()
+    unet = pipe.unet
+    if whole:
+        pipe.unet = torch.compile(unet, backend="eager")
+    else:
+        unet.compile_repeated_blocks(backend="eager")
+    with attnreuse.enable(pipe, POLICY, layers="cross") as session, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sample(pipe, 6)
+    assert {layer.held for layer in session.report().layers} == {0}
+
+
 @pytest.mark.parametrize("shape", [(2, 16, 12), (2, 12, 4, 4)], ids=["tokens", "image"])
 def test_outputs_keep_the_shape_of_their_input(shape):
     from attnreuse.processors import ReuseAttnProcessor
@@ -282,7 +366,7 @@ def test_rows_are_text_lists_or_both():
     assert parse(".RH") == (False, True, "H") == parse([0, 1, "H"])
     assert Policy(steps=3, reuse=".R.").reuse == (False, True, False)
     assert Policy(steps=3, reuse={"*": [False, "H", "H"]}).row("a") == (False, "H", "H")
-    for wrong in (".RX", [0, 2, 1], [0, "R!", 1], 7, [None] * 3):
+    for wrong in (".RX", [0, 2, 1], [0, "R!", 1], 7, [None] * 3, {0, 1}, (x for x in "...")):
         with pytest.raises(ValueError, match="booleans, or the letters"):
             Policy(steps=3, reuse=wrong)
     with pytest.raises(ValueError, match="must compute at the first step"):
@@ -292,6 +376,11 @@ def test_rows_are_text_lists_or_both():
 def test_policies_can_be_kept_in_sets():
     made = [Policy(steps=3, reuse={"a": ".RH"}, metrics={"psnr_db": 1.0}) for _ in range(2)]
     assert len({*made, hurry(reuse=0.5), hurry(reuse=0.5), hurry(reuse=0.25)}) == 3
+    orders = [{"a*": ".RH", "*": "..."}, {"*": "...", "a*": ".RH"}]
+    first, second = (Policy(steps=3, reuse=order) for order in orders)  # the first pattern that matches counts
+    assert first != second
+    with pytest.raises(ValueError, match="finite number"):
+        Policy(steps=3, reuse=".R.", metrics={"psnr_db": float("inf")})
 
 
 def test_files_hold_text_and_old_ones_load(tmp_path):

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import warnings
+from inspect import signature
 
 import diffusers
 import pytest
@@ -16,7 +17,7 @@ from tiny_random import WIDTH, prompt, random_unet, sample
 
 import attnreuse
 from attnreuse import Policy, hurry, periodic
-from attnreuse.levels import noise_levels
+from attnreuse.levels import influences, noise_levels, resolved
 from attnreuse.policy import load_policy
 from attnreuse.rows import best_row, level_error, schedule_error, stretched, strip
 from attnreuse.samplers import make_scheduler
@@ -171,6 +172,58 @@ def test_a_second_call_at_one_level_finds_its_partner(name):
     assert pairs
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_influences_are_those_of_the_sampler_itself(name):
+    """Against a run whose denoiser is exact for unit Gaussian noise, and errs in one call."""
+    made = scheduler(name, 6)
+    found = influences(made)
+    if name == "DPM++ SDE":  # its noise is no generator's
+        assert found is None
+        return
+    made.register_to_config(prediction_type="v_prediction", clip_sample=False)
+
+    def ends(erring, size=0.02):
+        run = copy.deepcopy(made)
+        g = {"generator": torch.Generator().manual_seed(3)} if "generator" in signature(run.step).parameters else {}
+        x = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0)) * run.init_noise_sigma
+        for i, t in enumerate(run.timesteps):
+            run.scale_model_input(x, t)
+            x = run.step(torch.full_like(x, size * (i == erring)), t, x, **g).prev_sample
+        return x
+
+    right = ends(-1)
+    assert len(found) == len(made.timesteps)
+    for i, influence in enumerate(found):
+        assert influence == pytest.approx(float((ends(i) - right).mean().abs()) / 0.02, rel=0.02, abs=2e-4)
+
+
+def test_the_first_call_of_a_two_call_sampler_matters_less():
+    for name in ("DPM2", "DPM2 a", "Heun"):
+        found = influences(scheduler(name, 10))
+        less = [a < b for a, b in list(itertools.pairwise(found))[::2]]
+        assert sum(less) > 0.8 * len(less), name
+
+
+def test_what_cannot_be_told_is_none_and_levels_alone_decide():
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    flow.set_timesteps(5)
+    assert influences(flow) is None
+    long = scheduler("DDPM", 300)
+    assert influences(long) is None
+    levels = noise_levels(long)
+    assert resolved(hurry(reuse=0.5), long, 300) == hurry(reuse=0.5).resolve(300, levels)
+    with pytest.raises(ValueError, match="influence must be 3 numbers like steps, got 2"):
+        hurry(reuse=0.5).resolve(3, [0.0, 1.0, 2.0], [1.0, 1.0])
+
+
+def test_influences_do_not_touch_the_scheduler():
+    for name in ("Heun", "PNDM", "Euler a"):
+        made = scheduler(name, 6)
+        before = str(vars(made))
+        influences(made)
+        assert str(vars(made)) == before
+
+
 # -- rules as data
 
 
@@ -235,7 +288,7 @@ def test_a_rule_fits_any_run_and_equals_the_policy_it_makes(pipe, name):
         with attnreuse.enable(pipe, hurry(reuse=0.5), strict=True) as session:
             by_rule, ran = sample(pipe, steps), session.report()
         executed = len(pipe.scheduler.timesteps)
-        policy = hurry(reuse=0.5).resolve(executed, noise_levels(pipe.scheduler))
+        policy = resolved(hurry(reuse=0.5), pipe.scheduler, executed)
         assert ran.policy == str(policy)
         assert ran.layers[0].reused == policy.reuse_steps == round(executed / 2)
         with attnreuse.enable(pipe, policy, strict=True):
@@ -267,7 +320,7 @@ def test_timesteps_and_sigmas_of_ones_own_are_resolved_for(pipe):
         with attnreuse.enable(pipe, hurry(reuse=0.4), strict=True) as session:
             sample(pipe, None, **own)
         steps = len(pipe.scheduler.timesteps)
-        expected = hurry(reuse=0.4).resolve(steps, noise_levels(pipe.scheduler))
+        expected = resolved(hurry(reuse=0.4), pipe.scheduler, steps)
         assert session.report().policy == str(expected)
 
 
@@ -323,7 +376,8 @@ def test_loops_of_ones_own_are_resolved_by_the_levels_they_go_through(loop, told
         "own": (torch.tensor([900.0, 400.0, 200.0, 100.0]), None),
     }[loop]
     levels = noise_levels(made, timesteps) if levels is None else levels
-    expected = strip(hurry(reuse=0.4).resolve(len(levels), levels).reuse)
+    influence = {"whole": influences(made), "late": influences(made)[5:]}.get(loop)  # of other walks it is not known
+    expected = strip(hurry(reuse=0.4).resolve(len(levels), levels, influence).reuse)
     with attnreuse.enable(unet, hurry(reuse=0.4), scheduler=made) as session:
         assert looped(unet, timesteps, session, told) == expected
         assert session.report().layers[0].reused == expected.count("R")
