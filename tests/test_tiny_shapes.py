@@ -39,7 +39,7 @@ def test_it_is_small_and_half_precision():
 def test_self_attention_matters_as_in_stable_diffusion():
     blueprint = Blueprint.load(str(FOLDER))
     found = map_shapes(blueprint.denoiser, blueprint.inputs((128, 128), batch=2))
-    shapes = {name: shape for name, (shape, _) in found.items()}
+    shapes = {name: layer.map for name, layer in found.items()}
     tokens = {name: m for name, (_, _, m, _) in shapes.items()}
     assert sorted(set(tokens.values())) == [64, 256, 1024]
     for level in (64, 256, 1024):
