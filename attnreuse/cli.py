@@ -572,12 +572,13 @@ def _policy(
     from attnreuse.clock import executed_steps
     from attnreuse.levels import resolved
     from attnreuse.policy import Policy, Stretched, hurry, load_policy, shipped_policies
+    from attnreuse.rows import count_of
 
     _one_of("--fit", fit, "exact", "stretch")
     executed = executed_steps(scheduler, steps)
     if not math.isfinite(reuse) or (reuse >= 1 and reuse != int(reuse)):
         raise ValueError(f"--reuse must be a share below 1 or a whole number of steps, got {reuse}")
-    count = int(reuse) if reuse >= 1 else min(round(reuse * executed), executed - 1)
+    count = int(reuse) if reuse >= 1 else count_of(reuse, executed) if reuse >= 0 else -1
     if file is None and not 0 <= count < executed:
         raise ValueError(f"--reuse must be between 0 and {executed - 1} for {executed} steps, got {reuse:g}")
     if file is not None:

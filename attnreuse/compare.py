@@ -27,7 +27,7 @@ from attnreuse.evaluate import Evaluator, Setting
 from attnreuse.levels import resolved
 from attnreuse.noise import NoisePath
 from attnreuse.policy import Policy, Rule, hurry, periodic
-from attnreuse.rows import strip
+from attnreuse.rows import count_of, strip
 from attnreuse.samplers import make_scheduler, step_options
 from attnreuse.session import enable
 
@@ -245,7 +245,7 @@ def rule_for(scheduler: Any, steps: int, reuse: float) -> Policy:
     try:
         return resolved(hurry(reuse=reuse), scheduler, executed)
     except ValueError:
-        return hurry(executed, round(reuse * executed))
+        return hurry(executed, count_of(reuse, executed))
 
 
 def _ladder(steps: int, wanted: set[int]) -> list[int]:

@@ -32,7 +32,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from attnreuse.rows import Row, best_row, holding, level_error, parse, room_for, stretched, strip
+from attnreuse.rows import Row, best_row, count_of, holding, level_error, parse, room_for, stretched, strip
 
 FILE = "policy.json"  # its name in a hub repository
 SHIPPED = Path(__file__).parent / "policies"  # found by `attnreuse search` for the shipped pipeline
@@ -258,7 +258,7 @@ class Hurry(Rule):
     """Reuse a share of the steps: those whose map, by noise level and influence, has changed least in effect.
 
     Attributes:
-        reuse: share of the executed steps that reuse, in [0, 1].
+        reuse: share of the executed steps that reuse, in [0, 1]; half a step goes down.
     """
 
     rule: Literal["hurry"] = "hurry"
@@ -280,7 +280,7 @@ class Hurry(Rule):
         _check_levels(steps, levels)
         if influence is not None and len(influence) != steps:
             raise ValueError(f"influence must be {steps} numbers like steps, got {len(influence)}")
-        row = best_row(steps, min(round(self.reuse * steps), steps - 1), level_error(levels, influence))
+        row = best_row(steps, count_of(self.reuse, steps), level_error(levels, influence))
         return Policy(steps=steps, reuse=row, name=self.name, levels=levels)
 
 

@@ -49,6 +49,11 @@ def trades(row: Row) -> list[Row]:
     return [tuple(row[{i: j, j: i}.get(k, k)] for k in range(len(row))) for i, j in itertools.product(on, off)]
 
 
+def count_of(share: float, steps: int) -> int:
+    """Steps that a share of `steps` is, at most all but the first; halves go down, since pairs of calls want that."""
+    return max(0, min(math.ceil(share * steps - 0.5 - 1e-9), steps - 1))
+
+
 def room_for(steps: int, age: int) -> int:
     """Most steps that can reuse maps at most `age` steps old."""
     return steps - -(-steps // (age + 1))

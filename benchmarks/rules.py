@@ -1,0 +1,99 @@
+"""How well rules know which schedules are good: predicted against measured errors, and the pictures they keep.
+
+    python -m benchmarks.rules measure    # 100 random schedules of half the calls per sampler; some 10 minutes each
+    python -m benchmarks.rules ranks      # rank correlation of each prediction with them; a moment
+    python -m benchmarks.rules pictures   # PSNR of the rule's schedules beside those by call counts; a minute each
+
+Samplers whose rows are in the files are left out, so a stopped run goes on. Writes `benchmarks/results/schedules.jsonl`
+and `benchmarks/results/rules.csv`.
+"""
+
+import argparse
+import csv
+import json
+import random
+
+import torch
+from diffusers import StableDiffusionPipeline
+from rows import RESULTS, append, provenance
+from scipy.stats import spearmanr
+
+from attnreuse import hurry, tiny_shapes
+from attnreuse.analysis import distance
+from attnreuse.evaluate import Evaluator, Setting
+from attnreuse.levels import influences, noise_levels
+from attnreuse.policy import Policy
+from attnreuse.rows import call_age_error, count_of, level_error, parse, schedule_error, strip
+from attnreuse.samplers import make_scheduler
+
+MEASURED = {"DDIM": 20, "Euler a": 20, "Heun": 11, "DPM2": 11, "DPM2 a": 11, "DPM++ 2M SDE Karras": 20, "PNDM": 20}
+PICTURED = [
+    ("DPM2", 2.5), ("Heun", 2.5), ("DPM2 a", 2.5), ("Euler a", 2.5), ("DDIM", 2.5), ("DPM++ 2M SDE", 2.5),
+    ("PNDM", 2.5), ("Euler Karras", 2.5), ("UniPC", 2.5), ("Euler a", 7.5), ("DPM2 a", 7.5),
+]  # fmt: skip
+
+
+def evaluator(sampler: str, steps: int, prompts: list[str], seed: int, guidance: float) -> Evaluator:
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_shapes.FOLDER)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler(pipe.scheduler.config, sampler)
+    return Evaluator(pipe, Setting(tuple(prompts), steps, seed, guidance))
+
+
+def measure() -> None:
+    """Distance of the final latents under random schedules, of four training captions at guidance 2.5."""
+    path = RESULTS / "schedules.jsonl"
+    done = {json.loads(line)["sampler"] for line in path.read_text().splitlines()} if path.exists() else set()
+    for sampler, steps in MEASURED.items():
+        if sampler in done:
+            continue
+        judge, rng, rows = evaluator(sampler, steps, tiny_shapes.search_prompts(4), 2000, 2.5), random.Random(0), set()
+        count = judge.executed_steps
+        while len(rows) < 100:
+            chosen = rng.sample(range(1, count), count // 2)
+            rows.add(tuple(i in chosen for i in range(count)))
+        found = [distance(judge.sample(Policy(steps=count, reuse=row)), judge.full) for row in sorted(rows)]
+        line = {"sampler": sampler, "steps": steps, "schedules": [strip(r) for r in sorted(rows)], "distances": found}
+        with path.open("a") as file:
+            file.write(json.dumps(line | provenance(torch.device("cpu"))) + "\n")
+
+
+def ranks() -> None:
+    """Spearman correlation of predicted with measured distances."""
+    print("sampler, calls, by call age, by noise level, by noise level and influence (the rule)")
+    for line in map(json.loads, (RESULTS / "schedules.jsonl").read_text().splitlines()):
+        config = json.loads((tiny_shapes.FOLDER / "scheduler" / "scheduler_config.json").read_text())
+        scheduler = make_scheduler(config, line["sampler"])
+        scheduler.set_timesteps(line["steps"])
+        levels, influence = noise_levels(scheduler), influences(scheduler)
+        errors = (call_age_error(levels), level_error(levels), level_error(levels, influence))
+        predicted = [[schedule_error(parse(row), error) for row in line["schedules"]] for error in errors]
+        found = [f"{spearmanr(p, line['distances']).statistic:.3f}" for p in predicted]
+        print(line["sampler"], len(levels), *found, sep=", ")
+
+
+def pictures() -> None:
+    """Mean PSNR of four held-out captions, 20 steps, u8 maps."""
+    path = RESULTS / "rules.csv"
+    done = {(r["sampler"], r["guidance"]) for r in csv.DictReader(path.open())} if path.exists() else set()
+    for sampler, guidance in PICTURED:
+        if (sampler, str(guidance)) in done:
+            continue
+        judge = evaluator(sampler, 20, tiny_shapes.held_out_prompts(4), 0, guidance)
+        for share in (0.5, 0.25):
+            steps, count = judge.executed_steps, count_of(share, judge.executed_steps)
+            policies = {
+                "call counts": hurry(steps, count),
+                "noise level": hurry(reuse=share).resolve(steps, judge.levels),
+                "noise level and influence": hurry(reuse=share).resolve(steps, judge.levels, judge.influence),
+            }
+            about = {"sampler": sampler, "guidance": guidance, "share": share}
+            for rule, policy in policies.items():
+                row = {"rule": rule, "schedule": strip(policy.reuse), "psnr": f"{judge.scores(policy)['psnr']:.2f}"}
+                append(path, [about | row | provenance(torch.device("cpu"))])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["measure", "ranks", "pictures"])
+    {"measure": measure, "ranks": ranks, "pictures": pictures}[parser.parse_args().what]()
