@@ -380,8 +380,7 @@ def _applied(pipe: Any, setting: Setting, method: Method) -> Iterator[Any]:
         if method.policy is None:
             yield None
             return
-        layers = list(setting.layers) if isinstance(setting.layers, tuple) else setting.layers
-        with enable(pipe, method.policy, map_format=method.map_format, layers=layers) as session:
+        with enable(pipe, method.policy, map_format=method.map_format, layers=setting.layers) as session:
             yield session
 
 

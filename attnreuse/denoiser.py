@@ -50,7 +50,7 @@ def layer_kinds(denoiser: Any) -> dict[str, str]:
     return {n: "cross" if m.is_cross_attention else "self" for n, m in attention_layers(denoiser).items()}
 
 
-def select_layers(kinds: dict[str, str], layers: str | list[str] | None, named: Sequence[str] = ()) -> list[str]:
+def select_layers(kinds: dict[str, str], layers: str | Sequence[str] | None, named: Sequence[str] = ()) -> list[str]:
     """Names that `layers` means: "self", "cross", "all", or ``fnmatch`` patterns of names.
 
     None means self-attention, and what a policy speaks of by its full name, which is in `named`.

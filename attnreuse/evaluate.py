@@ -180,7 +180,7 @@ class Evaluator:
 
         @contextmanager
         def enabled(start: int) -> Iterator[None]:
-            given = {"map_format": self.setting.map_format, "layers": self._layers()}
+            given = {"map_format": self.setting.map_format, "layers": self.setting.layers}
             with enable(self.pipe, policy, **given) as session, self._replaying(session, start):
                 yield
 
@@ -217,7 +217,7 @@ class Evaluator:
         """Names of the layers that the setting means and that can be served, in order of execution."""
         denoiser = find_denoiser(self.pipe)
         modules = attention_layers(denoiser)
-        wanted = set(select_layers(layer_kinds(denoiser), self._layers()))
+        wanted = set(select_layers(layer_kinds(denoiser), self.setting.layers))
         return [name for name in self.shapes() if name in wanted and unsupported(name, modules[name]) is None]
 
     def map_sizes(self) -> dict[str, int]:
@@ -246,10 +246,6 @@ class Evaluator:
             self._costs = planner.measure_costs(served, self.shapes(), chosen, unet.dtype, unet.device)
         schedule = self.schedule(policy)
         return sum(cost.total(schedule.actions[name]) for name, cost in self._costs.items())
-
-    def _layers(self) -> str | list[str] | None:
-        layers = self.setting.layers
-        return list(layers) if isinstance(layers, tuple) else layers
 
     @contextmanager
     def _replaying(self, session: Session, batch: int) -> Iterator[None]:

@@ -43,7 +43,7 @@ class Layers:
         UnsupportedLayerError: there is none to serve.
     """
 
-    def __init__(self, denoiser: Any, layers: str | list[str] | None, named: Sequence[str] = ()):
+    def __init__(self, denoiser: Any, layers: str | Sequence[str] | None, named: Sequence[str] = ()):
         modules, kinds = attention_layers(denoiser), layer_kinds(denoiser)
         wanted = select_layers(kinds, layers, named)
         never = {name: reason for name in wanted if (reason := never_served(name, modules[name]))}

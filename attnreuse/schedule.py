@@ -31,8 +31,8 @@ class Schedule:
     def __init__(self, policy: Policy, layers: Iterable[str], holding: Sequence[str] = ()):
         self.policy, self.holding = policy, holding
         self.actions = {name: policy.actions(name, name in holding) for name in layers}
-        self._rows = {name: list(zip(row, kept_outputs(row), strict=True)) for name, row in self.actions.items()}
-        self.steps = list(zip(*self._rows.values(), strict=True))
+        planned = [list(zip(row, kept_outputs(row), strict=True)) for row in self.actions.values()]
+        self.steps = list(zip(*planned, strict=True))
         stored = [i for i, step in enumerate(self.steps) if any(a is Action.CAPTURE or keep for a, keep in step)]
         self.first_kept = stored[0] if stored else None
         self.last_reuse = max((i for i, step in enumerate(self.steps) if any(a in CACHED for a, _ in step)), default=-1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -70,7 +70,7 @@ class Session:
         policy: Policy | Rule,
         map_format: MapFormat,
         memory_budget: int | None,
-        layers: str | list[str] | None,
+        layers: str | Sequence[str] | None,
         strict: bool,
         given_compiled: bool,
     ):
@@ -573,7 +573,7 @@ def enable(
     fit: Literal["exact", "stretch"] = "exact",
     map_format: str = "u8",
     memory_budget: int | str | None = None,
-    layers: str | list[str] | None = None,
+    layers: str | Sequence[str] | None = None,
     scheduler: Any = None,
     strict: bool = False,
 ) -> Session:
