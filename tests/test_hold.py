@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from reference_run import reference
-from tiny_random import TOKENS, WIDTH, prompt, random_pipeline, random_unet, sample
+from tiny_random import TOKENS, WIDTH, compile_denoiser, prompt, random_pipeline, random_unet, sample
 
 import attnreuse
 from attnreuse import Policy, hurry, load_policy, periodic
@@ -301,12 +301,7 @@ def test_compiled_holds_what_eager_holds(pipe, whole):
     policy = Policy(steps=6, reuse={"down_blocks.*": ".RH.HR", "*": ".HHRR."})
     with attnreuse.enable(pipe, policy, layers="all"):
         expected = sample(pipe, 6)
-    torch._dynamo.reset()
-    unet = pipe.unet
-    if whole:
-        pipe.unet = torch.compile(unet, backend="aot_eager", fullgraph=True)
-    else:
-        unet.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    compile_denoiser(pipe, whole, "aot_eager")
     with attnreuse.enable(pipe, policy, layers="all") as session, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         actual = sample(pipe, 6)
@@ -325,12 +320,7 @@ def test_compiled_layers_see_a_context_that_a_hook_changes(pipe, whole):
     for name, attn in attention_layers(pipe.unet).items():
         if name.endswith("attn2"):
             attn.register_forward_pre_hook(change, with_kwargs=True)
-    torch._dynamo.reset()
-    unet = pipe.unet
-    if whole:
-        pipe.unet = torch.compile(unet, backend="eager")
-    else:
-        unet.compile_repeated_blocks(backend="eager")
+    compile_denoiser(pipe, whole, "eager", fullgraph=False)
     with attnreuse.enable(pipe, POLICY, layers="cross") as session, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sample(pipe, 6)

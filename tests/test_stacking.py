@@ -20,7 +20,7 @@ from diffusers import (
 )
 from life import ip_adapter_state, lora_state
 from reference_run import reference
-from tiny_random import WIDTH, captioned_pipeline, random_pipeline, random_unet, sample
+from tiny_random import WIDTH, captioned_pipeline, compile_denoiser, random_pipeline, random_unet, sample
 
 import attnreuse
 from attnreuse import Policy, hurry
@@ -118,12 +118,8 @@ def group_offload(pipe):
 
 @contextmanager
 def compiled(pipe, whole):
-    torch._dynamo.reset()
     unet = pipe.unet
-    if whole:
-        pipe.unet = torch.compile(unet, backend="eager", fullgraph=True)
-    else:
-        unet.compile_repeated_blocks(backend="eager", fullgraph=True)
+    compile_denoiser(pipe, whole, "eager")
     yield
     pipe.unet = unet
     for module in unet.modules():
@@ -378,13 +374,8 @@ def test_an_enabled_pipeline_can_be_saved(tmp_path):
 
 def graphs(pipe, whole, sizes):
     """Graphs compiled after runs at each of these sizes."""
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
-    unet, counts = pipe.unet, []
-    if whole:
-        pipe.unet = torch.compile(unet, backend=counter, fullgraph=True)
-    else:
-        unet.compile_repeated_blocks(backend=counter, fullgraph=True)
+    counter, counts = torch._dynamo.testing.CompileCounterWithBackend("eager"), []
+    compile_denoiser(pipe, whole, counter)
     for size in sizes:
         sample(pipe, 4, latents=torch.randn(1, 4, size, size), guidance_scale=1.0)
         counts.append(counter.frame_count)

@@ -81,3 +81,12 @@ def sample(pipe, steps: int = 6, seed: int = 0, batch: int = 1, **call) -> torch
     g = [torch.Generator().manual_seed(seed + i) for i in range(batch * call.get("num_images_per_prompt", 1))]
     given = {**prompt(batch, seed), "generator": g, "num_inference_steps": steps, "output_type": "latent", **call}
     return pipe(**given).images
+
+
+def compile_denoiser(pipe, whole: bool, backend, fullgraph: bool = True) -> None:
+    """Compile the denoiser as a `whole`, or each of its repeated blocks."""
+    torch._dynamo.reset()
+    if whole:
+        pipe.unet = torch.compile(pipe.unet, backend=backend, fullgraph=fullgraph)
+    else:
+        pipe.unet.compile_repeated_blocks(backend=backend, fullgraph=fullgraph)
