@@ -230,12 +230,14 @@ def search(
                     chosen, by=by, budget=budget, budget_time=seconds, memory_budget=objective.memory_budget,
                     seed=seed, **given,
                 )  # fmt: skip
-        policy = found.pick(floor, time).policy if is_ladder else found.policy
-        policy.save(out_path)
+        picked = found.pick(floor, time) if is_ladder else found
+        picked.policy.save(out_path)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
         return
-    out.print(_front_table(found, policy) if is_ladder else _search_table(found, metric))
+    out.print(_front_table(found, picked) if is_ladder else _search_table(found, metric))
+    if is_ladder and picked.steps != steps:
+        out.print(f"The saved policy is for a run of {picked.steps} steps.", highlight=False)
     out.print(f"[dim]{out_path}; scores in {cache}[/dim]", highlight=False)
 
 
@@ -680,10 +682,12 @@ def _front_table(found: Any, picked: Any) -> Table:
     """The points of a front, and which of them is saved."""
     table = Table(title=f"{found.evaluations} schedules judged, stopped at: {found.stopped}; time as a share of "
                   f"{found.full_s:.2f} s, predicted")  # fmt: skip
-    for column in ("time", "PSNR, dB", ""):
-        table.add_column(column, justify="right" if column else "left")
+    for column in ("time", "PSNR, dB", "steps", "schedule", ""):
+        table.add_column(column, justify="right" if column in ("time", "PSNR, dB", "steps") else "left")
     for point in found.points:
-        table.add_row(f"{point.time:.3f}", f"{point.psnr_db:.2f}", "saved" if point.policy == picked else "")
+        does = "reuses" if point.policy.reuse_steps else "computes all"
+        saved = "saved" if point is picked else ""
+        table.add_row(f"{point.time:.3f}", f"{point.psnr_db:.2f}", str(point.steps), does, saved)
     return table
 
 

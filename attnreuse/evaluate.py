@@ -16,7 +16,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,7 @@ class Evaluator:
 
     Attributes:
         executed_steps: denoiser steps of a run; policies must have this many.
+        reference: whose full-step pictures those of schedules are judged against: this one's, or see :meth:`at`.
         levels: their noise levels (log-SNR), or None where the scheduler has none.
         influence: how far an error of each moves the final sample (:func:`~attnreuse.levels.influences`), or None.
         calls: denoiser calls asked for and made so far.
@@ -136,8 +137,19 @@ class Evaluator:
         self.scheduler, self.model = type(pipe.scheduler).__name__, model_name(pipe)
         self._memo = _Memo(memo_bytes)
         self._inputs: dict[str, Any] = {}  # the denoiser's, of the first call
-        self._costs: dict[str, planner.LayerCost] = {}
         self._full: Sampled | None = None
+        self._others: dict[int, Evaluator] = {}
+        self.reference = self
+
+    def at(self, steps: int) -> Evaluator:
+        """The same for runs of other `steps` (``num_inference_steps``), judged against this one's full steps."""
+        if steps == self.setting.steps:
+            return self
+        if steps not in self._others:
+            other = Evaluator(self.pipe, replace(self.setting, steps=steps))
+            other.reference, other.calls, other._memo = self.reference, self.calls, self._memo
+            self._others[steps] = other
+        return self._others[steps]
 
     def key(self) -> str:
         """Digest of everything that decides a score besides the schedule: names a cache's rows."""
@@ -203,8 +215,8 @@ class Evaluator:
         return Sampled(np.concatenate(pictures), torch.cat(latents))
 
     def scores(self, policy: Policy, metrics: tuple[str, ...] = ("psnr",)) -> dict[str, float]:
-        """Mean over the pictures of each metric (``metrics.PAIRED``) against the full-step pictures."""
-        sampled, full = self.sample(policy), self.full
+        """Mean over the pictures of each metric (``metrics.PAIRED``) against the reference's full-step pictures."""
+        sampled, full = self.sample(policy), self.reference.full
         return {name: float(np.mean(PAIRED[name](sampled.pictures, full.pictures))) for name in metrics}
 
     def shapes(self) -> planner.Shapes:
@@ -234,18 +246,6 @@ class Evaluator:
         served, dtype = self.served(), self.pipe.unet.dtype
         requests = planner.map_requests(self.schedule(policy), served, self.shapes(), dtype)
         return plan_ring(requests, map_format(self.setting.map_format)).nbytes
-
-    def attention_seconds(self, policy: Policy) -> float:
-        """Predicted seconds that the served layers take in the calls of one batch with `policy`.
-
-        Their costs by action are measured once, at this setting's shapes, on this device.
-        """
-        served, unet = self.served(), self.pipe.unet
-        if not self._costs:
-            chosen = map_format(self.setting.map_format)
-            self._costs = planner.measure_costs(served, self.shapes(), chosen, unet.dtype, unet.device)
-        schedule = self.schedule(policy)
-        return sum(cost.total(schedule.actions[name]) for name, cost in self._costs.items())
 
     @contextmanager
     def _replaying(self, session: Session, batch: int) -> Iterator[None]:
@@ -330,7 +330,8 @@ class _Memo:
 
 def _digests(actions: dict[str, list[Action]]) -> list[str]:
     """Per step: a digest of what every layer did up to it."""
-    running, found = hashlib.sha256(), []
+    count = max(map(len, actions.values()), default=0)
+    running, found = hashlib.sha256(f"{count} steps;".encode()), []
     for step_actions in zip(*actions.values(), strict=True):
         running.update(",".join(a.value for a in step_actions).encode() + b";")
         found.append(running.hexdigest())

@@ -1,41 +1,49 @@
-"""The ladder: groups of layers compute, reuse or hold at each step; the front of what that costs and what it keeps.
+"""The ladder: groups of layers compute, reuse or hold at each of all steps, or of fewer; the front of time and quality.
 
-Each group of layers is scanned alone under schedules of rising savings. Errors of groups are taken to add (as mean
-squares), which gives joint schedules that are best for a price of time; these are judged, and changed in one place
-at a time as long as the budget lasts. The front is of judged schedules alone; its times are predicted from costs
-measured on this machine.
+Fewer steps are judged by themselves, and each group of layers alone under schedules of rising savings. Errors are taken
+to add (as mean squares): so the joint schedules that should be best are known, and these are judged. Then points of the
+front are changed in one place at a time as long as the budget lasts. The front is of judged schedules alone; its times
+follow from costs measured on this machine.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
+from attnreuse import costs
 from attnreuse.denoiser import holding_layers, layer_kinds
 from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Evaluator
 from attnreuse.policy import Policy
 from attnreuse.processors import attention_layers
-from attnreuse.rows import Row, best_row, holding, level_error, strip
-from attnreuse.search import Engine, Judge
+from attnreuse.rows import Row, best_row, holding, level_error, stretched, strip
+from attnreuse.search import Engine, Judge, Scores
 
-SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # of the steps that a scanned schedule reuses
+FEWER = tuple(i / 20 for i in range(8, 20))  # shares of the steps that fewer steps make
+SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # of the steps that a scanned schedule reuses; and one of 2, two of 3
 WIDTH = 4  # schedules judged at once; the same with any engine
 Rows = dict[str, Row]  # by group of layers
+Candidate = tuple[int, Rows]  # ``num_inference_steps``, and what the groups do in them
 
 
 @dataclass(frozen=True)
 class Point:
-    """A joint schedule: its predicted `time`, as a share of the full run's, and the measured mean PSNR in dB."""
+    """A joint schedule of a run of `steps` (``num_inference_steps``).
+
+    Attributes:
+        time: predicted, as a share of the full run's.
+        psnr_db: measured, the mean, against the full run's pictures.
+    """
 
     policy: Policy
+    steps: int
     time: float
     psnr_db: float
 
@@ -46,7 +54,7 @@ class Front:
 
     Attributes:
         points: schedules that no judged one beats in time and PSNR, fastest first.
-        full_s: seconds of one batch with every step computed.
+        full_s: predicted seconds of one batch with every step computed.
         evaluations: distinct schedules judged, those read from the cache included.
         stopped: "budget" or "time".
     """
@@ -101,6 +109,7 @@ def ladder(
     memory_budget: int | None = None,
     seed: int = 0,
     cache: str | Path | None = None,
+    run_costs: costs.RunCosts | None = None,
     progress: Callable[[int, int, float], None] = lambda evaluations, budget, best: None,
 ) -> Front:
     """Search joint schedules of groups of layers for the front of time and PSNR.
@@ -113,6 +122,7 @@ def ladder(
         memory_budget: most bytes of maps and outputs.
         seed: of the changes that are tried.
         cache: file of scores, appended to; the same search goes on from it.
+        run_costs: of the engine's setting (:func:`attnreuse.costs.measure`); None: they are measured.
         progress: called with (evaluations, budget, latest PSNR).
 
     Raises:
@@ -126,7 +136,8 @@ def ladder(
             f"a ladder needs a budget of at least 1 and a run of at least 2 steps, got {budget} and "
             f"{engine.evaluator.executed_steps}"
         )
-    climb = _Ladder(engine.evaluator, Judge(engine, cache), by, budget, budget_time, memory_budget, progress)
+    run_costs = run_costs or costs.measure(engine.evaluator)
+    climb = _Ladder(engine.evaluator, run_costs, Judge(engine, cache), by, budget, budget_time, memory_budget, progress)
     climb.scan()
     climb.join()
     climb.change(random.Random(seed))
@@ -146,6 +157,7 @@ class _Ladder:
     def __init__(
         self,
         evaluator: Evaluator,
+        run_costs: costs.RunCosts,
         judge: Judge,
         by: Literal["kind", "level", "layer"],
         budget: int,
@@ -153,49 +165,54 @@ class _Ladder:
         memory_budget: int | None,
         progress: Callable[[int, int, float], None],
     ):
-        self.evaluator, self.judge_policies, self.progress = evaluator, judge, progress
-        self.budget, self.memory_budget = budget, memory_budget
+        self.evaluator, self.costs, self.judge_policies = evaluator, run_costs, judge
+        self.budget, self.memory_budget, self.progress = budget, memory_budget, progress
         self.until = math.inf if budget_time is None else time.monotonic() + budget_time
-        self.steps, self.groups = evaluator.executed_steps, layer_groups(evaluator, by)
-        held = set(holding_layers(evaluator.pipe.unet, attention_layers(evaluator.pipe.unet)))
-        self.letters = {g: [True] if held >= set(names) else [True, "H"] for g, names in self.groups.items()}
-        self.full_s = _seconds(evaluator)
-        self.computed_s = evaluator.attention_seconds(evaluator.policy([False] * self.steps, "full"))
-        self.points: dict[str, tuple[Rows, Point]] = {}  # by the rows' text
+        self.steps, self.groups = evaluator.setting.steps, layer_groups(evaluator, by)
+        self.fewer = sorted({max(1, round(share * self.steps)) for share in FEWER} - {self.steps}, reverse=True)
+        holds = set(holding_layers(evaluator.pipe.unet, attention_layers(evaluator.pipe.unet)))
+        self.letters: dict[str, list[bool | Literal["H"]]] = {  # what reuses may hold by itself
+            group: [True] if holds >= set(names) else [True, "H"] for group, names in self.groups.items()
+        }
+        self.full_s = self._seconds((self.steps, {}))
+        self.points: dict[str, tuple[Candidate, Point]] = {}  # by the candidate's text
         self.stopped = ""
 
     # -- the three parts of the search
 
     def scan(self) -> None:
-        """Each group alone, under schedules of rising savings."""
-        self._rungs()
-        self.judge([{group: row} for group, rows in self.rungs.items() for row in rows])
+        """Fewer steps; each group alone under schedules of rising savings; and all groups of both letters as one."""
+        rows = self._rows()
+        self.rungs = {
+            group: [row if letter is True else holding(row) for letter in letters for row in rows]
+            for group, letters in self.letters.items()
+        }
+        both = [group for group, letters in self.letters.items() if len(letters) > 1]
+        self.judge([(count, {}) for count in self.fewer])
+        self.judge([(self.steps, {group: row}) for group, rows in self.rungs.items() for row in rows])
+        self.judge([(self.steps, dict.fromkeys(both, row)) for row in (self.rungs[both[0]] if both else [])])
 
     def join(self) -> None:
-        """Joint schedules: for a price of time, each group takes the rung of least error and time."""
-        alone = {
-            group: [(row, *self._error_and_time({group: row})) for row in rows if _key({group: row}) in self.points]
-            for group, rows in self.rungs.items()
-        }
-        joint: dict[str, Rows] = {}
-        for exponent in range(-70, 11):
-            price = 10 ** (exponent / 10)  # mean squared error that a full run's time is worth
-            rows: Rows = {}
-            for group, rungs in alone.items():
-                row, worth = min(
-                    ((row, error - price * saved) for row, error, saved in rungs), key=lambda r: r[1], default=(None, 0)
-                )
-                if row is not None and worth < 0:
-                    rows[group] = row
-            if rows:
-                joint[_key(rows)] = rows
-        self.judge(list(joint.values()))
+        """Joint schedules, of all steps and of fewer, that are predicted to be best."""
+        lost = {count: self._lost((count, {})) for count in self.fewer if _key((count, {})) in self.points}
+        predicted = [
+            (self._seconds(candidate), lost_rows + lost_steps, candidate)
+            for lost_rows, rows in self._joint()
+            for count, lost_steps in [(self.steps, 0.0), *lost.items()]
+            for candidate in [(count, self._carried(rows, count))]
+        ]
+        least, wanted = math.inf, []
+        for _, error, candidate in sorted(predicted, key=lambda p: p[:2]):
+            if error < least:
+                least = error
+                wanted.append(candidate)
+        self.judge(wanted)
 
     def change(self, rng: random.Random) -> None:
         """Change points of the front in one place at a time, as long as the budget lasts."""
         barren = 0
         while not self.stopped and self.points and barren < 50:
-            front = [rows for rows, _ in self._front()]
+            front = [candidate for candidate, _ in self._front()]
             if not front:
                 break
             new = [self._changed(rng.choice(front), rng) for _ in range(WIDTH)]
@@ -206,19 +223,24 @@ class _Ladder:
 
     # -- judging
 
-    def judge(self, candidates: Iterable[Rows]) -> None:
+    def judge(self, candidates: Iterable[Candidate]) -> None:
         """Judge joint schedules as far as the budgets allow."""
-        fresh = {_key(rows): rows for rows in candidates if _key(rows) not in self.points}
-        new = [(rows, policy) for rows in fresh.values() if self._fits(policy := self._policy(rows))]
-        for at in range(0, len(new), WIDTH):
-            room = self.budget - len(self.points)
-            self.stopped = "budget" if room <= 0 else "time" if time.monotonic() >= self.until else ""
-            if self.stopped:
-                return
-            some = new[at : at + min(WIDTH, room)]
-            for (rows, policy), scores in zip(some, self.judge_policies([p for _, p in some]), strict=True):
-                self.points[_key(rows)] = rows, Point(policy, self._time(policy), scores["psnr"])
-                self.progress(len(self.points), self.budget, scores["psnr"])
+        fresh = {_key(candidate): candidate for candidate in candidates if _key(candidate) not in self.points}
+        fresh.pop(_key((self.steps, {})), None)
+        fitting = [candidate for candidate in fresh.values() if self._fits(candidate)]
+        for count, of_count in itertools.groupby(fitting, key=lambda candidate: candidate[0]):
+            for some in _chunks(list(of_count), WIDTH):
+                room = self.budget - len(self.points)
+                self.stopped = "budget" if room <= 0 else "time" if time.monotonic() >= self.until else ""
+                if self.stopped:
+                    return
+                self._keep(some[:room], self.judge_policies(list(map(self._policy, some[:room])), steps=count))
+
+    def _keep(self, candidates: list[Candidate], scores: list[Scores]) -> None:
+        for candidate, score in zip(candidates, scores, strict=True):
+            point = Point(self._policy(candidate), candidate[0], self._seconds(candidate) / self.full_s, score["psnr"])
+            self.points[_key(candidate)] = candidate, point
+            self.progress(len(self.points), self.budget, point.psnr_db)
 
     def front(self) -> list[Point]:
         """Points that none beats, fastest first, named by their time."""
@@ -232,70 +254,94 @@ class _Ladder:
             for _, p in self._front()
         ]
 
-    def _front(self) -> list[tuple[Rows, Point]]:
-        found: list[tuple[Rows, Point]] = []
-        for rows, point in sorted(self.points.values(), key=lambda e: (e[1].time, -e[1].psnr_db)):
+    def _front(self) -> list[tuple[Candidate, Point]]:
+        found: list[tuple[Candidate, Point]] = []
+        for candidate, point in sorted(self.points.values(), key=lambda e: (e[1].time, -e[1].psnr_db)):
             if point.time < 1 and (not found or point.psnr_db > found[-1][1].psnr_db):
-                found.append((rows, point))
+                found.append((candidate, point))
         return found
 
-    # -- schedules
+    # -- candidates
 
-    def _rungs(self) -> None:
-        levels = self.evaluator.levels
+    def _rows(self) -> list[Row]:
+        """Schedules of rising savings: of least predicted error, and regular ones."""
+        steps, levels = self.evaluator.executed_steps, self.evaluator.levels
         error = (
             (lambda captured, step: step - captured)
             if levels is None
             else level_error(levels, self.evaluator.influence)
         )
-        counts = sorted({max(1, round(share * (self.steps - 1))) for share in SHARES})
-        rows = [best_row(self.steps, count, error) for count in counts]
-        self.rungs: dict[str, list[Row]] = {
-            group: [row if letter is True else holding(row) for letter in letters for row in rows]
-            for group, letters in self.letters.items()
+        counts = sorted({max(1, round(share * (steps - 1))) for share in SHARES})
+        rows = [best_row(steps, count, error) for count in counts]
+        return list(dict.fromkeys([*rows, *(tuple(i % k > 0 for i in range(steps)) for k in (2, 3))]))
+
+    def _joint(self) -> list[tuple[float, Rows]]:
+        """For rising prices of time: each group's rung of least error and time, and the sum of their errors."""
+        alone = {
+            group: [
+                (row, self._lost(one), self._seconds(one) / self.full_s - 1)
+                for row in rows
+                for one in [(self.steps, {group: row})]
+                if _key(one) in self.points
+            ]
+            for group, rows in self.rungs.items()
         }
+        joint: dict[str, tuple[float, Rows]] = {}
+        for exponent in range(-70, 11):
+            price = 10 ** (exponent / 10)  # mean squared error that a full run's time is worth
+            total, rows = 0.0, {}
+            for group, rungs in alone.items():
+                row, lost, saved = min(rungs, key=lambda r: r[1] + price * r[2], default=(None, 0.0, 0.0))
+                if row is not None and lost + price * saved < 0:
+                    total, rows[group] = total + lost, row
+            if rows:
+                joint[_key((self.steps, rows))] = total, rows
+        return list(joint.values())
 
-    def _changed(self, rows: Rows, rng: random.Random) -> Rows:
+    def _carried(self, rows: Rows, count: int) -> Rows:
+        """`rows` of all steps for a run of `count`, by noise level."""
+        if count == self.steps:
+            return rows
+        here, there = self.evaluator, self.evaluator.at(count)
+        carried = {g: stretched(row, there.executed_steps, here.levels, there.levels) for g, row in rows.items()}
+        return {group: row for group, row in carried.items() if any(row)}
+
+    def _changed(self, candidate: Candidate, rng: random.Random) -> Candidate:
         """One group's row with one step changed, or two steps that trade places."""
-        group = rng.choice(list(self.groups))
-        row = list(rows.get(group, (False,) * self.steps))
-        step, other = rng.randrange(1, self.steps), rng.randrange(1, self.steps)
-        if row[step] != row[other]:
-            row[step], row[other] = row[other], row[step]
-        else:
-            row[step] = rng.choice([letter for letter in (False, *self.letters[group]) if letter != row[step]])
+        count, rows = candidate
+        steps, group = self.evaluator.at(count).executed_steps, rng.choice(list(self.groups))
+        row = list(rows.get(group, (False,) * steps))
+        if steps > 1:
+            step, other = rng.randrange(1, steps), rng.randrange(1, steps)
+            if row[step] != row[other]:
+                row[step], row[other] = row[other], row[step]
+            else:
+                row[step] = rng.choice([letter for letter in (False, *self.letters[group]) if letter != row[step]])
         changed = rows | {group: tuple(row)}
-        return {name: row for name, row in changed.items() if any(row)}
+        return count, {name: row for name, row in changed.items() if any(row)}
 
-    def _policy(self, rows: Rows) -> Policy:
+    def _policy(self, candidate: Candidate) -> Policy:
+        count, rows = candidate
+        judge = self.evaluator.at(count)
         by_layer = {name: row for group, row in rows.items() for name in self.groups[group]}
-        return self.evaluator.policy(by_layer, "candidate")
+        return judge.policy(by_layer or [False] * judge.executed_steps, "candidate")
 
-    def _fits(self, policy: Policy) -> bool:
-        return bool(policy.reuse) and (
-            self.memory_budget is None or self.evaluator.map_bytes(policy) <= self.memory_budget
-        )
+    def _fits(self, candidate: Candidate) -> bool:
+        return self.memory_budget is None or self.evaluator.map_bytes(self._policy(candidate)) <= self.memory_budget
 
-    def _time(self, policy: Policy) -> float:
-        """Predicted share of the full run's time."""
-        return 1 - (self.computed_s - self.evaluator.attention_seconds(policy)) / self.full_s
+    def _seconds(self, candidate: Candidate) -> float:
+        """Predicted, of one batch."""
+        return self.costs.seconds(self.evaluator.schedule(self._policy(candidate)))
 
-    def _error_and_time(self, rows: Rows) -> tuple[float, float]:
-        """Mean squared error of a judged schedule, and the share of time it saves."""
-        point = self.points[_key(rows)][1]
-        return 10 ** (-point.psnr_db / 10), 1 - point.time
+    def _lost(self, candidate: Candidate) -> float:
+        """Mean squared error of a judged candidate."""
+        return 10 ** (-self.points[_key(candidate)][1].psnr_db / 10)
 
 
-def _seconds(evaluator: Evaluator, rounds: int = 3) -> float:
-    """Median seconds of the pipeline for one batch of the setting, every step computed."""
-    setting, taken = evaluator.setting, []
-    one = Evaluator(evaluator.pipe, replace(setting, prompts=setting.prompts[: setting.batch]))
-    for _ in range(rounds + 1):  # the first warms up
-        begin = time.perf_counter()
-        one.run(lambda start: nullcontext())
-        taken.append(time.perf_counter() - begin)
-    return median(taken[1:])
+def _chunks(whole: list[Candidate], size: int) -> list[list[Candidate]]:
+    return [whole[at : at + size] for at in range(0, len(whole), size)]
 
 
-def _key(rows: Rows) -> str:
-    return str(sorted((group, strip(row)) for group, row in rows.items()))
+def _key(candidate: Candidate) -> str:
+    count, rows = candidate
+    return f"{count} {sorted((group, strip(row)) for group, row in rows.items())}"

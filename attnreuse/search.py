@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from attnreuse import costs
 from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Calls, Evaluator, Setting
 from attnreuse.metrics import HIGHER_IS_BETTER
@@ -41,7 +42,7 @@ class Objective:
 
     Attributes:
         metric: "psnr" (dB), "ssim" or "lpips".
-        floor: worst acceptable metric; then the predicted seconds in attention are minimised.
+        floor: worst acceptable metric; then the predicted seconds of a run are minimised.
         memory_budget: most bytes of maps.
     """
 
@@ -106,11 +107,11 @@ class SearchResult:
 
 
 class Engine(Protocol):
-    """Scores schedules; yields (index, scores) as they are done."""
+    """Scores schedules of runs of `steps` (``num_inference_steps``); yields (index, scores) as they are done."""
 
     evaluator: Evaluator
 
-    def run(self, policies: list[Policy], metrics: tuple[str, ...]) -> Iterator[tuple[int, Scores]]: ...
+    def run(self, policies: list[Policy], metrics: tuple[str, ...], steps: int) -> Iterator[tuple[int, Scores]]: ...
 
 
 class InProcess:
@@ -119,9 +120,9 @@ class InProcess:
     def __init__(self, evaluator: Evaluator):
         self.evaluator = evaluator
 
-    def run(self, policies: list[Policy], metrics: tuple[str, ...]) -> Iterator[tuple[int, Scores]]:
+    def run(self, policies: list[Policy], metrics: tuple[str, ...], steps: int) -> Iterator[tuple[int, Scores]]:
         for i, policy in enumerate(policies):
-            yield i, self.evaluator.scores(policy, metrics)
+            yield i, self.evaluator.at(steps).scores(policy, metrics)
 
 
 class RayEngine:
@@ -155,11 +156,11 @@ class RayEngine:
         actor = ray.remote(max_restarts=-1, max_task_retries=-1, **claim)(_Worker)
         self.actors = [actor.remote(self._pipe, evaluator.setting, threads, device) for _ in range(self.workers)]
 
-    def run(self, policies: list[Policy], metrics: tuple[str, ...]) -> Iterator[tuple[int, Scores]]:
+    def run(self, policies: list[Policy], metrics: tuple[str, ...], steps: int) -> Iterator[tuple[int, Scores]]:
         from ray.util import ActorPool
 
-        jobs = list(enumerate(policies))
-        yield from ActorPool(self.actors).map_unordered(lambda actor, job: actor.scores.remote(*job, metrics), jobs)
+        jobs, pool = list(enumerate(policies)), ActorPool(self.actors)
+        yield from pool.map_unordered(lambda actor, job: actor.scores.remote(*job, metrics, steps), jobs)
 
     def close(self) -> None:
         """Give the workers back."""
@@ -180,8 +181,8 @@ class _Worker:
     def pid(self) -> int:
         return os.getpid()
 
-    def scores(self, index: int, policy: Policy, metrics: tuple[str, ...]) -> tuple[int, Scores]:
-        return index, self.evaluator.scores(policy, metrics)
+    def scores(self, index: int, policy: Policy, metrics: tuple[str, ...], steps: int) -> tuple[int, Scores]:
+        return index, self.evaluator.at(steps).scores(policy, metrics)
 
 
 @dataclass
@@ -207,14 +208,16 @@ class Judge:
             if row["setting"] == key:
                 self._held.setdefault(row["reuse"], {}).update(row["scores"])
 
-    def __call__(self, policies: list[Policy], metrics: tuple[str, ...] = ("psnr",)) -> list[Scores]:
-        """Scores of `policies`, in order."""
+    def __call__(
+        self, policies: list[Policy], metrics: tuple[str, ...] = ("psnr",), steps: int | None = None
+    ) -> list[Scores]:
+        """Scores of `policies`, in order, all for runs of `steps` (default: the setting's)."""
         missing = {}
         for policy in policies:
             if not set(metrics) <= set(self._held.get(_text(policy), {})):
                 missing.setdefault(_text(policy), policy)
         new = list(missing.values())
-        for i, scores in self.engine.run(new, metrics):
+        for i, scores in self.engine.run(new, metrics, steps or self.engine.evaluator.setting.steps):
             self._keep(_text(new[i]), scores)
         return [self._held[_text(policy)] for policy in policies]
 
@@ -359,6 +362,7 @@ class _Climb:
         self.history: list[Step] = []
         self.since = 0  # evaluations since this start last improved
         self.stopped = "local optimum"
+        self.costs: costs.RunCosts | None = None
 
     def start(self, row: Row) -> None:
         """Begin from `row`."""
@@ -438,8 +442,11 @@ class _Climb:
         return budget is None or self.evaluator.map_bytes(self.evaluator.policy(row, "candidate")) <= budget
 
     def _seconds(self, policy: Policy) -> float:
-        """Predicted seconds in attention; only where a floor makes them matter."""
-        return 0.0 if self.objective.floor is None else self.evaluator.attention_seconds(policy)
+        """Predicted seconds of a batch; only where a floor makes them matter."""
+        if self.objective.floor is None:
+            return 0.0
+        self.costs = self.costs or costs.measure(self.evaluator)
+        return self.costs.seconds(self.evaluator.schedule(policy))
 
 
 # -- rows

@@ -43,6 +43,23 @@ def interleaved(calls: list[Callable[[], Any]], device: torch.device, repeats: i
     return [Times.of(list(seconds)) for seconds in zip(*rounds, strict=True)]
 
 
+def stopwatch(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
+    """Two functions: one marks now, in the order of the device's work; one gives the seconds between two marks."""
+    if device.type != "cuda":
+        return time.perf_counter, lambda begin, end: end - begin
+
+    def mark() -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    def between(begin: Any, end: Any) -> float:
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return mark, between
+
+
 def _by_clock(calls: list[Callable[[], Any]], repeats: int) -> list[list[float]]:
     rounds = []
     for _ in range(repeats):

@@ -4,12 +4,12 @@ import hashlib
 import time
 
 from attnreuse import Policy
-from attnreuse.evaluate import Calls
+from attnreuse.evaluate import Calls, Setting
 
 
 class FakeEvaluator:
     def __init__(self, steps):
-        self.executed_steps, self.calls = steps, Calls()
+        self.executed_steps, self.calls, self.setting = steps, Calls(), Setting(("p",), steps)
 
     def key(self):
         return f"fake-{self.executed_steps}"
@@ -35,7 +35,7 @@ class FakeEngine:
         rough = hashlib.sha256(str(row).encode()).digest()[0] / 255
         return psnr + rough
 
-    def run(self, policies, metrics):
+    def run(self, policies, metrics, steps):
         for i, policy in enumerate(policies):
             self.judged += 1
             time.sleep(self.delay)

@@ -4,8 +4,12 @@ import pytest
 from tiny_random import captioned_pipeline
 
 from attnreuse import AttnReuseError, Policy, ladder
+from attnreuse.costs import RunCosts, measure
 from attnreuse.evaluate import Evaluator, Setting
-from attnreuse.front import Front, Point, layer_groups
+from attnreuse.front import FEWER, Front, Point, layer_groups
+from attnreuse.metrics import PAIRED
+from attnreuse.planner import LayerCost
+from attnreuse.processors import attention_layers
 from attnreuse.rows import strip
 from attnreuse.search import InProcess
 
@@ -21,19 +25,14 @@ def evaluator(pipe, layers="all", **changes):
     return Evaluator(pipe, Setting(PROMPTS, 6, map_format="fp32", batch=2, layers=layers, **changes))
 
 
-def cheap(made):
-    """Costs that no clock decides: reuse costs a quarter, hold nothing, and attention is half of the time."""
-    from attnreuse.planner import LayerCost
-
-    made._costs = {name: LayerCost(1.0, 1.1, 0.25, 0.0) for name in made.served()}
-    return made
+def cheap(made, attention=LayerCost(1.0, 1.1, 0.25, 0.0)):  # noqa: B008 (frozen)
+    """Costs that no clock decides: attention is half of the time, but for what a run takes once."""
+    layers = dict.fromkeys(made.served(), attention)
+    return RunCosts(fixed=1.0, step=attention.compute * len(layers), layers=layers)
 
 
-@pytest.fixture
-def fixed(monkeypatch):
-    from attnreuse import front
-
-    monkeypatch.setattr(front, "_seconds", lambda made: 2 * 6 * len(made.served()))
+def search(made, **given):
+    return ladder(InProcess(made), run_costs=cheap(made), **given)
 
 
 def test_layers_are_grouped_by_kind_level_and_name(pipe):
@@ -45,38 +44,61 @@ def test_layers_are_grouped_by_kind_level_and_name(pipe):
     assert set(layer_groups(evaluator(pipe, "self"), "kind")) == {"self"}
 
 
-def test_the_front_is_of_measured_points_that_none_beats(pipe, fixed, tmp_path):
-    made, seen = cheap(evaluator(pipe)), []
-    found = ladder(
-        InProcess(made), by="kind", budget=40, cache=tmp_path / "c.jsonl", progress=lambda *a: seen.append(a)
-    )
-    assert found.evaluations == 40 == len(seen)
+def test_the_front_is_of_measured_points_that_none_beats(pipe, tmp_path):
+    made, seen = evaluator(pipe), []
+    found = search(made, by="kind", budget=60, cache=tmp_path / "c.jsonl", progress=lambda *a: seen.append(a))
+    assert found.evaluations == 60 == len(seen)
     assert found.stopped == "budget"
     times = [p.time for p in found.points]
     qualities = [p.psnr_db for p in found.points]
     assert times == sorted(times)
     assert qualities == sorted(qualities)
     assert len(found.points) > 5
-    assert 0.5 <= times[0] < times[-1] < 1
+    assert times[-1] < 1
+    full = cheap(made).seconds(made.schedule(Policy(steps=6, reuse="......")))
     for point in found.points[:: len(found.points) // 3]:
-        assert made.scores(point.policy)["psnr"] == point.psnr_db
-        schedule = made.schedule(point.policy)
-        saved = sum(6 - cost.total(schedule.actions[n]) for n, cost in made._costs.items())
-        assert point.time == pytest.approx(1 - saved / found.full_s)
+        judge = made.at(point.steps)
+        assert judge.scores(point.policy)["psnr"] == point.psnr_db
+        assert point.time == cheap(made).seconds(judge.schedule(point.policy)) / full
         assert point.policy.metrics["psnr_db"] == pytest.approx(point.psnr_db, abs=1e-3)
-    again = ladder(InProcess(cheap(evaluator(pipe))), by="kind", budget=40, cache=tmp_path / "c.jsonl")
+    again = search(evaluator(pipe), by="kind", budget=60, cache=tmp_path / "c.jsonl")
     assert again == found
 
 
-def test_groups_get_rows_of_their_own_with_all_letters(pipe, fixed):
-    found = ladder(InProcess(cheap(evaluator(pipe))), by="level", budget=70)
+def test_no_run_of_fewer_steps_lies_above_the_front(pipe):
+    made = evaluator(pipe)
+    found = search(made, by="kind", budget=60)
+    plain = Evaluator(made.pipe, made.setting).full.pictures
+    for count in sorted({round(6 * share) for share in FEWER} - {6}):
+        fewer = made.at(count)
+        psnr = PAIRED["psnr"](fewer.full.pictures, plain).mean()
+        time = (1.0 + 2 * count * len(made.served())) / (1.0 + 12 * len(made.served()))
+        assert any(p.time <= time + 1e-9 and p.psnr_db >= psnr - 1e-3 for p in found.points), count
+    assert any(p.steps < 6 for p in found.points)
+
+
+def test_other_steps_are_judged_against_the_same_pictures(pipe):
+    made = evaluator(pipe)
+    fewer = made.at(4)
+    assert fewer is made.at(4) is not made is made.at(6)
+    assert (fewer.executed_steps, made.executed_steps) == (4, 6)
+    nothing = Policy(steps=4, reuse="....")
+    alone = Evaluator(made.pipe, fewer.setting)
+    psnr = PAIRED["psnr"](alone.sample(nothing).pictures, made.full.pictures).mean()
+    assert fewer.scores(nothing)["psnr"] == pytest.approx(psnr) != alone.scores(nothing)["psnr"]
+
+
+def test_groups_get_rows_of_their_own_with_all_letters(pipe):
+    found = search(evaluator(pipe), by="level", budget=110)
     letters = {letter for p in found.points for name in p.policy.patterns for letter in strip(p.policy.row(name))}
     assert letters == {".", "R", "H"}
     assert any(len({p.policy.row(name) for name in p.policy.patterns}) > 1 for p in found.points)
 
 
 def test_a_point_is_picked_by_quality_or_time():
-    points = [Point(Policy(steps=2, reuse=".R"), time, psnr) for time, psnr in ((0.6, 30.0), (0.7, 40.0), (0.8, 50.0))]
+    points = [
+        Point(Policy(steps=2, reuse=".R"), 2, time, psnr) for time, psnr in ((0.6, 30.0), (0.7, 40.0), (0.8, 50.0))
+    ]
     front = Front(points, 1.0, 3, "budget")
     assert front.pick(floor=35) == points[1]
     assert front.pick(time=0.75) == points[1]
@@ -87,15 +109,16 @@ def test_a_point_is_picked_by_quality_or_time():
         front.pick(floor=45, time=0.7)
 
 
-def test_a_memory_budget_is_kept(pipe, fixed):
-    made = cheap(evaluator(pipe))
-    whole = ladder(InProcess(made), by="kind", budget=20)
-    most = max(made.map_bytes(p.policy) for p in whole.points) // 2
-    found = ladder(InProcess(cheap(evaluator(pipe))), by="kind", budget=20, memory_budget=most)
-    assert found.points
-    assert all(made.map_bytes(p.policy) <= most for p in found.points)
-    with pytest.raises(AttnReuseError, match="no schedule fits the memory budget of 10 bytes"):
-        ladder(InProcess(made), by="kind", budget=20, memory_budget=10)
+def test_a_memory_budget_is_kept(pipe):
+    made = evaluator(pipe)
+    whole = search(made, by="kind", budget=30)
+    most = max(made.at(p.steps).map_bytes(p.policy) for p in whole.points) // 2
+    found = search(evaluator(pipe), by="kind", budget=30, memory_budget=most)
+    assert any(p.policy.reuse_steps for p in found.points)
+    assert all(made.at(p.steps).map_bytes(p.policy) <= most for p in found.points)
+    nothing = search(made, by="kind", budget=30, memory_budget=10)
+    assert nothing.points
+    assert not any(p.policy.reuse_steps for p in nothing.points)  # fewer steps need none
 
 
 def test_bad_input_is_refused(pipe):
@@ -106,23 +129,35 @@ def test_bad_input_is_refused(pipe):
         ladder(InProcess(Evaluator(pipe, Setting(PROMPTS, 1))))
 
 
-def test_time_ends_the_search(pipe, fixed, monkeypatch):
+def test_time_ends_the_search(pipe, monkeypatch):
     from attnreuse import front
 
     with pytest.raises(AttnReuseError, match="no schedule was judged in that time"):
-        ladder(InProcess(cheap(evaluator(pipe))), budget_time=0.0)
+        search(evaluator(pipe), budget_time=0.0)
     ticks = iter(range(1000))
     monkeypatch.setattr(front.time, "monotonic", lambda: next(ticks))
-    found = ladder(InProcess(cheap(evaluator(pipe))), budget_time=3.0)
-    assert (found.stopped, found.evaluations) == ("time", 2 * front.WIDTH)
+    found = search(evaluator(pipe), budget_time=2.0)
+    assert (found.stopped, found.evaluations) == ("time", 1)
 
 
-def test_where_nothing_pays_the_front_is_empty_and_says_so(pipe, fixed):
-    from attnreuse.planner import LayerCost
-
+def test_where_no_cache_pays_the_front_is_of_fewer_steps(pipe):
     made = evaluator(pipe, "self")
-    made._costs = {name: LayerCost(1.0, 3.0, 2.0, 1.5) for name in made.served()}
-    found = ladder(InProcess(made), by="kind", budget=8)
-    assert found.points == []
-    with pytest.raises(AttnReuseError, match="none of 8 schedules is predicted to be faster than full steps"):
-        found.pick(time=0.9)
+    dear = cheap(made, LayerCost(1.0, 30.0, 20.0, 15.0))
+    found = ladder(InProcess(made), by="kind", budget=30, run_costs=dear)
+    assert found.points
+    assert not any(p.policy.reuse_steps for p in found.points)
+    with pytest.raises(AttnReuseError, match=r"no schedule found has at most 0\.1 of"):
+        found.pick(time=0.1)
+
+
+def test_costs_are_measured_within_runs(pipe):
+    made = evaluator(pipe)
+    found = measure(made)
+    assert found.layers.keys() == set(made.served())
+    for name, cost in found.layers.items():
+        assert cost.hold < cost.compute, name
+    schedule = made.schedule(Policy(steps=6, reuse="......"))
+    assert found.seconds(schedule) > sum(6 * cost.compute for cost in found.layers.values()) > 0
+    shorter = made.at(3).schedule(Policy(steps=3, reuse="..."))
+    assert found.seconds(shorter) <= found.seconds(schedule)
+    assert not any(attn._forward_hooks for attn in attention_layers(made.pipe.unet).values())
