@@ -291,6 +291,24 @@ def measure(
     progress: Callable[[int, int, float], None] = lambda done, of, psnr: None,
 ) -> list[Measured]:
     """Judge and time methods in turns, the full run first; `notes` gets what had to be left out."""
+    rows = judged(pipe, setting, wanted, notes, judge, progress)
+    timed(pipe, setting, rows, rounds)
+    sizes = _map_sizes(pipe, setting)
+    for row in rows:
+        row.maps_computed = _maps_computed(sizes, setting, row)
+    _at_equal(rows)
+    return rows
+
+
+def judged(
+    pipe: Any,
+    setting: Setting,
+    wanted: list[Method],
+    notes: list[str],
+    judge: tuple[str, ...],
+    progress: Callable[[int, int, float], None] = lambda done, of, psnr: None,
+) -> list[Measured]:
+    """The pictures of methods and their scores, the full run first, without times; see :func:`measure`."""
     rows: list[Measured] = []
     path = NoisePath(pipe.scheduler)
     for i, method in enumerate(wanted):
@@ -302,19 +320,19 @@ def measure(
             notes.append(f"{method.name} was left out: {error}")
             continue
         progress(i + 1, len(wanted), rows[-1].scores.get("psnr", 0.0))
+    return rows
+
+
+def timed(pipe: Any, setting: Setting, rows: list[Measured], rounds: int) -> None:
+    """Add the seconds of one batch in each of `rounds`, all in turns; same noise takes what plain steps take."""
     one_batch = replace(setting, prompts=setting.prompts[: setting.batch])
-    timed = [row for row in rows if row.method.family != SAME_NOISE]  # these take what plain steps take
+    called = [row for row in rows if row.method.family != SAME_NOISE]
     for turn in range(rounds):
-        for row in timed[turn % len(timed) :] + timed[: turn % len(timed)]:
+        for row in called[turn % len(called) :] + called[: turn % len(called)]:
             row.latencies_s.append(_timed(pipe, one_batch, row.method))
     taken = {row.method.steps: row.latencies_s for row in rows if row.method.family == "plain steps"}
     for row in rows:
         row.latencies_s = taken[row.method.steps] if row.method.family == SAME_NOISE else row.latencies_s
-    sizes = _map_sizes(pipe, setting)
-    for row in rows:
-        row.maps_computed = _maps_computed(sizes, setting, row)
-    _at_equal(rows)
-    return rows
 
 
 def _judged(

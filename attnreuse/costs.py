@@ -12,6 +12,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from torch.nn import Module
+
 from attnreuse.evaluate import Evaluator
 from attnreuse.planner import LayerCost
 from attnreuse.policy import Action, Policy
@@ -29,8 +31,8 @@ class RunCosts:
     """Seconds that one batch of pictures takes.
 
     Attributes:
-        fixed: once a run: prompts, decoding.
-        step: each executed step outside of the served layers.
+        fixed: once a run, outside of the denoiser.
+        step: each executed step within the denoiser, outside of the served layers.
         layers: each served layer at one step, by action, with its projections.
     """
 
@@ -47,41 +49,40 @@ class RunCosts:
 def measure(evaluator: Evaluator) -> RunCosts:
     """Costs of the evaluator's layers, at its setting and map format.
 
-    Medians of runs of one batch in turns: stock, stock with half of the steps, every other step reused, and held.
+    Medians of runs of one batch in turns: stock, every other step reused, every other held.
     """
     setting = evaluator.setting
     setting = replace(setting, prompts=setting.prompts[: setting.batch])
     one = Evaluator(evaluator.pipe, setting, memo_bytes=0)
-    few = Evaluator(evaluator.pipe, replace(setting, steps=max(1, setting.steps // 2)), memo_bytes=0)
-    steps, fewer = one.executed_steps, few.executed_steps
+    steps = one.executed_steps
     cached = [Policy(steps=steps, reuse=[letter if i % 2 else False for i in range(steps)]) for letter in (True, "H")]
     taken: Taken = defaultdict(list)
-    outside: dict[int, list[float]] = {steps: [], fewer: []}
-    for judge, policy in ROUNDS * [(one, None), (few, None), *((one, policy) for policy in cached)]:
-        seconds, of_layers = _timed(judge, policy)
+    outside: list[tuple[float, float]] = []  # seconds of stock runs outside of the denoiser, and of the layers within
+    for policy in ROUNDS * [None, *cached]:
+        seconds, denoiser, of_layers = _timed(one, policy)
         for key, calls in of_layers.items():
             taken[key] += calls
         if policy is None:
-            outside[judge.executed_steps].append(seconds - sum(map(sum, of_layers.values())))
-    whole, part = statistics.median(outside[steps]), statistics.median(outside[fewer])
-    step = max(0.0, (whole - part) / (steps - fewer)) if steps > fewer else whole / steps
-    return RunCosts(whole - step * steps, step, {name: _cost(taken, name) for name in evaluator.served()})
+            outside.append((seconds - denoiser, (denoiser - sum(map(sum, of_layers.values()))) / steps))
+    fixed, step = map(statistics.median, zip(*outside, strict=True))
+    return RunCosts(fixed, step, {name: _cost(taken, name) for name in evaluator.served()})
 
 
-def _timed(evaluator: Evaluator, policy: Policy | None) -> tuple[float, Taken]:
-    """Seconds of a run of one batch, stock or with `policy`, and of its layers' calls within."""
+def _timed(evaluator: Evaluator, policy: Policy | None) -> tuple[float, float, Taken]:
+    """Seconds of a run of one batch, stock or with `policy`; of the denoiser's calls in it; of its layers' calls."""
     setting = evaluator.setting
     schedule = evaluator.schedule(policy or evaluator.policy([False] * evaluator.executed_steps, "stock"))
     mark, between = stopwatch(evaluator.pipe.unet.device)
-    whole: list[Any] = []
+    layers, whole, within = attention_layers(evaluator.pipe.unet), [], []
     marks: dict[str, list[Any]] = {name: [] for name in schedule.actions}
+    timed = [(evaluator.pipe.unet, within), *((layers[name], found) for name, found in marks.items())]
 
     @contextmanager
     def around(start: int) -> Iterator[None]:
         given = {"map_format": setting.map_format, "layers": setting.layers}
         with (
             nullcontext() if policy is None else enable(evaluator.pipe, policy, **given),
-            _marking(evaluator, marks, mark),
+            _marking(timed, mark),
         ):
             whole.append(mark())
             yield
@@ -90,26 +91,29 @@ def _timed(evaluator: Evaluator, policy: Policy | None) -> tuple[float, Taken]:
     evaluator.run(around)
     taken: Taken = defaultdict(list)
     for name, found in marks.items():
-        calls = [between(begin, end) for begin, end in zip(found[::2], found[1::2], strict=True)]
-        actions = schedule.actions[name]
+        calls, actions = _pairs(found, between), schedule.actions[name]
         per_step = len(calls) // len(actions)
         for i, action in enumerate(actions):
             taken[name, action].append(sum(calls[i * per_step : (i + 1) * per_step]))
-    return between(*whole), taken
+    return between(*whole), sum(_pairs(within, between)), taken
 
 
 @contextmanager
-def _marking(evaluator: Evaluator, marks: dict[str, list[Any]], mark: Callable[[], Any]) -> Iterator[None]:
-    """Within, `marks` gets two of each call of its layers: when it begins and when it ends."""
-    layers, hooks = attention_layers(evaluator.pipe.unet), []
-    for name, found in marks.items():
-        hooks.append(layers[name].register_forward_pre_hook(lambda *_, found=found: found.append(mark())))
-        hooks.append(layers[name].register_forward_hook(lambda *_, found=found: found.append(mark())))
+def _marking(timed: list[tuple[Module, list[Any]]], mark: Callable[[], Any]) -> Iterator[None]:
+    """Within, each module's list gets two marks of each of its calls: where it begins and where it ends."""
+    hooks = []
+    for module, found in timed:
+        hooks.append(module.register_forward_pre_hook(lambda *_, found=found: found.append(mark())))
+        hooks.append(module.register_forward_hook(lambda *_, found=found: found.append(mark())))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _pairs(marks: list[Any], between: Callable[[Any, Any], float]) -> list[float]:
+    return [between(begin, end) for begin, end in zip(marks[::2], marks[1::2], strict=True)]
 
 
 def _cost(taken: Taken, name: str) -> LayerCost:

@@ -75,12 +75,11 @@ class Front:
         points = [p for p in self.points if (floor is None or p.psnr_db >= floor) and (time is None or p.time <= time)]
         if not points:
             first, last = self.points[0], self.points[-1]
-            wanted = " and ".join(
-                [f"at least {floor:g} dB"] * (floor is not None) + [f"at most {time}"] * (time is not None)
-            )
+            wanted = [] if floor is None else [f"at least {floor:g} dB"]
+            wanted += [] if time is None else [f"at most {time:g}"]
             raise AttnReuseError(
-                f"no schedule found has {wanted} of the full run's time: they go from {first.psnr_db:.1f} dB at "
-                f"{first.time:.2f} to {last.psnr_db:.1f} dB at {last.time:.2f}; more --budget may find one"
+                f"no schedule found has {' and '.join(wanted)} of the full run's time: they go from "
+                f"{first.psnr_db:.1f} dB at {first.time:.2f} to {last.psnr_db:.1f} dB at {last.time:.2f}; more --budget may find one"
             )
         return points[-1] if floor is None else points[0]
 

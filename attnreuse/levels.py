@@ -80,9 +80,7 @@ def check_levels(scheduler: Any) -> None:
 def _levels(scheduler: Any, timesteps: Tensor | None) -> Tensor:
     config = getattr(scheduler, "config", {})
     table, sigmas = getattr(scheduler, "alphas_cumprod", None), _sigmas(scheduler)
-    is_flow = "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas", False)
-    is_flow = is_flow or config.get("prediction_type") == "flow_prediction"
-    if is_flow or (table is None and sigmas is not None and bool((sigmas <= 1).all())):
+    if _is_flow(scheduler) or (table is None and sigmas is not None and bool((sigmas <= 1).all())):
         if timesteps is not None or sigmas is None:
             at = scheduler.timesteps if timesteps is None else timesteps
             sigmas = at.cpu().double() / config["num_train_timesteps"]
@@ -101,6 +99,13 @@ def _levels(scheduler: Any, timesteps: Tensor | None) -> Tensor:
     below = at.floor().clamp(0, len(entries) - 1).long()
     above = (below + 1).clamp(max=len(entries) - 1)
     return torch.lerp(entries[below], entries[above], at - below)
+
+
+def _is_flow(scheduler: Any) -> bool:
+    """Is it of flow matching, by name or by config?"""
+    config = getattr(scheduler, "config", {})
+    by_config = config.get("use_flow_sigmas", False) or config.get("prediction_type") == "flow_prediction"
+    return by_config or "FlowMatch" in type(scheduler).__name__
 
 
 def _sigmas(scheduler: Any) -> Tensor | None:
@@ -132,7 +137,7 @@ def _fresh(scheduler: Any) -> Any:
 
 def _influences(twin: Any) -> list[float] | None:
     """:func:`influences` of a scheduler before its first step, which is run."""
-    if "FlowMatch" in type(twin).__name__ or twin.config.get("use_flow_sigmas", False):
+    if _is_flow(twin):
         return None
     count = len(twin.timesteps)
     twin.register_to_config(prediction_type="v_prediction", clip_sample=False, thresholding=False)

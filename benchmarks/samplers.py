@@ -1,88 +1,153 @@
 """Reuse by the default rule beside fewer plain steps, on the samplers that people use.
 
-    python -m benchmarks.samplers --images 64
+    python -m benchmarks.samplers pictures   # 64 held-out captions; 10 to 40 minutes per sampler
+    python -m benchmarks.samplers times      # of one batch, in turns; a quiet machine, 4 to 15 minutes per sampler
+    python -m benchmarks.samplers table      # both as Markdown
 
-For each sampler: full steps, fewer plain steps, and `hurry(reuse=0.5)` and `hurry(reuse=0.25)`, judged on held-out
-captions against the full run's pictures and by the caption oracle and CLIP score, and timed in turns. A sampler whose
-rows are in the file is left out, so a stopped run goes on. Appends to `benchmarks/results/samplers.csv`.
+For each sampler: full steps, fewer plain steps (of stochastic ones also with the full run's noise), the rule that
+reuses a half and a quarter, and shipped policies. Pictures are judged against those of the full run, and by the caption
+oracle and CLIP score. Samplers whose rows are in the files are left out, so a stopped run goes on. Writes
+`benchmarks/results/samplers.csv` and `sampler-times.csv`.
 """
 
 import argparse
-from pathlib import Path
+import csv
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from rows import RESULTS, append, provenance
 
 from attnreuse import tiny_shapes
-from attnreuse.compare import SAME_NOISE, Measured, Method, measure, rule_for
+from attnreuse.compare import SAME_NOISE, Measured, Method, judged, rule_for, timed
 from attnreuse.evaluate import Setting
 from attnreuse.policy import shipped_policies
+from attnreuse.rows import strip
 from attnreuse.samplers import make_scheduler
 
 SAMPLERS = {  # name, steps and eta
     "Euler a": ("Euler a", 20, None),
+    "DPM2 a": ("DPM2 a", 20, None),
     "DPM++ 2M SDE Karras": ("DPM++ 2M SDE Karras", 20, None),
     "DDIM": ("DDIM", 20, None),
-    "DPM2 a": ("DPM2 a", 20, None),
     "Heun": ("Heun", 20, None),
     "DPM2": ("DPM2", 20, None),
-    "DPM++ 2M": ("DPM++ 2M", 20, None),
     "DPM++ 2M SDE": ("DPM++ 2M SDE", 20, None),
+    "DPM++ 2M": ("DPM++ 2M", 20, None),
     "DDIM, eta 1": ("DDIM", 20, 1.0),
-    "Euler": ("Euler", 20, None),
     "UniPC": ("UniPC", 20, None),
+    "Euler": ("Euler", 20, None),
     "DDPM": ("DDPM", 50, None),
 }
 SHARES = (0.95, 0.9, 0.85, 0.75)  # of the steps, for the plain steps
+SCORES = ("psnr", "psnr_ci", "fid", "clip_score", "background", "color", "shape", "relation")
+PICTURES, TIMES = RESULTS / "samplers.csv", RESULTS / "sampler-times.csv"
 
 
-def methods(scheduler: object, steps: int, map_format: str) -> list[Method]:
+def methods(scheduler: object, steps: int) -> list[Method]:
     """What is measured under a sampler, the full run first."""
     found = [Method("full steps", "full", steps)]
     policies = {f"hurry(reuse={share})": rule_for(scheduler, steps, share) for share in (0.5, 0.25)}
     executed, cls = policies["hurry(reuse=0.5)"].steps, type(scheduler).__name__
     policies |= {policy.name: policy for policy in shipped_policies(cls, executed)}
-    found += [Method(name, "reuse", steps, policy, map_format) for name, policy in policies.items()]
+    found += [Method(name, "reuse", steps, policy, "u8") for name, policy in policies.items()]
     for count in (round(steps * share) for share in SHARES):
         found.append(Method(f"{count} plain steps", "plain steps", count))
         found.append(Method(f"{count} plain steps, same noise", SAME_NOISE, count))
     return found
 
 
-def row(sampler: str, guidance: float, measured: Measured, full: Measured) -> dict[str, object]:
-    """A row of the result file."""
-    about = {"sampler": sampler, "guidance": guidance, **measured.row()}
-    ratios = [mine / theirs for mine, theirs in zip(measured.latencies_s, full.latencies_s, strict=True)]
-    median, low, high = torch.tensor(ratios).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
-    return about | {"of_full": f"{median:.4f}", "of_full_p20": f"{low:.4f}", "of_full_p80": f"{high:.4f}"}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of one batch of four, all methods in turns")
-    parser.add_argument("--guidance", type=float, default=tiny_shapes.GUIDANCE)
-    parser.add_argument("--sampler", action="append", choices=list(SAMPLERS), help="repeatable; default: all")
-    parser.add_argument("--out", type=Path, default=RESULTS / "samplers.csv")
-    args = parser.parse_args()
-    done = args.out.read_text() if args.out.exists() else ""
-    for name in args.sampler or list(SAMPLERS):
-        if f"{name},{args.guidance}," in done.replace('"', ""):
+def each(path: Any, guidance: float, images: int, only: list[str] | None) -> Iterator[tuple[str, Any, Setting]]:
+    """Name, pipeline and setting of each sampler that has no rows in `path`."""
+    done = {(r["sampler"], float(r["guidance"])) for r in csv.DictReader(path.open())} if path.exists() else set()
+    for name in only or SAMPLERS:
+        if (name, guidance) in done:
             continue
         sampler, steps, eta = SAMPLERS[name]
         pipe = StableDiffusionPipeline.from_pretrained(tiny_shapes.FOLDER)
         pipe.set_progress_bar_config(disable=True)
         pipe.scheduler = make_scheduler(pipe.scheduler.config, sampler)
-        prompts = tuple(tiny_shapes.held_out_prompts(args.images))
-        setting = Setting(prompts, steps, guidance=args.guidance, eta=eta)
+        yield name, pipe, Setting(tuple(tiny_shapes.held_out_prompts(images)), steps, guidance=guidance, eta=eta)
+
+
+def pictures(guidance: float, images: int, only: list[str] | None) -> None:
+    """PSNR with its 95 % interval, and what pictures are worth alone, of each method."""
+    about = provenance(torch.device("cpu")) | {"images": images}
+    for name, pipe, setting in each(PICTURES, guidance, images, only):
         notes: list[str] = []
-        found = measure(pipe, setting, methods(pipe.scheduler, steps, "u8"), notes, ("clip", "fid"), args.rounds)
-        about = provenance(torch.device("cpu")) | {"images": args.images}
-        append(args.out, [row(name, args.guidance, m, found[0]) | about for m in found])
-        for m in found:
-            print(name, m.method.name, f"{m.latency_s / found[0].latency_s:.3f}", m.scores.get("psnr"), flush=True)
-        print(*notes, sep="\n")
+        found = judged(pipe, setting, methods(pipe.scheduler, setting.steps), notes, ("clip", "fid"))
+        append(PICTURES, [{"sampler": name, "guidance": guidance, **_picture_row(m), **about} for m in found])
+        print(name, *notes, sep="\n", flush=True)
+
+
+def _picture_row(measured: Measured) -> dict[str, object]:
+    method = measured.method
+    scores = {key: f"{measured.scores[key]:.5g}" if key in measured.scores else "" for key in SCORES}
+    row = {"method": method.name, "family": method.family, "steps": method.steps, "calls": measured.executed_steps}
+    return row | {"schedule": strip(method.policy.reuse) if method.policy else ""} | scores
+
+
+def times(guidance: float, rounds: int, only: list[str] | None) -> None:
+    """Time of each method as a ratio to the full run's of the same round."""
+    about = provenance(torch.device("cpu")) | {"rounds": rounds}
+    for name, pipe, setting in each(TIMES, guidance, 4, only):
+        wanted = [m for m in methods(pipe.scheduler, setting.steps) if m.family != SAME_NOISE]
+        found = judged(pipe, setting, wanted, [], ())  # which warms up
+        timed(pipe, setting, found, rounds)
+        full = np.array(found[0].latencies_s)
+        for measured in found:
+            p20, median, p80 = np.percentile(np.array(measured.latencies_s) / full, [20, 50, 80])
+            row = {"of_full": f"{median:.4f}", "p20": f"{p20:.4f}", "p80": f"{p80:.4f}"}
+            row |= {"full_s": f"{np.median(full):.3f}"}
+            append(TIMES, [{"sampler": name, "guidance": guidance, "method": measured.method.name, **row, **about}])
+            print(name, measured.method.name, row["of_full"], flush=True)
+
+
+def table(guidance: float) -> None:
+    """Each schedule beside the best fewer plain steps that take no longer."""
+    rows = [r for r in csv.DictReader(PICTURES.open()) if float(r["guidance"]) == guidance]
+    taken = {(r["sampler"], r["method"]): float(r["of_full"]) for r in csv.DictReader(TIMES.open())
+             if float(r["guidance"]) == guidance}  # fmt: skip
+    print("| sampler | schedule | time | PSNR | plain steps in that time | same noise | plain steps of 0.9 |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for row in (r for r in rows if r["family"] == "reuse"):
+        of_sampler = [r for r in rows if r["sampler"] == row["sampler"]]
+        time = taken[row["sampler"], row["method"]]
+        equal = [_equal(of_sampler, taken, family, time) for family in ("plain steps", SAME_NOISE)]
+        nine = [r for r in of_sampler if r["method"] == f"{round(0.9 * int(row['steps']))} plain steps"]
+        cells = [f"{float(r['psnr']):.1f} ± {float(r['psnr_ci']):.1f}" for r in (row, *nine)]
+        print("", row["sampler"], row["method"], f"{time:.2f}", cells[0], *equal, cells[1], "", sep=" | ")
+
+
+def _equal(rows: list[dict[str, str]], taken: dict[tuple[str, str], float], family: str, time: float) -> str:
+    """PSNR of the best of `family` that takes no longer; plain steps between two counts by interpolation."""
+    found = sorted(
+        (taken[r["sampler"], r["method"].removesuffix(", same noise")], float(r["psnr"]))
+        for r in rows
+        if r["family"] == family
+    )
+    if not found or time < found[0][0]:
+        return ""
+    best = np.maximum.accumulate([psnr for _, psnr in found])
+    return f"{np.interp(time, [at for at, _ in found], best):.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["pictures", "times", "table"])
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--guidance", type=float, default=tiny_shapes.GUIDANCE)
+    parser.add_argument("--sampler", action="append", choices=list(SAMPLERS), help="repeatable; default: all")
+    args = parser.parse_args()
+    if args.what == "pictures":
+        pictures(args.guidance, args.images, args.sampler)
+    elif args.what == "times":
+        times(args.guidance, args.rounds, args.sampler)
+    else:
+        table(args.guidance)
 
 
 if __name__ == "__main__":

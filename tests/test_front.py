@@ -35,6 +35,14 @@ def search(made, **given):
     return ladder(InProcess(made), run_costs=cheap(made), **given)
 
 
+@pytest.fixture(scope="module")
+def found(pipe, tmp_path_factory):
+    """A search whose scores are kept in a file, and what its progress was told."""
+    cache, seen = tmp_path_factory.mktemp("front") / "c.jsonl", []
+    made = evaluator(pipe)
+    return made, search(made, by="kind", budget=60, cache=cache, progress=lambda *a: seen.append(a)), seen, cache
+
+
 def test_layers_are_grouped_by_kind_level_and_name(pipe):
     everything = evaluator(pipe)
     assert set(layer_groups(everything, "kind")) == {"self", "cross"}
@@ -44,37 +52,39 @@ def test_layers_are_grouped_by_kind_level_and_name(pipe):
     assert set(layer_groups(evaluator(pipe, "self"), "kind")) == {"self"}
 
 
-def test_the_front_is_of_measured_points_that_none_beats(pipe, tmp_path):
-    made, seen = evaluator(pipe), []
-    found = search(made, by="kind", budget=60, cache=tmp_path / "c.jsonl", progress=lambda *a: seen.append(a))
-    assert found.evaluations == 60 == len(seen)
-    assert found.stopped == "budget"
-    times = [p.time for p in found.points]
-    qualities = [p.psnr_db for p in found.points]
+def test_the_front_is_of_measured_points_that_none_beats(found):
+    made, front, seen, cache = found
+    assert front.evaluations == 60 == len(seen)
+    assert front.stopped == "budget"
+    times = [p.time for p in front.points]
+    qualities = [p.psnr_db for p in front.points]
     assert times == sorted(times)
     assert qualities == sorted(qualities)
-    assert len(found.points) > 5
+    assert len(front.points) > 5
     assert times[-1] < 1
     full = cheap(made).seconds(made.schedule(Policy(steps=6, reuse="......")))
-    for point in found.points[:: len(found.points) // 3]:
+    for point in front.points[:: len(front.points) // 3]:
         judge = made.at(point.steps)
         assert judge.scores(point.policy)["psnr"] == point.psnr_db
         assert point.time == cheap(made).seconds(judge.schedule(point.policy)) / full
         assert point.policy.metrics["psnr_db"] == pytest.approx(point.psnr_db, abs=1e-3)
-    again = search(evaluator(pipe), by="kind", budget=60, cache=tmp_path / "c.jsonl")
-    assert again == found
+    assert search(evaluator(made.pipe), by="kind", budget=60, cache=cache) == front
 
 
-def test_no_run_of_fewer_steps_lies_above_the_front(pipe):
-    made = evaluator(pipe)
-    found = search(made, by="kind", budget=60)
-    plain = Evaluator(made.pipe, made.setting).full.pictures
+def test_groups_get_rows_of_their_own_with_all_letters(found):
+    points = found[1].points
+    letters = {letter for p in points for name in p.policy.patterns for letter in strip(p.policy.row(name))}
+    assert letters == {".", "R", "H"}
+    assert any(len({p.policy.row(name) for name in p.policy.patterns}) > 1 for p in points)
+
+
+def test_no_run_of_fewer_steps_lies_above_the_front(found):
+    made, front, *_ = found
     for count in sorted({round(6 * share) for share in FEWER} - {6}):
-        fewer = made.at(count)
-        psnr = PAIRED["psnr"](fewer.full.pictures, plain).mean()
+        psnr = PAIRED["psnr"](made.at(count).full.pictures, made.full.pictures).mean()
         time = (1.0 + 2 * count * len(made.served())) / (1.0 + 12 * len(made.served()))
-        assert any(p.time <= time + 1e-9 and p.psnr_db >= psnr - 1e-3 for p in found.points), count
-    assert any(p.steps < 6 for p in found.points)
+        assert any(p.time <= time + 1e-9 and p.psnr_db >= psnr - 1e-3 for p in front.points), count
+    assert any(p.steps < 6 for p in front.points)
 
 
 def test_other_steps_are_judged_against_the_same_pictures(pipe):
@@ -86,13 +96,6 @@ def test_other_steps_are_judged_against_the_same_pictures(pipe):
     alone = Evaluator(made.pipe, fewer.setting)
     psnr = PAIRED["psnr"](alone.sample(nothing).pictures, made.full.pictures).mean()
     assert fewer.scores(nothing)["psnr"] == pytest.approx(psnr) != alone.scores(nothing)["psnr"]
-
-
-def test_groups_get_rows_of_their_own_with_all_letters(pipe):
-    found = search(evaluator(pipe), by="level", budget=110)
-    letters = {letter for p in found.points for name in p.policy.patterns for letter in strip(p.policy.row(name))}
-    assert letters == {".", "R", "H"}
-    assert any(len({p.policy.row(name) for name in p.policy.patterns}) > 1 for p in found.points)
 
 
 def test_a_point_is_picked_by_quality_or_time():
