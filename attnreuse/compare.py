@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Evaluator, Setting
 from attnreuse.levels import resolved
 from attnreuse.noise import NoisePath
+from attnreuse.peers import PEERS, deepcache
 from attnreuse.policy import Policy, Rule, hurry, periodic
 from attnreuse.rows import count_of, strip
 from attnreuse.samplers import make_scheduler, step_options
@@ -208,9 +209,18 @@ def methods(
     schedules = [hurry(executed, half, None), hurry(executed, half, 1), rule_for(pipe.scheduler, setting.steps, 0.5)]
     schedules += [hurry(executed, quarter, None), rule_for(pipe.scheduler, setting.steps, 0.25)]
     schedules += [periodic(executed, 2), periodic(executed, 3)]
+    on_fewer: list[Method] = []
     for policy in policies:
         fixed = resolved(policy, pipe.scheduler, executed) if isinstance(policy, Rule) else policy
-        schedules += [fixed] if fixed.steps == executed and fixed.scheduler in (None, scheduler) else []
+        steps = _steps_of(pipe.scheduler, fixed.steps, setting.steps)
+        if steps is None or fixed.scheduler not in (None, scheduler):
+            made_for = f"{fixed.scheduler or 'any scheduler'} and {fixed.steps} calls"
+            notes.append(f"{fixed.name} was left out: it is for {made_for}, this is {scheduler} and {executed}")
+        elif steps == setting.steps:
+            schedules.append(fixed)
+        else:
+            name = f"{fixed.name} on {steps} steps"
+            on_fewer.append(Method(name, "reuse + fewer steps", steps, fixed, setting.map_format))
     seen: dict[Any, str] = {}
     for policy in schedules:
         key = str(policy.reuse)
@@ -224,19 +234,25 @@ def methods(
         found.append(Method(f"{steps} plain steps", "plain steps", steps))
         found.append(Method(f"{steps} plain steps, same noise", SAME_NOISE, steps))
     if others:
-        for name, steps, around in (
-            ("DeepCache(2)", setting.steps, _deepcache(2)),
-            ("DeepCache(3)", setting.steps, _deepcache(3)),
-            ("tomesd(0.5)", setting.steps, _tomesd(0.5)),
-            ("PAB(2)", setting.steps, _pab(2)),
-        ):
-            found.append(Method(name, "other cache", steps, around=around))
+        found += [Method(name, "other cache", setting.steps, around=around) for name, around in PEERS.items()]
         found.append(_on_deepcache(setting, rule_for(pipe.scheduler, setting.steps, 0.5)))
     few = max(2, setting.steps // 2)
-    found.append(_on_fewer_steps(pipe, setting, few))
+    found += [_on_fewer_steps(pipe, setting, few), *on_fewer]
     if student is not None:
         found += _students(student, few, setting.map_format)
     return found, notes
+
+
+def _steps_of(scheduler: Any, calls: int, most: int) -> int | None:
+    """How many steps to ask for, at most `most`, so that `calls` are executed; the scheduler is set to `most` again."""
+    try:
+        for steps in range(most, 0, -1):
+            executed = executed_steps(scheduler, steps)
+            if executed <= calls:
+                return steps if executed == calls else None
+        return None
+    finally:
+        scheduler.set_timesteps(most)
 
 
 def rule_for(scheduler: Any, steps: int, reuse: float) -> Policy:
@@ -262,7 +278,7 @@ def _on_fewer_steps(pipe: Any, setting: Setting, steps: int) -> Method:
 def _on_deepcache(setting: Setting, policy: Policy) -> Method:
     """The other cache that reuse adds to: PAB skips the same outputs, and tomesd has other tokens at every step."""
     name = f"DeepCache(2) + {policy.name}"
-    return Method(name, "reuse + other cache", setting.steps, policy, setting.map_format, _deepcache(2))
+    return Method(name, "reuse + other cache", setting.steps, policy, setting.map_format, deepcache(2))
 
 
 def _students(folder: Path, steps: int, map_format: str) -> list[Method]:
@@ -344,7 +360,7 @@ def _judged(
 
     @contextmanager
     def around(start: int) -> Iterator[None]:
-        noise = path.recorded(start, method.steps) if full is None else _nothing()
+        noise = path.recorded(start, method.steps) if full is None else nullcontext()
         if method.family == SAME_NOISE:
             noise = path.followed(start, method.steps)
         with _applied(pipe, setting, method) as session, noise:
@@ -394,7 +410,7 @@ def _setting_of(setting: Setting, method: Method) -> Setting:
 @contextmanager
 def _applied(pipe: Any, setting: Setting, method: Method) -> Iterator[Any]:
     """The pipeline as the method wants it; gives the reuse session, if any."""
-    with _nothing() if method.around is None else method.around(pipe):
+    with nullcontext() if method.around is None else method.around(pipe):
         if method.policy is None:
             yield None
             return
@@ -451,80 +467,7 @@ def _short(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.4g}"
 
 
-# -- other caches, and students
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def _needs(package: str) -> None:
-    if package_version(package) is None:
-        raise AttnReuseError(f"{package} is not installed: pip install 'attnreuse[eval]'")
-
-
-def _deepcache(interval: int) -> Callable[[Any], AbstractContextManager]:
-    """DeepCache (arXiv 2312.00858): deep features of every `interval`-th step, branch 0."""
-
-    @contextmanager
-    def around(pipe: Any) -> Iterator[None]:
-        _needs("DeepCache")
-        from DeepCache import DeepCacheSDHelper
-
-        helper = DeepCacheSDHelper(pipe=pipe)
-        helper.set_params(cache_interval=interval, cache_branch_id=0)
-        helper.enable()
-        try:
-            yield
-        finally:
-            helper.disable()
-
-    return around
-
-
-def _tomesd(ratio: float) -> Callable[[Any], AbstractContextManager]:
-    """Token merging (arXiv 2303.17604), without its random choice of tokens."""
-
-    @contextmanager
-    def around(pipe: Any) -> Iterator[None]:
-        _needs("tomesd")
-        import tomesd
-
-        tomesd.apply_patch(pipe, ratio=ratio, use_rand=False)
-        try:
-            yield
-        finally:
-            tomesd.remove_patch(pipe)
-
-    return around
-
-
-def _pab(interval: int) -> Callable[[Any], AbstractContextManager]:
-    """Pyramid attention broadcast (arXiv 2408.12588) as diffusers has it: self-attention outputs, at every timestep."""
-
-    @contextmanager
-    def around(pipe: Any) -> Iterator[None]:
-        try:
-            from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
-        except ImportError as error:
-            raise AttnReuseError(f"this diffusers has no pyramid attention broadcast ({error})") from error
-
-        config = PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=interval,
-            spatial_attention_timestep_skip_range=(-1, 10**9),
-            current_timestep_callback=lambda: 0,
-        )
-        apply_pyramid_attention_broadcast(pipe.unet, config)
-        try:
-            yield
-        finally:  # diffusers has no way back; its state would leak into the next run
-            for module in pipe.unet.modules():
-                if hasattr(module, "_diffusers_hook"):
-                    for name in list(module._diffusers_hook.hooks):
-                        module._diffusers_hook.remove_hook(name, recurse=False)
-
-    return around
+# -- students
 
 
 def _student(folder: Path) -> Callable[[Any], AbstractContextManager]:

@@ -79,7 +79,8 @@ class Front:
             wanted += [] if time is None else [f"at most {time:g}"]
             raise AttnReuseError(
                 f"no schedule found has {' and '.join(wanted)} of the full run's time: they go from "
-                f"{first.psnr_db:.1f} dB at {first.time:.2f} to {last.psnr_db:.1f} dB at {last.time:.2f}; more --budget may find one"
+                f"{first.psnr_db:.1f} dB at {first.time:.2f} to {last.psnr_db:.1f} dB at {last.time:.2f}; "
+                "more --budget may find one"
             )
         return points[-1] if floor is None else points[0]
 

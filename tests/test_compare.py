@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from attnreuse import Policy, compare, hurry, page
 from attnreuse.cli import app
 from attnreuse.evaluate import Setting
+from attnreuse.peers import PEERS
 
 for package in ("DeepCache", "tomesd", "scipy", "matplotlib", "jinja2", "torchmetrics"):
     pytest.importorskip(package)
@@ -37,9 +38,10 @@ def measured(student):
     pipe = captioned_pipeline()
     mine = Policy(steps=8, reuse=[0, 1, 0, 0, 1, 0, 0, 1], name="mine")
     elsewhere = Policy(steps=8, reuse=[0, 1, 1, 0, 0, 0, 0, 1], name="elsewhere", scheduler="PNDMScheduler")
+    shorter = Policy(steps=6, reuse="..R.HR", name="shorter")
     before = stock(pipe)
     found = compare.compare(
-        pipe, Setting(PROMPTS, 8, map_format="fp32", batch=2), policies=[mine, elsewhere], student=student,
+        pipe, Setting(PROMPTS, 8, map_format="fp32", batch=2), policies=[mine, elsewhere, shorter], student=student,
         judge=("ssim", "fid", "clip"), rounds=2,
     )  # fmt: skip
     assert np.array_equal(stock(pipe), before)
@@ -50,7 +52,7 @@ def row(measured, name):
     return next(r for r in measured.groups[0].rows if r.method.name == name)
 
 
-@pytest.mark.parametrize("make", [compare._deepcache(2), compare._tomesd(0.5), compare._pab(2)])
+@pytest.mark.parametrize("make", list(PEERS.values()))
 def test_other_caches_change_pictures_repeatably_and_leave_nothing(make):
     pipe = captioned_pipeline()
     before = stock(pipe)
@@ -70,6 +72,12 @@ def test_every_kind_of_method_is_there(measured):
     assert len(set(names)) == len(names)
     assert "mine" in names
     assert "elsewhere" not in names
+    assert "elsewhere was left out: it is for PNDMScheduler and 8 calls, this is DDIMScheduler and 8" in (
+        measured.groups[0].notes
+    )
+    shorter = row(measured, "shorter on 6 steps")
+    assert (shorter.method.steps, shorter.method.family) == (6, "reuse + fewer steps")
+    assert shorter.maps_computed == pytest.approx(3 / 8)
     assert any(
         "is the schedule of" in note for note in measured.groups[0].notes
     )  # periodic(8,2) is hurry(8,4,max_age=1)

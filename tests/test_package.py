@@ -25,6 +25,7 @@ LAYERS = [
     {"compiled"},
     {"session"},
     {"evaluate", "forecast", "sampling"},
+    {"costs", "peers"},
     {"search", "analysis"},
     {"compare", "front"},
     {"plots"},

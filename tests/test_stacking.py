@@ -53,9 +53,9 @@ def tomesd(pipe):
 
 @contextmanager
 def pyramid_broadcast(pipe):
-    from attnreuse.compare import _pab
+    from attnreuse.peers import attention_broadcast
 
-    with _pab(2)(pipe):
+    with attention_broadcast(2)(pipe):
         yield
 
 

@@ -1,0 +1,113 @@
+"""The front of the ladder beside fewer steps and other caches, on captions that no search saw.
+
+    python -m benchmarks.ladder search   # 4 training captions, guidance 7.5; half an hour per sampler
+    python -m benchmarks.ladder judge    # 16 held-out captions, all timed in turns on a quiet machine; 20 minutes each
+    python -m benchmarks.ladder table    # as Markdown, and what lies above the front
+
+A search goes on from its scores, and samplers whose rows are in the file are left out. Writes
+`benchmarks/results/ladder-<sampler>.json` (the front, with its policies) and `ladder.csv`.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from rows import RESULTS, append, provenance
+
+from attnreuse import tiny_shapes
+from attnreuse.compare import PLAIN, SAME_NOISE, Method, judged, rule_for, timed
+from attnreuse.evaluate import Evaluator, Setting
+from attnreuse.front import ladder
+from attnreuse.peers import PEERS
+from attnreuse.policy import Policy
+from attnreuse.samplers import make_scheduler
+from attnreuse.search import InProcess
+
+SAMPLERS = ("Euler a", "DDIM")
+STEPS, GUIDANCE, ROUNDS = 20, 7.5, 7
+POINTS = 14  # of a front, most that are judged
+JUDGED = RESULTS / "ladder.csv"
+
+
+def pipeline(sampler: str) -> Any:
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_shapes.FOLDER)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler(pipe.scheduler.config, sampler)
+    return pipe
+
+
+def front_of(sampler: str) -> Path:
+    return RESULTS / f"ladder-{sampler.lower().replace(' ', '-')}.json"
+
+
+def search(budget: int) -> None:
+    for sampler in SAMPLERS:
+        setting = Setting(tuple(tiny_shapes.search_prompts(4)), STEPS, 1000, GUIDANCE, layers="all")
+        engine = InProcess(Evaluator(pipeline(sampler), setting))
+        cache = RESULTS / "ladder-scores.jsonl"
+        found = ladder(engine, budget=budget, cache=cache, progress=lambda *told: print(*told, flush=True))
+        front_of(sampler).write_text(json.dumps(found.to_dict() | provenance(torch.device("cpu"))) + "\n")
+
+
+def judge(images: int) -> None:
+    done = {row["sampler"] for row in csv.DictReader(JUDGED.open())} if JUDGED.exists() else set()
+    for sampler in (s for s in SAMPLERS if s not in done):
+        pipe = pipeline(sampler)
+        setting = Setting(tuple(tiny_shapes.held_out_prompts(images)), STEPS, guidance=GUIDANCE, layers="all")
+        points = json.loads(front_of(sampler).read_text())["points"]
+        wanted = [Method("full steps", "full", STEPS)]
+        for point in spread(points):
+            name = f"ladder {point['time']:.3f}" + (f", {point['steps']} steps" if point["steps"] < STEPS else "")
+            wanted.append(Method(name, "ladder", point["steps"], Policy.model_validate(point["policy"]), "u8"))
+        for share in (0.5, 0.25):
+            wanted.append(Method(f"hurry(reuse={share})", "reuse", STEPS, rule_for(pipe.scheduler, STEPS, share), "u8"))
+        for count in (19, 18, 17, 15, 13, 11, 10):
+            wanted.append(Method(f"{count} plain steps", "plain steps", count))
+            wanted.append(Method(f"{count} plain steps, same noise", SAME_NOISE, count))
+        wanted += [Method(name, "other cache", STEPS, around=around) for name, around in PEERS.items()]
+        rows = judged(pipe, setting, wanted, [], ())
+        timed(pipe, setting, rows, ROUNDS)
+        about = provenance(torch.device("cpu")) | {"images": images, "rounds": ROUNDS}
+        full = np.array(rows[0].latencies_s)
+        for row in rows:
+            p20, median, p80 = np.percentile(np.array(row.latencies_s) / full, [20, 50, 80])
+            time = {"of_full": f"{median:.4f}", "p20": f"{p20:.4f}", "p80": f"{p80:.4f}"}
+            quality = {key: f"{row.scores[key]:.2f}" if row.scores else "" for key in ("psnr", "psnr_ci")}
+            method = {"sampler": sampler, "method": row.method.name, "family": row.method.family}
+            append(JUDGED, [method | time | quality | about])
+
+
+def spread(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most ``POINTS`` of a front, evenly over its times."""
+    targets = np.linspace(points[0]["time"], points[-1]["time"], POINTS)
+    chosen = {min(range(len(points)), key=lambda i: abs(points[i]["time"] - t)) for t in targets}
+    return [points[i] for i in sorted(chosen)]
+
+
+def table() -> None:
+    for sampler in SAMPLERS:
+        rows = [row for row in csv.DictReader(JUDGED.open()) if row["sampler"] == sampler]
+        rows = sorted(rows[1:], key=lambda row: float(row["of_full"]))
+        print(f"\n| {sampler} | time | PSNR | above the front |\n|---|---:|---:|---:|")
+        points = sorted((float(r["of_full"]), float(r["psnr"])) for r in rows if r["family"] == "ladder")
+        best = np.maximum.accumulate([psnr for _, psnr in points])
+        for row in rows:
+            time, psnr = float(row["of_full"]), float(row["psnr"])
+            is_peer = row["family"] in (*PLAIN, "other cache")
+            at = float(np.interp(time, [t for t, _ in points], best, left=0))
+            above = f"{psnr - at:+.1f}" if is_peer else ""
+            print(f"| {row['method']} | {time:.2f} | {psnr:.1f} ± {float(row['psnr_ci']):.1f} | {above} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["search", "judge", "table"])
+    parser.add_argument("--budget", type=int, default=170)
+    parser.add_argument("--images", type=int, default=16)
+    args = parser.parse_args()
+    {"search": lambda: search(args.budget), "judge": lambda: judge(args.images), "table": table}[args.what]()
