@@ -237,7 +237,7 @@ def search(
         return
     out.print(_front_table(found, picked) if is_ladder else _search_table(found, metric))
     if is_ladder and picked.steps != steps:
-        out.print(f"The saved policy is for a run of {picked.steps} steps.", highlight=False)
+        out.print(f"Run the saved policy with --steps {picked.steps}.", highlight=False)
     out.print(f"[dim]{out_path}; scores in {cache}[/dim]", highlight=False)
 
 

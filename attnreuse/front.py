@@ -8,7 +8,6 @@ follow from costs measured on this machine.
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import time
@@ -206,7 +205,8 @@ class _Ladder:
             if error < least:
                 least = error
                 wanted.append(candidate)
-        self.judge(wanted)
+        order = dict.fromkeys(i for stride in (16, 8, 4, 2, 1) for i in range(0, len(wanted), stride))
+        self.judge([wanted[i] for i in order])  # from end to end, then in between, in case the budget ends
 
     def change(self, rng: random.Random) -> None:
         """Change points of the front in one place at a time, as long as the budget lasts."""
@@ -228,13 +228,14 @@ class _Ladder:
         fresh = {_key(candidate): candidate for candidate in candidates if _key(candidate) not in self.points}
         fresh.pop(_key((self.steps, {})), None)
         fitting = [candidate for candidate in fresh.values() if self._fits(candidate)]
-        for count, of_count in itertools.groupby(fitting, key=lambda candidate: candidate[0]):
-            for some in _chunks(list(of_count), WIDTH):
-                room = self.budget - len(self.points)
-                self.stopped = "budget" if room <= 0 else "time" if time.monotonic() >= self.until else ""
-                if self.stopped:
-                    return
-                self._keep(some[:room], self.judge_policies(list(map(self._policy, some[:room])), steps=count))
+        for at in range(0, len(fitting), WIDTH):
+            room = self.budget - len(self.points)
+            self.stopped = "budget" if room <= 0 else "time" if time.monotonic() >= self.until else ""
+            if self.stopped:
+                return
+            some = fitting[at : at + min(WIDTH, room)]
+            counts = [count for count, _ in some]
+            self._keep(some, self.judge_policies([self._policy(candidate) for candidate in some], steps=counts))
 
     def _keep(self, candidates: list[Candidate], scores: list[Scores]) -> None:
         for candidate, score in zip(candidates, scores, strict=True):
@@ -336,10 +337,6 @@ class _Ladder:
     def _lost(self, candidate: Candidate) -> float:
         """Mean squared error of a judged candidate."""
         return 10 ** (-self.points[_key(candidate)][1].psnr_db / 10)
-
-
-def _chunks(whole: list[Candidate], size: int) -> list[list[Candidate]]:
-    return [whole[at : at + size] for at in range(0, len(whole), size)]
 
 
 def _key(candidate: Candidate) -> str:

@@ -30,6 +30,7 @@ from attnreuse.rows import Row, strip, trades
 
 Scores = dict[str, float]
 Value = tuple[int, float]  # larger is better
+Judged = Iterator[tuple[int, Scores]]  # by index of the schedule
 MOST = 20_000  # schedules that `exhaustive` agrees to evaluate
 
 
@@ -107,11 +108,13 @@ class SearchResult:
 
 
 class Engine(Protocol):
-    """Scores schedules of runs of `steps` (``num_inference_steps``); yields (index, scores) as they are done."""
+    """Scores schedules, each of a run of its `steps` (``num_inference_steps``); yields (index, scores) as it goes."""
 
     evaluator: Evaluator
 
-    def run(self, policies: list[Policy], metrics: tuple[str, ...], steps: int) -> Iterator[tuple[int, Scores]]: ...
+    def run(
+        self, policies: list[Policy], metrics: tuple[str, ...], steps: list[int]
+    ) -> Iterator[tuple[int, Scores]]: ...
 
 
 class InProcess:
@@ -120,9 +123,9 @@ class InProcess:
     def __init__(self, evaluator: Evaluator):
         self.evaluator = evaluator
 
-    def run(self, policies: list[Policy], metrics: tuple[str, ...], steps: int) -> Iterator[tuple[int, Scores]]:
-        for i, policy in enumerate(policies):
-            yield i, self.evaluator.at(steps).scores(policy, metrics)
+    def run(self, policies: list[Policy], metrics: tuple[str, ...], steps: list[int]) -> Judged:
+        for i, (policy, count) in enumerate(zip(policies, steps, strict=True)):
+            yield i, self.evaluator.at(count).scores(policy, metrics)
 
 
 class RayEngine:
@@ -156,11 +159,11 @@ class RayEngine:
         actor = ray.remote(max_restarts=-1, max_task_retries=-1, **claim)(_Worker)
         self.actors = [actor.remote(self._pipe, evaluator.setting, threads, device) for _ in range(self.workers)]
 
-    def run(self, policies: list[Policy], metrics: tuple[str, ...], steps: int) -> Iterator[tuple[int, Scores]]:
+    def run(self, policies: list[Policy], metrics: tuple[str, ...], steps: list[int]) -> Judged:
         from ray.util import ActorPool
 
-        jobs, pool = list(enumerate(policies)), ActorPool(self.actors)
-        yield from pool.map_unordered(lambda actor, job: actor.scores.remote(*job, metrics, steps), jobs)
+        jobs, pool = list(zip(itertools.count(), policies, steps, strict=False)), ActorPool(self.actors)
+        yield from pool.map_unordered(lambda actor, job: actor.scores.remote(*job, metrics), jobs)
 
     def close(self) -> None:
         """Give the workers back."""
@@ -181,7 +184,7 @@ class _Worker:
     def pid(self) -> int:
         return os.getpid()
 
-    def scores(self, index: int, policy: Policy, metrics: tuple[str, ...], steps: int) -> tuple[int, Scores]:
+    def scores(self, index: int, policy: Policy, steps: int, metrics: tuple[str, ...]) -> tuple[int, Scores]:
         return index, self.evaluator.at(steps).scores(policy, metrics)
 
 
@@ -209,15 +212,16 @@ class Judge:
                 self._held.setdefault(row["reuse"], {}).update(row["scores"])
 
     def __call__(
-        self, policies: list[Policy], metrics: tuple[str, ...] = ("psnr",), steps: int | None = None
+        self, policies: list[Policy], metrics: tuple[str, ...] = ("psnr",), steps: list[int] | None = None
     ) -> list[Scores]:
-        """Scores of `policies`, in order, all for runs of `steps` (default: the setting's)."""
+        """Scores of `policies`, in order, each for a run of its `steps` (default: the setting's)."""
+        steps = steps or [self.engine.evaluator.setting.steps] * len(policies)
         missing = {}
-        for policy in policies:
+        for policy, count in zip(policies, steps, strict=True):
             if not set(metrics) <= set(self._held.get(_text(policy), {})):
-                missing.setdefault(_text(policy), policy)
-        new = list(missing.values())
-        for i, scores in self.engine.run(new, metrics, steps or self.engine.evaluator.setting.steps):
+                missing.setdefault(_text(policy), (policy, count))
+        new = [policy for policy, _ in missing.values()]
+        for i, scores in self.engine.run(new, metrics, [count for _, count in missing.values()]):
             self._keep(_text(new[i]), scores)
         return [self._held[_text(policy)] for policy in policies]
 

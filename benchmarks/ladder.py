@@ -29,7 +29,7 @@ from attnreuse.samplers import make_scheduler
 from attnreuse.search import InProcess
 
 SAMPLERS = ("Euler a", "DDIM")
-STEPS, GUIDANCE, ROUNDS = 20, 7.5, 7
+STEPS, GUIDANCE, ROUNDS = 20, 7.5, 5
 POINTS = 14  # of a front, most that are judged
 JUDGED = RESULTS / "ladder.csv"
 
@@ -107,7 +107,7 @@ def table() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["search", "judge", "table"])
-    parser.add_argument("--budget", type=int, default=170)
+    parser.add_argument("--budget", type=int, default=210)
     parser.add_argument("--images", type=int, default=16)
     args = parser.parse_args()
     {"search": lambda: search(args.budget), "judge": lambda: judge(args.images), "table": table}[args.what]()

@@ -179,6 +179,10 @@ def test_ladder_search_saves_the_point_asked_for(tmp_path):
     assert result.exit_code == 0, result.output
     points = json.loads(result.stdout)["points"]
     assert load_policy(tmp_path / "p.json") == Policy.model_validate(points[-1]["policy"])
+    fewer = run("search", *args, "--floor", 0, "--out", tmp_path / "p.json")
+    steps = load_policy(tmp_path / "p.json").steps
+    assert steps < 3
+    assert f"Run the saved policy with --steps {steps}." in fewer.output
     lost = run("search", *args, "--floor", 500, "--out", tmp_path / "p.json")
     assert lost.exit_code == 2
     assert "no schedule found has at least 500 dB" in lost.output
