@@ -26,7 +26,10 @@ from attnreuse.policy import Policy
 from attnreuse.rows import call_age_error, count_of, level_error, parse, schedule_error, strip
 from attnreuse.samplers import make_scheduler
 
-MEASURED = {"DDIM": 20, "Euler a": 20, "Heun": 11, "DPM2": 11, "DPM2 a": 11, "DPM++ 2M SDE Karras": 20, "PNDM": 20}
+MEASURED = [
+    ("DDIM", 20), ("Euler a", 20), ("Heun", 11), ("DPM2", 11), ("DPM++ 2M SDE Karras", 20), ("PNDM", 20), ("DPM2 a", 11),
+    ("DPM2 a", 20),
+]  # fmt: skip
 PICTURED = [
     ("DPM2", 2.5), ("Heun", 2.5), ("DPM2 a", 2.5), ("Euler a", 2.5), ("DDIM", 2.5), ("DPM++ 2M SDE", 2.5),
     ("PNDM", 2.5), ("Euler Karras", 2.5), ("UniPC", 2.5), ("Euler a", 7.5), ("DPM2 a", 7.5),
@@ -43,9 +46,10 @@ def evaluator(sampler: str, steps: int, prompts: list[str], seed: int, guidance:
 def measure() -> None:
     """Distance of the final latents under random schedules, of four training captions at guidance 2.5."""
     path = RESULTS / "schedules.jsonl"
-    done = {json.loads(line)["sampler"] for line in path.read_text().splitlines()} if path.exists() else set()
-    for sampler, steps in MEASURED.items():
-        if sampler in done:
+    held = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    done = {(line["sampler"], line["steps"]) for line in held}
+    for sampler, steps in MEASURED:
+        if (sampler, steps) in done:
             continue
         judge, rng, rows = evaluator(sampler, steps, tiny_shapes.search_prompts(4), 2000, 2.5), random.Random(0), set()
         count = judge.executed_steps
