@@ -77,7 +77,7 @@ def judge(images: int) -> None:
         for row in rows:
             p20, median, p80 = np.percentile(np.array(row.latencies_s) / full, [20, 50, 80])
             time = {"of_full": f"{median:.4f}", "p20": f"{p20:.4f}", "p80": f"{p80:.4f}"}
-            quality = {key: f"{row.scores[key]:.2f}" if row.scores else "" for key in ("psnr", "psnr_ci")}
+            quality = {key: f"{row.scores[key]:.2f}" if key in row.scores else "" for key in ("psnr", "psnr_ci")}
             method = {"sampler": sampler, "method": row.method.name, "family": row.method.family}
             append(JUDGED, [method | time | quality | about])
 

@@ -27,8 +27,8 @@ from attnreuse.rows import call_age_error, count_of, level_error, parse, schedul
 from attnreuse.samplers import make_scheduler
 
 MEASURED = [
-    ("DDIM", 20), ("Euler a", 20), ("Heun", 11), ("DPM2", 11), ("DPM++ 2M SDE Karras", 20), ("PNDM", 20), ("DPM2 a", 11),
-    ("DPM2 a", 20),
+    ("DDIM", 20), ("Euler a", 20), ("Heun", 11), ("DPM2", 11), ("DPM++ 2M SDE Karras", 20), ("PNDM", 20),
+    ("DPM2 a", 11), ("DPM2 a", 20),
 ]  # fmt: skip
 PICTURED = [
     ("DPM2", 2.5), ("Heun", 2.5), ("DPM2 a", 2.5), ("Euler a", 2.5), ("DDIM", 2.5), ("DPM++ 2M SDE", 2.5),
