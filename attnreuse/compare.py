@@ -10,6 +10,7 @@ steps are not to be beaten by bad luck alone, so it counts among them.
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -343,8 +344,9 @@ def timed(pipe: Any, setting: Setting, rows: list[Measured], rounds: int) -> Non
     """Add the seconds of one batch in each of `rounds`, all in turns; same noise takes what plain steps take."""
     one_batch = replace(setting, prompts=setting.prompts[: setting.batch])
     called = [row for row in rows if row.method.family != SAME_NOISE]
-    for turn in range(rounds):
-        for row in called[turn % len(called) :] + called[: turn % len(called)]:
+    order = random.Random(0)
+    for _ in range(rounds):
+        for row in order.sample(called, len(called)):  # what runs before may slow a run: none always follows the same
             row.latencies_s.append(_timed(pipe, one_batch, row.method))
     taken = {row.method.steps: row.latencies_s for row in rows if row.method.family == "plain steps"}
     for row in rows:
