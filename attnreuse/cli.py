@@ -149,7 +149,7 @@ def sample(
 @app.command(
     epilog="Examples:\n\n    attnreuse search --out policy.json\n\n    attnreuse search --metric ssim --floor 0.98\n\n"
     "    attnreuse search --method exhaustive --steps 10 --reuse 4\n\n"
-    "    attnreuse search --method ladder --scheduler 'Euler a' --floor 45 --budget-time 20\n\n"
+    "    attnreuse search --method ladder --scheduler 'Euler a' --images 16 --floor 45\n\n"
     '    attnreuse search --model user/pipeline --prompt "a red fox" --prompt "a harbour" --engine ray'
 )
 def search(

@@ -10,7 +10,7 @@ import torch
 from tiny_random import captioned_pipeline, random_unet
 from typer.testing import CliRunner
 
-from attnreuse import Policy, compare, hurry, page
+from attnreuse import Policy, compare, hurry, page, peers
 from attnreuse.cli import app
 from attnreuse.evaluate import Setting
 from attnreuse.peers import PEERS
@@ -133,7 +133,7 @@ def test_figures_belong_to_their_method(measured):
 
 
 def test_a_method_that_cannot_run_is_a_note(monkeypatch):
-    monkeypatch.setattr(compare, "package_version", lambda name: None)
+    monkeypatch.setattr(peers, "package_version", lambda name: None)
     found = compare.compare(captioned_pipeline(), Setting(PROMPTS, 4, map_format="fp32"), rounds=1)
     notes = " ".join(found.groups[0].notes)
     assert "DeepCache(2) was left out: DeepCache is not installed" in notes

