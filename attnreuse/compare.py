@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -231,9 +231,7 @@ def methods(
             seen[key] = policy.name
             found.append(Method(policy.name, "reuse", setting.steps, policy, setting.map_format))
     as_costly = {round(setting.steps * (1 - reused / executed)) for reused in (half, quarter)}
-    for steps in _ladder(setting.steps, as_costly):
-        found.append(Method(f"{steps} plain steps", "plain steps", steps))
-        found.append(Method(f"{steps} plain steps, same noise", SAME_NOISE, steps))
+    found += plain_steps(_ladder(setting.steps, as_costly))
     if others:
         found += [Method(name, "other cache", setting.steps, around=around) for name, around in PEERS.items()]
         found.append(_on_deepcache(setting, rule_for(pipe.scheduler, setting.steps, 0.5)))
@@ -263,6 +261,11 @@ def rule_for(scheduler: Any, steps: int, reuse: float) -> Policy:
         return resolved(hurry(reuse=reuse), scheduler, executed)
     except ValueError:
         return hurry(executed, count_of(reuse, executed))
+
+
+def plain_steps(counts: Iterable[int]) -> list[Method]:
+    """Runs of so many steps, each with noise of its own and with the full run's."""
+    return [Method(f"{count} {family}", family, count) for count in counts for family in PLAIN]
 
 
 def _ladder(steps: int, wanted: set[int]) -> list[int]:

@@ -112,9 +112,7 @@ class Engine(Protocol):
 
     evaluator: Evaluator
 
-    def run(
-        self, policies: list[Policy], metrics: tuple[str, ...], steps: list[int]
-    ) -> Iterator[tuple[int, Scores]]: ...
+    def run(self, policies: list[Policy], metrics: tuple[str, ...], steps: list[int]) -> Judged: ...
 
 
 class InProcess:

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from rows import RESULTS, append, provenance
+from rows import RESULTS, append, provenance, ratios
 
 from attnreuse import tiny_shapes
-from attnreuse.compare import PLAIN, SAME_NOISE, Method, judged, rule_for, timed
+from attnreuse.compare import PLAIN, Method, judged, plain_steps, rule_for, timed
 from attnreuse.evaluate import Evaluator, Setting
 from attnreuse.front import ladder
 from attnreuse.peers import PEERS
@@ -66,17 +66,13 @@ def judge(images: int) -> None:
             wanted.append(Method(name, "ladder", point["steps"], Policy.model_validate(point["policy"]), "u8"))
         for share in (0.5, 0.25):
             wanted.append(Method(f"hurry(reuse={share})", "reuse", STEPS, rule_for(pipe.scheduler, STEPS, share), "u8"))
-        for count in (19, 18, 17, 15, 13, 11, 10):
-            wanted.append(Method(f"{count} plain steps", "plain steps", count))
-            wanted.append(Method(f"{count} plain steps, same noise", SAME_NOISE, count))
+        wanted += plain_steps((19, 18, 17, 15, 13, 11, 10))
         wanted += [Method(name, "other cache", STEPS, around=around) for name, around in PEERS.items()]
         rows = judged(pipe, setting, wanted, [], ())
         timed(pipe, setting, rows, ROUNDS)
         about = provenance(torch.device("cpu")) | {"images": images, "rounds": ROUNDS}
-        full = np.array(rows[0].latencies_s)
         for row in rows:
-            p20, median, p80 = np.percentile(np.array(row.latencies_s) / full, [20, 50, 80])
-            time = {"of_full": f"{median:.4f}", "p20": f"{p20:.4f}", "p80": f"{p80:.4f}"}
+            time = ratios(row.latencies_s, rows[0].latencies_s)
             quality = {key: f"{row.scores[key]:.2f}" if key in row.scores else "" for key in ("psnr", "psnr_ci")}
             method = {"sampler": sampler, "method": row.method.name, "family": row.method.family}
             append(JUDGED, [method | time | quality | about])

@@ -5,6 +5,7 @@ import datetime
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from attnreuse.environment import PACKAGES, environment
@@ -21,6 +22,12 @@ def provenance(device: torch.device) -> dict[str, object]:
     found = environment(device)
     versions = {name: found.pop(name, "") for name in PACKAGES}  # the same columns everywhere
     return about | found | versions
+
+
+def ratios(seconds: list[float], full: list[float]) -> dict[str, str]:
+    """Median, 20th and 80th percentile of what a method takes, as shares of the full run of the same round."""
+    p20, median, p80 = np.percentile(np.array(seconds) / np.array(full), [20, 50, 80])
+    return {"of_full": f"{median:.4f}", "p20": f"{p20:.4f}", "p80": f"{p80:.4f}"}
 
 
 def append(path: Path, rows: list[dict[str, object]]) -> None:

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from rows import RESULTS, append, provenance
+from rows import RESULTS, append, provenance, ratios
 
 from attnreuse import tiny_shapes
-from attnreuse.compare import SAME_NOISE, Measured, Method, judged, rule_for, timed
+from attnreuse.compare import SAME_NOISE, Measured, Method, judged, plain_steps, rule_for, timed
 from attnreuse.evaluate import Setting
 from attnreuse.policy import shipped_policies
 from attnreuse.rows import strip
@@ -53,10 +53,7 @@ def methods(scheduler: object, steps: int) -> list[Method]:
     executed, cls = policies["hurry(reuse=0.5)"].steps, type(scheduler).__name__
     policies |= {policy.name: policy for policy in shipped_policies(cls, executed)}
     found += [Method(name, "reuse", steps, policy, "u8") for name, policy in policies.items()]
-    for count in (round(steps * share) for share in SHARES):
-        found.append(Method(f"{count} plain steps", "plain steps", count))
-        found.append(Method(f"{count} plain steps, same noise", SAME_NOISE, count))
-    return found
+    return found + plain_steps(round(steps * share) for share in SHARES)
 
 
 def each(path: Any, guidance: float, images: int, only: list[str] | None) -> Iterator[tuple[str, Any, Setting]]:
@@ -96,10 +93,9 @@ def times(guidance: float, rounds: int, only: list[str] | None) -> None:
         wanted = [m for m in methods(pipe.scheduler, setting.steps) if m.family != SAME_NOISE]
         found = judged(pipe, setting, wanted, [], ())  # which warms up
         timed(pipe, setting, found, rounds)
-        full = np.array(found[0].latencies_s)
+        full = found[0].latencies_s
         for measured in found:
-            p20, median, p80 = np.percentile(np.array(measured.latencies_s) / full, [20, 50, 80])
-            row = {"of_full": f"{median:.4f}", "p20": f"{p20:.4f}", "p80": f"{p80:.4f}"}
+            row = ratios(measured.latencies_s, full)
             row |= {"full_s": f"{np.median(full):.3f}"}
             append(TIMES, [{"sampler": name, "guidance": guidance, "method": measured.method.name, **row, **about}])
             print(name, measured.method.name, row["of_full"], flush=True)
