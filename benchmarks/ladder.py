@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 from rows import RESULTS, append, provenance, ratios
+from shipped import pipeline
 
 from attnreuse import tiny_shapes
 from attnreuse.compare import PLAIN, Method, judged, plain_steps, rule_for, timed
@@ -25,20 +25,12 @@ from attnreuse.evaluate import Evaluator, Setting
 from attnreuse.front import ladder
 from attnreuse.peers import PEERS
 from attnreuse.policy import Policy
-from attnreuse.samplers import make_scheduler
 from attnreuse.search import InProcess
 
 SAMPLERS = ("Euler a", "DDIM")
 STEPS, GUIDANCE, ROUNDS = 20, 7.5, 5
 POINTS = 14  # of a front, most that are judged
 JUDGED = RESULTS / "ladder.csv"
-
-
-def pipeline(sampler: str) -> Any:
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_shapes.FOLDER)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = make_scheduler(pipe.scheduler.config, sampler)
-    return pipe
 
 
 def front_of(sampler: str) -> Path:

@@ -14,9 +14,9 @@ import json
 import random
 
 import torch
-from diffusers import StableDiffusionPipeline
 from rows import RESULTS, append, provenance
 from scipy.stats import spearmanr
+from shipped import pipeline
 
 from attnreuse import hurry, tiny_shapes
 from attnreuse.analysis import distance
@@ -37,10 +37,7 @@ PICTURED = [
 
 
 def evaluator(sampler: str, steps: int, prompts: list[str], seed: int, guidance: float) -> Evaluator:
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_shapes.FOLDER)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = make_scheduler(pipe.scheduler.config, sampler)
-    return Evaluator(pipe, Setting(tuple(prompts), steps, seed, guidance))
+    return Evaluator(pipeline(sampler), Setting(tuple(prompts), steps, seed, guidance))
 
 
 def measure() -> None:

@@ -17,15 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 from rows import RESULTS, append, provenance, ratios
+from shipped import pipeline
 
 from attnreuse import tiny_shapes
 from attnreuse.compare import SAME_NOISE, Measured, Method, judged, plain_steps, rule_for, timed
 from attnreuse.evaluate import Setting
 from attnreuse.policy import shipped_policies
 from attnreuse.rows import strip
-from attnreuse.samplers import make_scheduler
 
 SAMPLERS = {  # name, steps and eta
     "Euler a": ("Euler a", 20, None),
@@ -63,10 +62,11 @@ def each(path: Any, guidance: float, images: int, only: list[str] | None) -> Ite
         if (name, guidance) in done:
             continue
         sampler, steps, eta = SAMPLERS[name]
-        pipe = StableDiffusionPipeline.from_pretrained(tiny_shapes.FOLDER)
-        pipe.set_progress_bar_config(disable=True)
-        pipe.scheduler = make_scheduler(pipe.scheduler.config, sampler)
-        yield name, pipe, Setting(tuple(tiny_shapes.held_out_prompts(images)), steps, guidance=guidance, eta=eta)
+        yield (
+            name,
+            pipeline(sampler),
+            Setting(tuple(tiny_shapes.held_out_prompts(images)), steps, guidance=guidance, eta=eta),
+        )
 
 
 def pictures(guidance: float, images: int, only: list[str] | None) -> None:

@@ -1,0 +1,16 @@
+"""The shipped pipeline, as benchmarks sample with it."""
+
+from typing import Any
+
+from diffusers import StableDiffusionPipeline
+
+from attnreuse import tiny_shapes
+from attnreuse.samplers import make_scheduler
+
+
+def pipeline(sampler: str) -> Any:
+    """tiny-shapes with this sampler, without progress bars."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_shapes.FOLDER)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler(pipe.scheduler.config, sampler)
+    return pipe
