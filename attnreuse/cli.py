@@ -153,6 +153,7 @@ def sample(
     '    attnreuse search --model user/pipeline --prompt "a red fox" --prompt "a harbour" --engine ray'
 )
 def search(
+    context: typer.Context,
     model: Model = "",
     steps: Steps = 20,
     reuse: Reuse = 10,
@@ -175,7 +176,10 @@ def search(
     ] = None,
     by: Annotated[str, typer.Option(help="ladder: layers that share a row: kind, level or layer.")] = "level",
     prompt: Prompts = None,
-    images: Images = 8,
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pictures, of as many captions, without --prompt. Default: 8; ladder: 16."),
+    ] = None,
     seed: Seed = 1000,
     guidance: Guidance = None,
     eta: Eta = None,
@@ -202,6 +206,8 @@ def search(
         _one_of("--method", method, "phast", "exhaustive", "ladder")
         _one_of("--engine", engine, "local", "ray")
         _one_of("--by", by, "kind", "level", "layer")
+        _refuse_ignored(context, "--method", method, ONLY_FOR_METHOD)
+        _refuse_ignored(context, "--engine", engine, dict.fromkeys(("address", "workers"), ("ray",)))
         is_ladder = method == "ladder"
         if is_ladder and floor is None and time is None:
             raise ValueError(
@@ -210,6 +216,7 @@ def search(
         objective = searching.Objective(metric, floor, parse_bytes(memory_budget))
         _suffix("--out", out_path, ".json")
         layers = layers or ("all" if is_ladder else None)
+        images = images or (16 if is_ladder else 8)
         setting = _setting(model, prompt, images, steps, seed, guidance, eta, map_format, layers, batch)
         evaluator = Evaluator(_load_pipeline(model, scheduler), setting)
         chosen = searching.RayEngine(evaluator, workers, address) if engine == "ray" else searching.InProcess(evaluator)
@@ -611,6 +618,22 @@ def _suffix(option: str, path: Path, suffix: str) -> None:
 def _one_of(option: str, given: str, *known: str) -> None:
     if given not in known:
         raise ValueError(f"{option} must be one of {', '.join(known)}, got {given!r}")
+
+
+ONLY_FOR_METHOD = {  # options of `search`, by their parameters
+    **dict.fromkeys(("variant", "patience", "restarts", "analysis"), ("phast",)),
+    **dict.fromkeys(("reuse", "metric"), ("phast", "exhaustive")),
+    **dict.fromkeys(("time", "budget_time", "by"), ("ladder",)),
+    "budget": ("phast", "ladder"),
+}
+
+
+def _refuse_ignored(context: typer.Context, option: str, chosen: str, only_for: dict[str, tuple[str, ...]]) -> None:
+    """Refuse options that were given, and that `option` as `chosen` makes no use of."""
+    for name, users in only_for.items():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and chosen not in users:
+            raise ValueError(f"--{name.replace('_', '-')} is for {option} {' or '.join(users)}, not for {chosen}")
 
 
 def _guidance(model: str, given: float | None) -> float | None:

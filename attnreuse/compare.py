@@ -1,8 +1,8 @@
 """The paper's comparison, at equal measured latency: reuse, fewer steps, and other caches, in one run.
 
 Every way to sample is judged by the same prompts and seeds against the full-step pictures of the same scheduler and
-step count, and timed in turns with all others. "Plain steps at equal latency" are the best of the measured ladder that
-take no longer; "at equal cost" counts as the paper does, by attention maps computed. A stochastic sampler draws other
+step count, and timed in turns with all others. "Plain steps at equal latency" are read off the measured plain steps, by
+interpolation; "at equal cost" counts as the paper does, by attention maps computed. A stochastic sampler draws other
 noise when it makes other steps: "same noise" holds it fixed (:mod:`attnreuse.noise`). Users get no such run, but plain
 steps are not to be beaten by bad luck alone, so it counts among them.
 """
@@ -33,6 +33,7 @@ from attnreuse.rows import count_of, strip
 from attnreuse.samplers import make_scheduler, step_options
 from attnreuse.session import enable
 
+SHOWN = 4  # pictures that are kept of each method
 SAME_NOISE = "plain steps, same noise"
 PLAIN = ("plain steps", SAME_NOISE)
 
@@ -66,21 +67,23 @@ class Measured:
     """What one method did.
 
     Attributes:
-        maps_computed: share of the full run's attention-map elements that it computed; None where unknown.
-        latencies_s: of one batch of pictures, one per round.
+        map_bytes: of the buffer of one batch, in bytes.
         scores: by metric: the mean, and for "psnr" the half-width of its 95 % confidence interval ("psnr_ci").
-        plain_psnr: of plain steps at its latency; None outside of the ladder measured.
-        equal_cost_psnr: of the plain steps that compute as many maps.
+        pictures: the first ``SHOWN``, ``[P, S, S, 3]`` in [0, 1].
+        latencies_s: of one batch of pictures, one per round.
+        maps_computed: share of the full run's attention-map elements that it computed; None where unknown.
+        plain_psnr: of plain steps at its latency; None below all that were measured.
+        equal_cost_psnr: of the plain steps that compute as many maps, as near as step counts allow.
     """
 
     method: Method
-    scheduler: str
     executed_steps: int
-    maps_computed: float | None
     map_bytes: int
-    latencies_s: list[float]
     scores: dict[str, float]
     pictures: np.ndarray = field(repr=False)
+    scheduler: str = ""
+    latencies_s: list[float] = field(default_factory=list)
+    maps_computed: float | None = None
     plain_psnr: float | None = None
     equal_cost_psnr: float | None = None
 
@@ -210,7 +213,7 @@ def methods(
     schedules = [hurry(executed, half, None), hurry(executed, half, 1), rule_for(pipe.scheduler, setting.steps, 0.5)]
     schedules += [hurry(executed, quarter, None), rule_for(pipe.scheduler, setting.steps, 0.25)]
     schedules += [periodic(executed, 2), periodic(executed, 3)]
-    on_fewer: list[Method] = []
+    on_fewer, as_costly = [], {round(setting.steps * (1 - reused / executed)) for reused in (half, quarter)}
     for policy in policies:
         fixed = resolved(policy, pipe.scheduler, executed) if isinstance(policy, Rule) else policy
         steps = _steps_of(pipe.scheduler, fixed.steps, setting.steps)
@@ -219,6 +222,9 @@ def methods(
             notes.append(f"{fixed.name} was left out: it is for {made_for}, this is {scheduler} and {executed}")
         elif steps == setting.steps:
             schedules.append(fixed)
+        elif not fixed.reuse_steps:
+            notes.append(f"{fixed.name} never reuses: it is {steps} plain steps")
+            as_costly.add(steps)
         else:
             name = f"{fixed.name} on {steps} steps"
             on_fewer.append(Method(name, "reuse + fewer steps", steps, fixed, setting.map_format))
@@ -227,11 +233,12 @@ def methods(
         key = str(policy.reuse)
         if policy.reuse_steps and key in seen:
             notes.append(f"{policy.name} is the schedule of {seen[key]}")
-        elif policy.reuse_steps:
+        elif not policy.reuse_steps:
+            notes.append(f"{policy.name} never reuses: it is the full run")
+        else:
             seen[key] = policy.name
             found.append(Method(policy.name, "reuse", setting.steps, policy, setting.map_format))
-    as_costly = {round(setting.steps * (1 - reused / executed)) for reused in (half, quarter)}
-    found += plain_steps(_ladder(setting.steps, as_costly))
+    found += plain_steps(_plain_counts(setting.steps, as_costly))
     if others:
         found += [Method(name, "other cache", setting.steps, around=around) for name, around in PEERS.items()]
         found.append(_on_deepcache(setting, rule_for(pipe.scheduler, setting.steps, 0.5)))
@@ -268,7 +275,7 @@ def plain_steps(counts: Iterable[int]) -> list[Method]:
     return [Method(f"{count} {family}", family, count) for count in counts for family in PLAIN]
 
 
-def _ladder(steps: int, wanted: set[int]) -> list[int]:
+def _plain_counts(steps: int, wanted: set[int]) -> list[int]:
     shares = (0.95, 0.9, 0.85, 0.75, 0.65, 0.5, 0.4)
     counts = {round(steps * share) for share in shares} | wanted
     return sorted((n for n in counts if 1 <= n < steps), reverse=True)
@@ -313,9 +320,9 @@ def measure(
     """Judge and time methods in turns, the full run first; `notes` gets what had to be left out."""
     rows = judged(pipe, setting, wanted, notes, judge, progress)
     timed(pipe, setting, rows, rounds)
-    sizes = _map_sizes(pipe, setting)
+    one = Evaluator(pipe, replace(setting, prompts=setting.prompts[:1], steps=1))
     for row in rows:
-        row.maps_computed = _maps_computed(sizes, setting, row)
+        row.maps_computed = _maps_computed(one, rows[0], row)
     _at_equal(rows)
     return rows
 
@@ -328,18 +335,29 @@ def judged(
     judge: tuple[str, ...],
     progress: Callable[[int, int, float], None] = lambda done, of, psnr: None,
 ) -> list[Measured]:
-    """The pictures of methods and their scores, the full run first, without times; see :func:`measure`."""
-    rows: list[Measured] = []
-    path = NoisePath(pipe.scheduler)
+    """The pictures of methods and their scores, the full run first, without times; see :func:`measure`.
+
+    Raises:
+        AttnReuseError: a metric needs what is not installed; said before a picture is sampled.
+    """
+    prompts, path, rows = list(setting.prompts), NoisePath(pipe.scheduler), []
+    blank = np.zeros((min(2, len(prompts)), 64, 64, 3), np.float32)
+    _scores(blank, blank, prompts[:2], judge)
+    full: np.ndarray | None = None
     for i, method in enumerate(wanted):
         if method.family == SAME_NOISE and not path.is_noisy:
             continue
         try:
-            rows.append(_judged(pipe, setting, method, rows[0].pictures if rows else None, judge, path))
+            row, pictures = _sampled(pipe, setting, method, path)
         except AttnReuseError as error:
+            if full is None:
+                raise
             notes.append(f"{method.name} was left out: {error}")
             continue
-        progress(i + 1, len(wanted), rows[-1].scores.get("psnr", 0.0))
+        row.scores = _scores(pictures, full, prompts, judge)
+        full = pictures if full is None else full
+        rows.append(row)
+        progress(i + 1, len(wanted), row.scores.get("psnr", 0.0))
     return rows
 
 
@@ -356,16 +374,14 @@ def timed(pipe: Any, setting: Setting, rows: list[Measured], rounds: int) -> Non
         row.latencies_s = taken[row.method.steps] if row.method.family == SAME_NOISE else row.latencies_s
 
 
-def _judged(
-    pipe: Any, setting: Setting, method: Method, full: np.ndarray | None, judge: tuple[str, ...], path: NoisePath
-) -> Measured:
-    """Pictures of a method, and their scores against `full` (None: the full run's, whose noise `path` keeps)."""
+def _sampled(pipe: Any, setting: Setting, method: Method, path: NoisePath) -> tuple[Measured, np.ndarray]:
+    """A method not yet scored, and all its pictures; `path` keeps the full run's noise."""
     evaluator = Evaluator(pipe, _setting_of(setting, method), memo_bytes=0)
     held = [0]
 
     @contextmanager
     def around(start: int) -> Iterator[None]:
-        noise = path.recorded(start, method.steps) if full is None else nullcontext()
+        noise = path.recorded(start, method.steps) if method.family == "full" else nullcontext()
         if method.family == SAME_NOISE:
             noise = path.followed(start, method.steps)
         with _applied(pipe, setting, method) as session, noise:
@@ -373,8 +389,8 @@ def _judged(
             held[0] = max(held[0], session.report().allocated_bytes if session else 0)
 
     pictures = evaluator.run(around).pictures
-    scores = _scores(pictures, full, list(setting.prompts), judge)
-    return Measured(method, evaluator.scheduler, evaluator.executed_steps, None, held[0], [], scores, pictures)
+    row = Measured(method, evaluator.executed_steps, held[0], {}, pictures[:SHOWN].copy(), evaluator.scheduler)
+    return row, pictures
 
 
 def _scores(
@@ -383,7 +399,7 @@ def _scores(
     tiny, scores = is_tiny(prompts), {}
     if full is not None:
         psnr = metrics.psnr_each(pictures, full)
-        scores = {"psnr": float(psnr.mean()), "psnr_ci": _half_width(psnr)}
+        scores = {"psnr": float(psnr.mean()), "psnr_ci": metrics.half_width(psnr)}
         for name in {"ssim", "lpips"} & set(judge):
             scores[name] = float(metrics.PAIRED[name](pictures, full).mean())
         if "fid" in judge and len(pictures) > 1:
@@ -423,49 +439,45 @@ def _applied(pipe: Any, setting: Setting, method: Method) -> Iterator[Any]:
             yield session
 
 
-def _map_sizes(pipe: Any, setting: Setting) -> dict[str, int]:
-    """Map elements of each served layer, from a run of one picture and one step."""
-    return Evaluator(pipe, replace(setting, prompts=setting.prompts[:1], steps=1)).map_sizes()
-
-
-def _maps_computed(sizes: dict[str, int], setting: Setting, row: Measured) -> float | None:
-    """Share of the full run's map elements; None for methods that do not say."""
+def _maps_computed(one: Evaluator, full: Measured, row: Measured) -> float | None:
+    """Share of the full run's map elements; None for methods that do not say. `one` knows the layers."""
     if row.method.around is not None:
         return None
-    share, policy = row.method.steps / setting.steps, row.method.policy
+    share, policy = row.executed_steps / full.executed_steps, row.method.policy
     if policy is None:
         return share
+    sizes = one.map_sizes(policy)
     reused = sum(size * sum(map(bool, policy.row(name))) for name, size in sizes.items())
     return share * (1 - reused / (sum(sizes.values()) * policy.steps))
 
 
-def _at_equal(rows: list[Measured]) -> None:
-    """Read the plain steps' PSNR off their ladder, at each row's latency and at its count of maps.
+def at_time(measured: Iterable[tuple[float, float]], time: float) -> float | None:
+    """The PSNR of plain steps at a time, by interpolation of (time, PSNR) pairs; None below all of them.
 
-    More steps can be worse or, by noise, faster: at a latency stands the best that takes no longer.
+    More steps can be worse or, by noise, faster: up to each pair the best so far counts.
     """
-    plain = sorted((r for r in rows if r.method.family in PLAIN), key=lambda r: r.latency_s)
+    pairs = sorted(measured)
+    if not pairs or time < pairs[0][0]:
+        return None
+    times, psnrs = zip(*pairs, strict=True)
+    return float(np.interp(time, times, np.maximum.accumulate(psnrs)))
+
+
+def _at_equal(rows: list[Measured]) -> None:
+    """Tell each row the plain steps' PSNR at its latency and at its count of maps."""
+    plain = [r for r in rows if r.method.family in PLAIN]
     if len(plain) < 2:
         return
-    by_steps = {r.method.steps: r for r in sorted(plain, key=lambda r: r.scores["psnr"])}  # the best of each
-    steps = rows[0].method.steps
-    seconds, best = [r.latency_s for r in plain], np.maximum.accumulate([r.scores["psnr"] for r in plain])
+    calls = rows[0].executed_steps
     for row in rows[1:]:
         if row.method.family in PLAIN:
             continue
-        if seconds[0] <= row.latency_s <= rows[0].latency_s:
-            row.plain_psnr = float(np.interp(row.latency_s, seconds, best))
-        if row.maps_computed is not None and (equal := by_steps.get(round(steps * row.maps_computed))):
-            row.equal_cost_psnr = equal.scores["psnr"]
-
-
-def _half_width(values: np.ndarray) -> float:
-    """Of the 95 % confidence interval of a mean."""
-    if len(values) < 2:
-        return math.nan
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+        if row.latency_s <= rows[0].latency_s:
+            row.plain_psnr = at_time([(r.latency_s, r.scores["psnr"]) for r in plain], row.latency_s)
+        if row.maps_computed is not None:
+            off = {id(r): abs(r.executed_steps - calls * row.maps_computed) for r in plain}
+            as_costly = [r.scores["psnr"] for r in plain if off[id(r)] == min(off.values()) <= 1]
+            row.equal_cost_psnr = max(as_costly, default=None)
 
 
 def _short(value: float | None) -> str:

@@ -87,10 +87,11 @@ def never_served(name: str, attn: Any) -> str | None:
     return None
 
 
-def holding_layers(denoiser: Any, layers: dict[str, Any]) -> list[str]:
-    """Those of its `layers` whose values depend on its context alone: they hold their output in place of a map."""
+def holding_layers(denoiser: Any, layers: dict[str, Any] | None = None) -> list[str]:
+    """Those of its `layers` (None: all) whose values depend on its context alone: they hold their output, not a map."""
     if getattr(denoiser, "encoder_hid_proj", None) is not None:  # what they attend over is made anew at each call
         return []
+    layers = attention_layers(denoiser) if layers is None else layers
     return [n for n, m in layers.items() if m.is_cross_attention and opaque(m) is None]
 
 

@@ -122,9 +122,9 @@ class Evaluator:
 
     Attributes:
         executed_steps: denoiser steps of a run; policies must have this many.
-        reference: whose full-step pictures those of schedules are judged against: this one's, or see :meth:`at`.
-        levels: their noise levels (log-SNR), or None where the scheduler has none.
+        levels: noise levels (log-SNR) of the executed steps, or None where the scheduler has none.
         influence: how far an error of each moves the final sample (:func:`~attnreuse.levels.influences`), or None.
+        reference: whose full-step pictures those of schedules are judged against: this one's, or see :meth:`at`.
         calls: denoiser calls asked for and made so far.
     """
 
@@ -142,21 +142,23 @@ class Evaluator:
         self.reference = self
 
     def at(self, steps: int) -> Evaluator:
-        """The same for runs of other `steps` (``num_inference_steps``), judged against this one's full steps."""
-        if steps == self.setting.steps:
-            return self
-        if steps not in self._others:
-            other = Evaluator(self.pipe, replace(self.setting, steps=steps))
-            other.reference, other.calls, other._memo = self.reference, self.calls, self._memo
-            self._others[steps] = other
-        return self._others[steps]
+        """The same for runs of other `steps` (``num_inference_steps``), judged against the reference's full steps."""
+        root = self.reference
+        if steps == root.setting.steps:
+            return root
+        if steps not in root._others:
+            other = Evaluator(root.pipe, replace(root.setting, steps=steps))
+            other.reference, other.calls, other._memo = root, root.calls, root._memo
+            root._others[steps] = other
+        return root._others[steps]
 
     def key(self) -> str:
         """Digest of everything that decides a score besides the schedule: names a cache's rows."""
         about = {**asdict(self.setting), "model": self.model, "scheduler": self.scheduler}
         about["layers"] = self.setting.layers or "self"
         about |= {"dtype": str(self.pipe.unet.dtype), "device": self.pipe.unet.device.type}
-        about |= {"config": dict(self.pipe.scheduler.config)}
+        about |= {"config": {k: v for k, v in self.pipe.scheduler.config.items() if not k.startswith("_")}}
+        about |= {"weights": _some_weights(self.pipe)}
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def policy(self, reuse: Any, name: str) -> Policy:
@@ -221,29 +223,30 @@ class Evaluator:
 
     def shapes(self) -> planner.Shapes:
         """Map shape and head dim of every layer at this setting's batch, guidance and size."""
-        if not self._inputs:
-            _ = self.full
-        return planner.map_shapes(find_denoiser(self.pipe), self._inputs)
+        root = self.reference
+        if not root._inputs:
+            _ = root.full
+        return planner.map_shapes(find_denoiser(self.pipe), root._inputs)
 
-    def served(self) -> list[str]:
-        """Names of the layers that the setting means and that can be served, in order of execution."""
+    def served(self, policy: Policy | None = None) -> list[str]:
+        """Names of the layers that the setting (or else `policy`) means and that can be served, as they are called."""
         denoiser = find_denoiser(self.pipe)
         modules = attention_layers(denoiser)
-        wanted = set(select_layers(layer_kinds(denoiser), self.setting.layers))
+        named = policy.patterns if policy else ()
+        wanted = set(select_layers(layer_kinds(denoiser), self.setting.layers, named))
         return [name for name in self.shapes() if name in wanted and unsupported(name, modules[name]) is None]
 
-    def map_sizes(self) -> dict[str, int]:
-        """Elements of each served layer's map."""
-        return {name: math.prod(self.shapes()[name].map) for name in self.served()}
+    def map_sizes(self, policy: Policy | None = None) -> dict[str, int]:
+        """Elements of the map of each layer served, see :meth:`served`."""
+        return {name: math.prod(self.shapes()[name].map) for name in self.served(policy)}
 
     def schedule(self, policy: Policy) -> Schedule:
         """What the served layers do under `policy`."""
-        denoiser = find_denoiser(self.pipe)
-        return Schedule(policy, self.served(), holding_layers(denoiser, attention_layers(denoiser)))
+        return Schedule(policy, self.served(policy), holding_layers(find_denoiser(self.pipe)))
 
     def map_bytes(self, policy: Policy) -> int:
         """Bytes of the buffer that `policy` needs here."""
-        served, dtype = self.served(), self.pipe.unet.dtype
+        served, dtype = self.served(policy), self.pipe.unet.dtype
         requests = planner.map_requests(self.schedule(policy), served, self.shapes(), dtype)
         return plan_ring(requests, map_format(self.setting.map_format)).nbytes
 
@@ -253,7 +256,7 @@ class Evaluator:
         denoiser = session.denoiser
         if denoiser is not self.pipe.unet:
             raise AttnReuseError("a compiled denoiser cannot be replayed: search and analyse before torch.compile")
-        digests = _digests(session.actions)
+        digests, inputs = _digests(session.actions, self.setting.steps), self.reference._inputs
         first_live = self._memo.first_live(batch, digests, session.actions)
         forward, bound = denoiser.forward, denoiser.__dict__.get("forward")  # bound: by offloading, such
         signature = inspect.signature(type(denoiser).forward)
@@ -264,9 +267,9 @@ class Evaluator:
             self.calls.asked += 1
             if tick.step < first_live:
                 return self._memo.get(key)
-            if not self._inputs:
-                self._inputs = signature.bind(denoiser, *args, **kwargs).arguments
-                self._inputs = {k: v for k, v in self._inputs.items() if k != "self"}
+            if not inputs:
+                inputs.update(signature.bind(denoiser, *args, **kwargs).arguments)
+                inputs.pop("self")
             self.calls.made += 1
             output = forward(*args, **kwargs)
             self._memo.put(key, output)
@@ -281,6 +284,18 @@ class Evaluator:
             del denoiser.forward
             if bound is not None:
                 denoiser.forward = bound
+
+
+def _some_weights(pipe: Any) -> str:
+    """Digest of the names, shapes and a few values of all weights: another training or adapter has another."""
+    running = hashlib.sha256()
+    parts = [(name, part) for name, part in sorted(pipe.components.items()) if isinstance(part, torch.nn.Module)]
+    for part_name, part in parts:
+        for name, weight in part.named_parameters():
+            some = weight.detach().flatten()[:: max(1, weight.numel() // 16)]
+            values = [] if some.is_meta else some.float().tolist()  # meta: offloaded
+            running.update(f"{part_name}.{name} {tuple(weight.shape)} {values};".encode())
+    return running.hexdigest()
 
 
 def _levels(scheduler: Any) -> tuple[float, ...] | None:
@@ -328,10 +343,9 @@ class _Memo:
         return live
 
 
-def _digests(actions: dict[str, list[Action]]) -> list[str]:
-    """Per step: a digest of what every layer did up to it."""
-    count = max(map(len, actions.values()), default=0)
-    running, found = hashlib.sha256(f"{count} steps;".encode()), []
+def _digests(actions: dict[str, list[Action]], steps: int) -> list[str]:
+    """Per executed step of a run of `steps` (``num_inference_steps``): a digest of what every layer did up to it."""
+    running, found = hashlib.sha256(f"{steps} steps;".encode()), []
     for step_actions in zip(*actions.values(), strict=True):
         running.update(",".join(a.value for a in step_actions).encode() + b";")
         found.append(running.hexdigest())

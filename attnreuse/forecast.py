@@ -12,7 +12,6 @@ from attnreuse.errors import UnsupportedLayerError
 from attnreuse.formats import map_format as format_named
 from attnreuse.planner import LayerCost, map_requests, map_shapes, measure_costs, parse_bytes
 from attnreuse.policy import Action, Policy
-from attnreuse.processors import attention_layers
 from attnreuse.ring import RingPlan, plan_ring
 from attnreuse.samplers import make_scheduler
 from attnreuse.schedule import Schedule
@@ -158,7 +157,7 @@ def forecast(
     wanted = set(select_layers(layer_kinds(blueprint.denoiser), layers, policy.patterns))
     shapes = map_shapes(blueprint.denoiser, blueprint.inputs(size, batch))
     names = [name for name in shapes if name in wanted]
-    schedule = Schedule(policy, names, holding_layers(blueprint.denoiser, attention_layers(blueprint.denoiser)))
+    schedule = Schedule(policy, names, holding_layers(blueprint.denoiser))
     requests = {r.name: r for r in map_requests(schedule, names, shapes, dtype)}
     ring = plan_ring(list(requests.values()), chosen, parse_bytes(memory_budget))
     costs = measure_costs(names, shapes, chosen, dtype, measure_on) if measure_on else {}

@@ -58,6 +58,15 @@ PAIRED: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False}
 
 
+def half_width(values: np.ndarray) -> float:
+    """Half of the 95 % confidence interval of the mean of values ``[P]``; NaN for a single one."""
+    if len(values) < 2:
+        return math.nan
+    with _weights("a confidence interval"):
+        from scipy.stats import t
+    return float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+
+
 def fid(images: np.ndarray, targets: np.ndarray, *, tiny: bool = False) -> float:
     """Frechet distance of the pictures' features; biased upwards for few pictures, so compare equal counts.
 

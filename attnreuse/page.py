@@ -22,7 +22,6 @@ COLORS = {
     "reuse + fewer steps": "#e8963c", "other cache": "#3e7cb1",
     "reuse + other cache": "#17a2b8", "student": "#4c9a6b", "student + reuse": "#8a5fb0",
 }  # fmt: skip
-SHOWN = 4  # pictures per method
 OTHERS = {"ssim": ".4f", "lpips": ".4f", "fid": ".2f", "clip_score": ".1f", "shape": ".0%", "relation": ".0%"}
 
 
@@ -158,6 +157,6 @@ def _grid(group: Group, prompts: list[str]) -> list[dict[str, Any]]:
         return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
 
     return [
-        {"name": row.method.name, "pictures": list(zip(map(uri, row.pictures[:SHOWN]), prompts, strict=False))}
+        {"name": row.method.name, "pictures": list(zip(map(uri, row.pictures), prompts, strict=False))}
         for row in group.rows
     ]

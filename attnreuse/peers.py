@@ -68,14 +68,13 @@ def attention_broadcast(interval: int) -> Around:
             spatial_attention_timestep_skip_range=(-1, 10**9),
             current_timestep_callback=lambda: 0,
         )
-        apply_pyramid_attention_broadcast(pipe.unet, config)
         try:
+            apply_pyramid_attention_broadcast(pipe.unet, config)
             yield
         finally:  # diffusers has no way back; its state would leak into the next run
             for module in pipe.unet.modules():
                 if hasattr(module, "_diffusers_hook"):
-                    for name in list(module._diffusers_hook.hooks):
-                        module._diffusers_hook.remove_hook(name, recurse=False)
+                    module._diffusers_hook.remove_hook("pyramid_attention_broadcast", recurse=False)
 
     return around
 

@@ -18,7 +18,7 @@ from attnreuse import planner
 from attnreuse.denoiser import model_name
 from attnreuse.environment import environment
 from attnreuse.formats import map_format as format_named
-from attnreuse.metrics import psnr
+from attnreuse.metrics import EQUAL_DB, psnr
 from attnreuse.policy import Policy
 from attnreuse.processors import attention_layers
 from attnreuse.report import Report
@@ -45,8 +45,9 @@ class Row:
 
     @property
     def mean_psnr_db(self) -> float | None:
-        """Mean over the prompts; None where every picture equals the baseline's."""
-        return _finite(statistics.mean(self.psnr_db))
+        """Mean over the prompts, equal pictures as ``EQUAL_DB``; None where every picture equals the baseline's."""
+        capped = [min(value, EQUAL_DB) for value in self.psnr_db]
+        return None if min(capped) == EQUAL_DB else statistics.mean(capped)
 
 
 @dataclass

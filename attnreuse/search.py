@@ -15,13 +15,16 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from pydantic import BaseModel
 
 from attnreuse import costs
+from attnreuse.costs import RunCosts
+from attnreuse.environment import environment
 from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Calls, Evaluator, Setting
 from attnreuse.metrics import HIGHER_IS_BETTER
@@ -186,62 +189,97 @@ class _Worker:
         return index, self.evaluator.at(steps).scores(policy, metrics)
 
 
-@dataclass
+class _Kept(BaseModel, extra="forbid"):
+    """A line of a cache: the scores of a schedule (of runs of so many steps), or what runs cost on a machine."""
+
+    setting: str
+    steps: int | None = None
+    reuse: str | None = None
+    scores: Scores | None = None
+    machine: str | None = None
+    costs: RunCosts | None = None
+
+
 class Judge:
-    """Scores of schedules through an engine, each judged once ever: a JSON line per schedule is kept.
+    """Scores of schedules through an engine, and their predicted times: each judged, and costs measured, once ever.
 
     Args:
         engine: judges what the file does not hold.
-        cache: the file; None keeps scores in memory only.
+        cache: the file, a JSON line per schedule; None keeps all in memory only.
+        run_costs: of the engine's setting; None: as the file has them for this machine, else they are measured.
+
+    Raises:
+        ValueError: the file holds other things.
     """
 
-    engine: Engine
-    cache: Path | None = None
-    _held: dict[str, Scores] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, engine: Engine, cache: str | Path | None = None, run_costs: RunCosts | None = None):
+        self.engine, self.cache = engine, None if cache is None else Path(cache)
+        self._scores: dict[tuple[int, str], Scores] = {}
+        self._costs = run_costs
         if self.cache is None:
             return
-        self.cache = Path(self.cache)
-        key = self.engine.evaluator.key()
-        for line in self._whole_lines():
-            row = json.loads(line)
-            if row["setting"] == key:
-                self._held.setdefault(row["reuse"], {}).update(row["scores"])
+        self._setting = engine.evaluator.key()
+        for row in (row for row in self._rows() if row.setting == self._setting):
+            if row.scores is not None:
+                self._scores.setdefault((row.steps, row.reuse), {}).update(row.scores)
+            elif row.machine == _machine(engine.evaluator):
+                self._costs = self._costs or row.costs
+
+    @property
+    def costs(self) -> RunCosts:
+        """What runs of the setting cost here."""
+        if self._costs is None:
+            self._costs = costs.measure(self.engine.evaluator)
+            self._append(machine=_machine(self.engine.evaluator), costs=self._costs)
+        return self._costs
+
+    def seconds(self, policy: Policy, steps: int) -> float:
+        """Predicted, of one batch of a run of `steps`."""
+        return self.costs.seconds(self.engine.evaluator.at(steps).schedule(policy))
+
+    def fits(self, policy: Policy, steps: int, memory_budget: int | None) -> bool:
+        """Do maps and outputs of one batch fit into so many bytes?"""
+        return memory_budget is None or self.engine.evaluator.at(steps).map_bytes(policy) <= memory_budget
 
     def __call__(
         self, policies: list[Policy], metrics: tuple[str, ...] = ("psnr",), steps: list[int] | None = None
     ) -> list[Scores]:
         """Scores of `policies`, in order, each for a run of its `steps` (default: the setting's)."""
         steps = steps or [self.engine.evaluator.setting.steps] * len(policies)
-        missing = {}
-        for policy, count in zip(policies, steps, strict=True):
-            if not set(metrics) <= set(self._held.get(_text(policy), {})):
-                missing.setdefault(_text(policy), (policy, count))
-        new = [policy for policy, _ in missing.values()]
-        for i, scores in self.engine.run(new, metrics, [count for _, count in missing.values()]):
-            self._keep(_text(new[i]), scores)
-        return [self._held[_text(policy)] for policy in policies]
+        keys = [(count, _text(policy)) for policy, count in zip(policies, steps, strict=True)]
+        missing = {
+            key: policy
+            for key, policy in zip(keys, policies, strict=True)
+            if not set(metrics) <= self._scores.get(key, {}).keys()
+        }
+        new = list(missing)
+        for i, scores in self.engine.run(list(missing.values()), metrics, [count for count, _ in new]):
+            self._scores.setdefault(new[i], {}).update(scores)
+            self._append(steps=new[i][0], reuse=new[i][1], scores=scores)
+        return [self._scores[key] for key in keys]
 
-    def _keep(self, text: str, scores: Scores) -> None:
-        self._held.setdefault(text, {}).update(scores)
+    def _append(self, **row: Any) -> None:
         if self.cache is None:
             return
-        row = {"setting": self.engine.evaluator.key(), "reuse": text, "scores": scores}
         with self.cache.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(_Kept(setting=self._setting, **row).model_dump_json(exclude_none=True) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def _whole_lines(self) -> list[str]:
+    def _rows(self) -> list[_Kept]:
         """Lines of the cache; one that a kill cut short is cut off."""
-        if not self.cache.exists():
-            return []
-        data = self.cache.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
+        data = self.cache.read_bytes() if self.cache.exists() else b""
+        whole, rest = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
+        begin = b'{"setting":'
+        try:
+            rows = [_Kept.model_validate_json(line) for line in whole.splitlines()]
+            if not (rest.startswith(begin) or begin.startswith(rest)):
+                raise ValueError
+        except ValueError as error:
+            raise ValueError(f"{self.cache} is not a file of scores: give another, or move it away") from error
+        if rest:
             self.cache.write_bytes(whole)
-        return whole.decode().splitlines()
+        return rows
 
 
 # -- step-wise search
@@ -286,7 +324,7 @@ def phast(
         rank: predicted error of a schedule (:func:`attnreuse.predict` of an analysis): the most promising
             neighbours are judged first.
         cache: file of scores, appended to; the same search goes on from it.
-        engine: "local", "ray", or an engine at hand.
+        engine: "local", "ray", or an engine at hand: then its pipeline and setting count.
         progress: called with (evaluations, budget, best metric so far).
         setting: the other fields of :class:`~attnreuse.evaluate.Setting`: ``guidance``, ``size``,
             ``map_format``, ``layers``, ``batch``.
@@ -296,6 +334,8 @@ def phast(
     """
     if variant not in ("greedy", "exhaustive"):
         raise ValueError(f"variant must be 'greedy' or 'exhaustive', got {variant!r}")
+    if setting and not isinstance(engine, str):
+        raise ValueError(f"an engine at hand has a setting of its own: leave out {', '.join(setting)}")
     engine = _engine(engine, pipe, Setting(tuple(prompts), steps, **setting))
     evaluator = engine.evaluator
     objective = objective if isinstance(objective, Objective) else Objective(objective)
@@ -364,7 +404,6 @@ class _Climb:
         self.history: list[Step] = []
         self.since = 0  # evaluations since this start last improved
         self.stopped = "local optimum"
-        self.costs: costs.RunCosts | None = None
 
     def start(self, row: Row) -> None:
         """Begin from `row`."""
@@ -399,8 +438,9 @@ class _Climb:
         if self.here not in self.values:
             return False
         rows = self._neighbours(rng)
-        for at in range(0, len(rows), width or len(rows)):
-            found = self.judge(rows[at : at + (width or len(rows))])
+        width = width or len(rows) or 1
+        for at in range(0, len(rows), width):
+            found = self.judge(rows[at : at + width])
             if found and self.values[found[0]] > self.values[self.here]:
                 self.here, self.since = found[0], 0
                 return self.stopped != "budget"
@@ -440,18 +480,17 @@ class _Climb:
         return rows
 
     def _fits(self, row: Row) -> bool:
-        budget = self.objective.memory_budget
-        return budget is None or self.evaluator.map_bytes(self.evaluator.policy(row, "candidate")) <= budget
+        setting, budget = self.evaluator.setting, self.objective.memory_budget
+        return self.judge_policies.fits(self.evaluator.policy(row, "candidate"), setting.steps, budget)
 
     def _seconds(self, policy: Policy) -> float:
         """Predicted seconds of a batch; only where a floor makes them matter."""
         if self.objective.floor is None:
             return 0.0
-        self.costs = self.costs or costs.measure(self.evaluator)
-        return self.costs.seconds(self.evaluator.schedule(policy))
+        return self.judge_policies.seconds(policy, self.evaluator.setting.steps)
 
 
-# -- rows
+# -- helpers
 
 
 def _engine(engine: Engine | str, pipe: Any, setting: Setting) -> Engine:
@@ -471,6 +510,12 @@ def _row(steps: int, chosen: Iterable[int]) -> Row:
 
 def _random_row(steps: int, reuse: int, rng: random.Random) -> Row:
     return _row(steps, rng.sample(range(1, steps), reuse))
+
+
+def _machine(evaluator: Evaluator) -> str:
+    """The device and threads that the costs of a run belong to."""
+    about = environment(evaluator.pipe.unet.device)
+    return f"{about['device']}, {about['threads']} threads"
 
 
 def _text(policy: Policy) -> str:

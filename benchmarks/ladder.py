@@ -1,6 +1,6 @@
 """The front of the ladder beside fewer steps and other caches, on captions that no search saw.
 
-    python -m benchmarks.ladder search   # 4 training captions, guidance 7.5; half an hour per sampler
+    python -m benchmarks.ladder search   # 16 training captions, guidance 7.5; 45 minutes per sampler
     python -m benchmarks.ladder judge    # 16 held-out captions, all timed in turns on a quiet machine; 20 minutes each
     python -m benchmarks.ladder table    # as Markdown, and what lies above the front
 
@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from rows import RESULTS, append, provenance, ratios
+from rows import RESULTS, append, has_rows, provenance, ratios
 from shipped import pipeline
 
 from attnreuse import tiny_shapes
-from attnreuse.compare import PLAIN, Method, judged, plain_steps, rule_for, timed
+from attnreuse.compare import PLAIN, Measured, Method, at_time, judged, plain_steps, rule_for, timed
 from attnreuse.evaluate import Evaluator, Setting
 from attnreuse.front import ladder
 from attnreuse.peers import PEERS
 from attnreuse.policy import Policy
 from attnreuse.search import InProcess
 
-SAMPLERS = ("Euler a", "DDIM")
+SAMPLERS = ("DDIM", "Euler a")
 STEPS, GUIDANCE, ROUNDS = 20, 7.5, 5
+CAPTIONS = 16  # of a search
 POINTS = 14  # of a front, most that are judged
 JUDGED = RESULTS / "ladder.csv"
 
@@ -38,17 +38,18 @@ def front_of(sampler: str) -> Path:
 
 
 def search(budget: int) -> None:
+    """The front of each sampler, on captions of the training set."""
     for sampler in SAMPLERS:
-        setting = Setting(tuple(tiny_shapes.search_prompts(4)), STEPS, 1000, GUIDANCE, layers="all")
+        setting = Setting(tuple(tiny_shapes.search_prompts(CAPTIONS)), STEPS, 1000, GUIDANCE, layers="all")
         engine = InProcess(Evaluator(pipeline(sampler), setting))
         cache = RESULTS / "ladder-scores.jsonl"
         found = ladder(engine, budget=budget, cache=cache, progress=lambda *told: print(*told, flush=True))
-        front_of(sampler).write_text(json.dumps(found.to_dict() | provenance(torch.device("cpu"))) + "\n")
+        front_of(sampler).write_text(json.dumps(found.to_dict() | provenance()) + "\n")
 
 
 def judge(images: int) -> None:
-    done = {row["sampler"] for row in csv.DictReader(JUDGED.open())} if JUDGED.exists() else set()
-    for sampler in (s for s in SAMPLERS if s not in done):
+    """PSNR and time of the points of the front, of the rule, of plain steps and of other caches, in one run."""
+    for sampler in (s for s in SAMPLERS if not has_rows(JUDGED, sampler=s, images=images)):
         pipe = pipeline(sampler)
         setting = Setting(tuple(tiny_shapes.held_out_prompts(images)), STEPS, guidance=GUIDANCE, layers="all")
         points = json.loads(front_of(sampler).read_text())["points"]
@@ -60,14 +61,18 @@ def judge(images: int) -> None:
             wanted.append(Method(f"hurry(reuse={share})", "reuse", STEPS, rule_for(pipe.scheduler, STEPS, share), "u8"))
         wanted += plain_steps((19, 18, 17, 15, 13, 11, 10))
         wanted += [Method(name, "other cache", STEPS, around=around) for name, around in PEERS.items()]
-        rows = judged(pipe, setting, wanted, [], ())
+        notes: list[str] = []
+        rows = judged(pipe, setting, wanted, notes, ())
+        print(sampler, *notes, sep="\n", flush=True)
         timed(pipe, setting, rows, ROUNDS)
-        about = provenance(torch.device("cpu")) | {"images": images, "rounds": ROUNDS}
-        for row in rows:
-            time = ratios(row.latencies_s, rows[0].latencies_s)
-            quality = {key: f"{row.scores[key]:.2f}" if key in row.scores else "" for key in ("psnr", "psnr_ci")}
-            method = {"sampler": sampler, "method": row.method.name, "family": row.method.family}
-            append(JUDGED, [method | time | quality | about])
+        about = provenance() | {"images": images, "rounds": ROUNDS}
+        append(JUDGED, [{"sampler": sampler, **_row(row, rows[0]), **about} for row in rows])
+
+
+def _row(measured: Measured, full: Measured) -> dict[str, str]:
+    quality = {key: f"{measured.scores[key]:.2f}" if key in measured.scores else "" for key in ("psnr", "psnr_ci")}
+    method = {"method": measured.method.name, "family": measured.method.family}
+    return method | ratios(measured.latencies_s, full.latencies_s) | quality
 
 
 def spread(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -78,17 +83,16 @@ def spread(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table() -> None:
+    """Each method by its time, and how far plain steps and other caches lie above the front."""
     for sampler in SAMPLERS:
         rows = [row for row in csv.DictReader(JUDGED.open()) if row["sampler"] == sampler]
         rows = sorted(rows[1:], key=lambda row: float(row["of_full"]))
         print(f"\n| {sampler} | time | PSNR | above the front |\n|---|---:|---:|---:|")
-        points = sorted((float(r["of_full"]), float(r["psnr"])) for r in rows if r["family"] == "ladder")
-        best = np.maximum.accumulate([psnr for _, psnr in points])
+        points = [(float(r["of_full"]), float(r["psnr"])) for r in rows if r["family"] == "ladder"]
         for row in rows:
             time, psnr = float(row["of_full"]), float(row["psnr"])
-            is_peer = row["family"] in (*PLAIN, "other cache")
-            at = float(np.interp(time, [t for t, _ in points], best, left=0))
-            above = f"{psnr - at:+.1f}" if is_peer else ""
+            best, is_peer = at_time(points, time), row["family"] in (*PLAIN, "other cache")
+            above = "" if not is_peer else "outside" if best is None else f"{psnr - best:+.1f}"
             print(f"| {row['method']} | {time:.2f} | {psnr:.1f} ± {float(row['psnr_ci']):.1f} | {above} |")
 
 

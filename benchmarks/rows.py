@@ -13,7 +13,7 @@ from attnreuse.environment import PACKAGES, environment
 RESULTS = Path(__file__).parent / "results"
 
 
-def provenance(device: torch.device) -> dict[str, object]:
+def provenance(device: torch.device = torch.device("cpu")) -> dict[str, object]:  # noqa: B008 (immutable)
     """Date, commit (with "-dirty" where the tree differs), device and versions."""
     made = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
@@ -28,6 +28,14 @@ def ratios(seconds: list[float], full: list[float]) -> dict[str, str]:
     """Median, 20th and 80th percentile of what a method takes, as shares of the full run of the same round."""
     p20, median, p80 = np.percentile(np.array(seconds) / np.array(full), [20, 50, 80])
     return {"of_full": f"{median:.4f}", "p20": f"{p20:.4f}", "p80": f"{p80:.4f}"}
+
+
+def has_rows(path: Path, **columns: object) -> bool:
+    """Does the file hold a row with these values?"""
+    if not path.exists():
+        return False
+    with path.open(newline="") as file:
+        return any(all(row.get(k) == str(v) for k, v in columns.items()) for row in csv.DictReader(file))
 
 
 def append(path: Path, rows: list[dict[str, object]]) -> None:

@@ -9,12 +9,10 @@ and `benchmarks/results/rules.csv`.
 """
 
 import argparse
-import csv
 import json
 import random
 
-import torch
-from rows import RESULTS, append, provenance
+from rows import RESULTS, append, has_rows, provenance
 from scipy.stats import spearmanr
 from shipped import pipeline
 
@@ -56,7 +54,7 @@ def measure() -> None:
         found = [distance(judge.sample(Policy(steps=count, reuse=row)), judge.full) for row in sorted(rows)]
         line = {"sampler": sampler, "steps": steps, "schedules": [strip(r) for r in sorted(rows)], "distances": found}
         with path.open("a") as file:
-            file.write(json.dumps(line | provenance(torch.device("cpu"))) + "\n")
+            file.write(json.dumps(line | provenance()) + "\n")
 
 
 def ranks() -> None:
@@ -76,11 +74,10 @@ def ranks() -> None:
 def pictures() -> None:
     """Mean PSNR of four held-out captions, 20 steps, u8 maps."""
     path = RESULTS / "rules.csv"
-    done = {(r["sampler"], r["guidance"]) for r in csv.DictReader(path.open())} if path.exists() else set()
     for sampler, guidance in PICTURED:
-        if (sampler, str(guidance)) in done:
+        if has_rows(path, sampler=sampler, guidance=guidance):
             continue
-        judge = evaluator(sampler, 20, tiny_shapes.held_out_prompts(4), 0, guidance)
+        judge, rows = evaluator(sampler, 20, tiny_shapes.held_out_prompts(4), 0, guidance), []
         for share in (0.5, 0.25):
             steps, count = judge.executed_steps, count_of(share, judge.executed_steps)
             policies = {
@@ -91,7 +88,8 @@ def pictures() -> None:
             about = {"sampler": sampler, "guidance": guidance, "share": share}
             for rule, policy in policies.items():
                 row = {"rule": rule, "schedule": strip(policy.reuse), "psnr": f"{judge.scores(policy)['psnr']:.2f}"}
-                append(path, [about | row | provenance(torch.device("cpu"))])
+                rows.append(about | row | provenance())
+        append(path, rows)
 
 
 if __name__ == "__main__":

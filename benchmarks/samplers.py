@@ -16,12 +16,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
-from rows import RESULTS, append, provenance, ratios
+from rows import RESULTS, append, has_rows, provenance, ratios
 from shipped import pipeline
 
 from attnreuse import tiny_shapes
-from attnreuse.compare import SAME_NOISE, Measured, Method, judged, plain_steps, rule_for, timed
+from attnreuse.compare import SAME_NOISE, Measured, Method, at_time, judged, plain_steps, rule_for, timed
 from attnreuse.evaluate import Setting
 from attnreuse.policy import shipped_policies
 from attnreuse.rows import strip
@@ -40,6 +39,7 @@ SAMPLERS = {  # name, steps and eta
     "Euler": ("Euler", 20, None),
     "DDPM": ("DDPM", 50, None),
 }
+BATCH = 4  # pictures, timed at once
 SHARES = (0.95, 0.9, 0.85, 0.75)  # of the steps, for the plain steps
 SCORES = ("psnr", "psnr_ci", "fid", "clip_score", "background", "color", "shape", "relation")
 PICTURES, TIMES = RESULTS / "samplers.csv", RESULTS / "sampler-times.csv"
@@ -56,10 +56,9 @@ def methods(scheduler: object, steps: int) -> list[Method]:
 
 
 def each(path: Any, guidance: float, images: int, only: list[str] | None) -> Iterator[tuple[str, Any, Setting]]:
-    """Name, pipeline and setting of each sampler that has no rows in `path`."""
-    done = {(r["sampler"], float(r["guidance"])) for r in csv.DictReader(path.open())} if path.exists() else set()
+    """Name, pipeline and setting of each sampler that has no rows of so many images in `path`."""
     for name in only or SAMPLERS:
-        if (name, guidance) in done:
+        if has_rows(path, sampler=name, guidance=guidance, images=images):
             continue
         sampler, steps, eta = SAMPLERS[name]
         yield (
@@ -71,7 +70,7 @@ def each(path: Any, guidance: float, images: int, only: list[str] | None) -> Ite
 
 def pictures(guidance: float, images: int, only: list[str] | None) -> None:
     """PSNR with its 95 % interval, and what pictures are worth alone, of each method."""
-    about = provenance(torch.device("cpu")) | {"images": images}
+    about = provenance() | {"images": images}
     for name, pipe, setting in each(PICTURES, guidance, images, only):
         notes: list[str] = []
         found = judged(pipe, setting, methods(pipe.scheduler, setting.steps), notes, ("clip", "fid"))
@@ -88,17 +87,19 @@ def _picture_row(measured: Measured) -> dict[str, object]:
 
 def times(guidance: float, rounds: int, only: list[str] | None) -> None:
     """Time of each method as a ratio to the full run's of the same round."""
-    about = provenance(torch.device("cpu")) | {"rounds": rounds}
-    for name, pipe, setting in each(TIMES, guidance, 4, only):
-        wanted = [m for m in methods(pipe.scheduler, setting.steps) if m.family != SAME_NOISE]
-        found = judged(pipe, setting, wanted, [], ())  # which warms up
+    about = provenance() | {"images": BATCH, "rounds": rounds}
+    for name, pipe, setting in each(TIMES, guidance, BATCH, only):
+        wanted, notes = [m for m in methods(pipe.scheduler, setting.steps) if m.family != SAME_NOISE], []
+        found = judged(pipe, setting, wanted, notes, ())  # which warms up
         timed(pipe, setting, found, rounds)
         full = found[0].latencies_s
-        for measured in found:
-            row = ratios(measured.latencies_s, full)
-            row |= {"full_s": f"{np.median(full):.3f}"}
-            append(TIMES, [{"sampler": name, "guidance": guidance, "method": measured.method.name, **row, **about}])
-            print(name, measured.method.name, row["of_full"], flush=True)
+        rows = [
+            {"sampler": name, "guidance": guidance, "method": m.method.name, **ratios(m.latencies_s, full)}
+            | {"full_s": f"{np.median(full):.3f}", **about}
+            for m in found
+        ]
+        append(TIMES, rows)
+        print(*notes, *(f"{name} {row['method']} {row['of_full']}" for row in rows), sep="\n", flush=True)
 
 
 def table(guidance: float) -> None:
@@ -118,16 +119,14 @@ def table(guidance: float) -> None:
 
 
 def _equal(rows: list[dict[str, str]], taken: dict[tuple[str, str], float], family: str, time: float) -> str:
-    """PSNR of the best of `family` that takes no longer; plain steps between two counts by interpolation."""
-    found = sorted(
+    """PSNR of the best of `family` that takes no longer."""
+    found = [
         (taken[r["sampler"], r["method"].removesuffix(", same noise")], float(r["psnr"]))
         for r in rows
         if r["family"] == family
-    )
-    if not found or time < found[0][0]:
-        return ""
-    best = np.maximum.accumulate([psnr for _, psnr in found])
-    return f"{np.interp(time, [at for at, _ in found], best):.1f}"
+    ]
+    best = at_time(found, time) if found else None
+    return "" if best is None else f"{best:.1f}"
 
 
 def main() -> None:

@@ -14,6 +14,10 @@ class FakeEvaluator:
     def key(self):
         return f"fake-{self.executed_steps}"
 
+    def at(self, steps):
+        assert steps == self.executed_steps
+        return self
+
     def policy(self, reuse, name):
         return Policy(steps=self.executed_steps, reuse=reuse, name=name)
 

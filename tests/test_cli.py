@@ -185,7 +185,7 @@ def test_ladder_search_saves_the_point_asked_for(tmp_path):
     assert f"Run the saved policy with --steps {steps}." in fewer.output
     lost = run("search", *args, "--floor", 500, "--out", tmp_path / "p.json")
     assert lost.exit_code == 2
-    assert "no schedule found has at least 500 dB" in lost.output
+    assert "schedules has at least 500 dB" in lost.output
 
 
 def test_analyze_writes_figures_and_seeds_a_search(tmp_path):
@@ -207,6 +207,11 @@ def test_analyze_writes_figures_and_seeds_a_search(tmp_path):
     [
         (("search", "--metric", "fid"), "metric must be one of psnr, ssim, lpips, got 'fid'"),
         (("search", "--method", "ladder"), "say which point to save by --floor (dB) or --time"),
+        (("search", "--method", "ladder", "--floor", "0.9", "--metric", "ssim"), "--metric is for --method phast or"),
+        (("search", "--method", "ladder", "--time", "0.9", "--patience", "2"), "--patience is for --method phast, not"),
+        (("search", "--method", "exhaustive", "--budget", "9"), "--budget is for --method phast or ladder, not for"),
+        (("search", "--budget-time", "9"), "--budget-time is for --method ladder, not for phast"),
+        (("search", "--workers", "2"), "--workers is for --engine ray, not for local"),
         (("search", "--method", "random"), "--method must be one of phast, exhaustive, ladder, got 'random'"),
         (("search", "--out", "p.yaml"), "--out must end in .json, got p.yaml"),
         (("search", "--model", "user/model"), "--model needs --prompt"),

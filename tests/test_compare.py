@@ -1,8 +1,10 @@
 """The comparison: every method puts the pipeline back, figures are what they say, the page holds them all."""
 
+import copy
 import csv
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from tiny_random import captioned_pipeline, random_unet
 from typer.testing import CliRunner
 
-from attnreuse import Policy, compare, hurry, page, peers
+from attnreuse import AttnReuseError, Policy, compare, hurry, page, peers
 from attnreuse.cli import app
 from attnreuse.evaluate import Setting
 from attnreuse.peers import PEERS
@@ -65,6 +67,17 @@ def test_other_caches_change_pictures_repeatably_and_leave_nothing(make):
     assert np.array_equal(stock(pipe), before)
 
 
+def test_pab_leaves_the_hooks_of_others():
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    pipe = captioned_pipeline()
+    layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    HookRegistry.check_if_exists_or_initialize(layer).register_hook(ModelHook(), "theirs")
+    with PEERS["PAB(2)"](pipe):
+        assert len(layer._diffusers_hook.hooks) == 2
+    assert list(layer._diffusers_hook.hooks) == ["theirs"]
+
+
 def test_every_kind_of_method_is_there(measured):
     families = {r.method.family for r in measured.groups[0].rows}
     assert families == set(page.COLORS) - {compare.SAME_NOISE}  # DDIM draws none
@@ -93,13 +106,30 @@ def test_costs_are_counted_as_the_paper_does(measured):
     assert row(measured, "hurry(8,4,max_age=None)").equal_cost_psnr == equal
 
 
-def test_plain_steps_at_equal_latency_lie_between_their_neighbours(measured):
-    plain = {r.latency_s: r.scores["psnr"] for r in measured.groups[0].rows if r.method.family == "plain steps"}
-    for r in measured.groups[0].rows:
-        if r.plain_psnr is not None:
-            assert min(plain) <= r.latency_s <= measured.groups[0].full.latency_s
-            assert min(plain.values()) <= r.plain_psnr <= max(plain.values())
-            assert r.plain_psnr >= max(psnr for latency, psnr in plain.items() if latency <= r.latency_s)
+def test_plain_steps_at_a_time_are_the_best_up_to_it():
+    measured = [(3.0, 42.0), (1.0, 30.0), (2.0, 40.0), (2.5, 36.0)]
+    assert compare.at_time(measured, 0.9) is None
+    assert compare.at_time(measured, 1.0) == 30
+    assert compare.at_time(measured, 1.5) == 35
+    assert compare.at_time(measured, 2.5) == 40  # though these more steps are worse
+    assert compare.at_time(measured, 9.0) == 42
+    assert compare.at_time([], 1.0) is None
+
+
+def test_rows_are_told_plain_steps_of_their_time_and_maps(measured):
+    """With latencies that no clock decides."""
+    rows = [copy.copy(r) for r in measured.groups[0].rows]
+    for r in rows:
+        r.latencies_s = [r.method.steps / 8]
+        r.plain_psnr = None
+    mine = next(r for r in rows if r.method.name == "mine")
+    plain = {r.method.steps: r.scores["psnr"] for r in rows if r.method.family == "plain steps"}
+    for latency, psnr in ((0.1, None), (0.5, max(v for k, v in plain.items() if k <= 4)), (1.1, None)):
+        mine.latencies_s = [latency]
+        mine.plain_psnr = None
+        compare._at_equal(rows)
+        assert mine.plain_psnr == (None if psnr is None else pytest.approx(psnr))
+    assert mine.equal_cost_psnr == plain[5]  # 5 of 8 calls compute
 
 
 def test_a_stochastic_sampler_is_compared_with_its_noise_held_fixed():
@@ -113,10 +143,6 @@ def test_a_stochastic_sampler_is_compared_with_its_noise_held_fixed():
         plain, same = rows[f"{steps} plain steps"], rows[f"{steps} plain steps, same noise"]
         assert same.scores["psnr"] != plain.scores["psnr"]
         assert same.latencies_s == plain.latencies_s
-    plain = {r.latency_s: r.scores["psnr"] for r in rows.values() if r.method.family in compare.PLAIN}
-    for r in rows.values():
-        if r.plain_psnr is not None:
-            assert r.plain_psnr >= max(psnr for latency, psnr in plain.items() if latency <= r.latency_s)
     assert "same noise was left out: the noise of KDPM2Ancestral" in " ".join(found.groups[1].notes)
 
 
@@ -140,6 +166,24 @@ def test_a_method_that_cannot_run_is_a_note(monkeypatch):
     assert "tomesd(0.5) was left out" in notes
 
 
+def test_a_metric_that_cannot_be_had_is_said_before_anything_is_sampled(monkeypatch):
+    pipe = captioned_pipeline()
+    monkeypatch.setattr(type(pipe), "__call__", lambda *a, **k: pytest.fail("sampled"))
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
+    with pytest.raises(AttnReuseError, match=r"SSIM needs more: pip install 'attnreuse\[eval\]'"):
+        compare.compare(pipe, Setting(PROMPTS, 4), others=False, rounds=1)
+
+
+def test_policies_that_never_reuse_are_plain_steps():
+    pipe = captioned_pipeline()
+    all_computed = [Policy(steps=8, reuse="........", name="all"), Policy(steps=3, reuse="...", name="three")]
+    found, notes = compare.methods(pipe, Setting(PROMPTS, 8), all_computed, None, False)
+    assert "all never reuses: it is the full run" in notes
+    assert "three never reuses: it is 3 plain steps" in notes
+    assert "3 plain steps" in [m.name for m in found]
+    assert not {"all", "three"} & {m.name for m in found}
+
+
 def test_the_scheduler_is_put_back_and_groups_multiply():
     pipe = captioned_pipeline()
     own = pipe.scheduler
@@ -150,8 +194,10 @@ def test_the_scheduler_is_put_back_and_groups_multiply():
     titles = [(g.scheduler, g.map_format) for g in found.groups]
     assert titles == [(s, f) for s in ("DPM", "Heun") for f in ("u8", "u4")]
     assert found.groups[2].full.executed_steps == 7
-    half = next(r for r in found.groups[2].rows if r.method.name == "hurry(7,3,max_age=1)")
-    assert half.equal_cost_psnr is not None  # Heun: two plain steps compute as many maps
+    rows = {r.method.name: r for r in found.groups[2].rows}
+    assert rows["2 plain steps"].maps_computed == pytest.approx(3 / 7)  # Heun calls once in the last step
+    near = [rows[f"{n} plain steps"].scores["psnr"] for n in (2, 3)]  # 3 and 5 calls, about 4
+    assert rows["hurry(7,3,max_age=1)"].equal_cost_psnr == max(near)
 
 
 def test_the_page_and_its_table_hold_every_figure(measured, tmp_path):

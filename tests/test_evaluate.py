@@ -1,6 +1,10 @@
 """Judging schedules: what is replayed equals what would have been computed, to the bit."""
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,6 +111,44 @@ def test_what_decides_a_score_decides_the_key():
     keys.append(Evaluator(pipe, setting()).key())
     assert keys[0] == keys[4]
     assert len(set(keys)) == 5
+    with torch.no_grad():
+        pipe.text_encoder.get_input_embeddings().weight.mul_(1.01)
+    keys.append(Evaluator(pipe, setting()).key())
+    assert len(set(keys)) == 6
+
+
+def test_the_key_is_the_same_in_every_process():
+    """diffusers keeps the names of defaults of a config in the order of a set of strings."""
+    code = (
+        "from tiny_random import captioned_pipeline; from attnreuse.evaluate import Evaluator, Setting;"
+        "from attnreuse.samplers import make_scheduler; pipe = captioned_pipeline();"
+        "pipe.scheduler = make_scheduler(pipe.scheduler.config, 'Heun'); print(Evaluator(pipe, Setting(('p',))).key())"
+    )
+    keys = {
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(__file__).parent, env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(keys) == 1
+    assert keys.pop()
+
+
+def test_others_of_others_are_those_of_the_first():
+    evaluator = Evaluator(captioned_pipeline(), setting())
+    assert evaluator.at(3).at(4) is evaluator.at(4)
+    assert evaluator.at(3).at(6) is evaluator
+    assert evaluator.at(4).scores(hurry(4, 0, None)) == evaluator.at(3).at(4).scores(hurry(4, 0, None))
+    assert evaluator.at(4).shapes() == evaluator.shapes()
+
+
+def test_layers_that_a_policy_names_are_served_besides():
+    evaluator = Evaluator(captioned_pipeline(), setting())
+    cross = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    policy = Policy(steps=6, reuse={cross: ".HHHHH"})
+    assert set(evaluator.schedule(policy).actions) == {*evaluator.served(), cross}
+    assert cross in evaluator.map_sizes(policy)
 
 
 def test_bad_settings_are_refused():

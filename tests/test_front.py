@@ -1,5 +1,7 @@
 """The search of the ladder: compute, reuse or hold, per step and group of layers."""
 
+import time
+
 import pytest
 from tiny_random import captioned_pipeline
 
@@ -8,6 +10,7 @@ from attnreuse.costs import RunCosts, measure
 from attnreuse.evaluate import Evaluator, Setting
 from attnreuse.front import FEWER, Front, Point, layer_groups
 from attnreuse.metrics import PAIRED
+from attnreuse.peers import PEERS
 from attnreuse.planner import LayerCost
 from attnreuse.processors import attention_layers
 from attnreuse.rows import strip
@@ -28,7 +31,7 @@ def evaluator(pipe, layers="all", **changes):
 def cheap(made, attention=LayerCost(1.0, 1.1, 0.25, 0.0)):  # noqa: B008 (frozen)
     """Costs that no clock decides: attention is half of the time, but for what a run takes once."""
     layers = dict.fromkeys(made.served(), attention)
-    return RunCosts(fixed=1.0, step=attention.compute * len(layers), layers=layers)
+    return RunCosts(fixed=1.0, step=attention.compute * len(layers), session=0.0, layers=layers)
 
 
 def search(made, **given):
@@ -106,10 +109,14 @@ def test_a_point_is_picked_by_quality_or_time():
     assert front.pick(floor=35) == points[1]
     assert front.pick(time=0.75) == points[1]
     assert front.pick(floor=45, time=0.9) == points[2]
-    with pytest.raises(AttnReuseError, match=r"at least 55 dB of.*from 30.0 dB at 0.60 to 50.0 dB at 0.80"):
+    with pytest.raises(
+        AttnReuseError, match=r"none of 3 .* 55 dB: they go from 30.0 dB at 0.60 of .* to 50.0 dB at 0.80"
+    ):
         front.pick(floor=55)
-    with pytest.raises(AttnReuseError, match=r"at least 45 dB and at most 0\.7 of"):
+    with pytest.raises(AttnReuseError, match=r"at least 45 dB and at most 0\.7 of the full run's time: "):
         front.pick(floor=45, time=0.7)
+    with pytest.raises(ValueError, match=r"by floor .* or time"):
+        front.pick()
 
 
 def test_a_memory_budget_is_kept(pipe):
@@ -149,8 +156,51 @@ def test_where_no_cache_pays_the_front_is_of_fewer_steps(pipe):
     found = ladder(InProcess(made), by="kind", budget=30, run_costs=dear)
     assert found.points
     assert not any(p.policy.reuse_steps for p in found.points)
-    with pytest.raises(AttnReuseError, match=r"no schedule found has at most 0\.1 of"):
+    with pytest.raises(AttnReuseError, match=r"none of \d+ schedules has at most 0\.1 of"):
         found.pick(time=0.1)
+
+
+def test_a_search_ends_where_nothing_new_is_left(pipe):
+    short = Evaluator(pipe, Setting(PROMPTS, 2, map_format="fp32", batch=2, layers="self"))
+    found = ladder(InProcess(short), by="kind", budget=200, run_costs=cheap(short))
+    assert found.stopped == "nothing new"
+    assert found.evaluations == 3  # one plain step; one reuse; one hold
+
+
+def test_a_resumed_search_keeps_the_costs_it_began_with(pipe, tmp_path, monkeypatch):
+    from attnreuse import costs
+
+    measured = []
+
+    def once(made):
+        measured.append(1)
+        assert len(measured) == 1
+        return cheap(made)
+
+    monkeypatch.setattr(costs, "measure", once)
+    made, cache = evaluator(pipe), tmp_path / "c.jsonl"
+    first = ladder(InProcess(made), by="kind", budget=30, cache=cache)
+    calls = made.calls.made
+    assert ladder(InProcess(made), by="kind", budget=30, cache=cache) == first
+    assert made.calls.made == calls
+
+
+def test_the_scheduler_s_work_is_of_the_step(pipe, monkeypatch):
+    """Slower steps of the scheduler make fewer steps save more."""
+    made, step = evaluator(pipe), pipe.scheduler.step
+    before = measure(made)
+    monkeypatch.setattr(pipe.scheduler, "step", lambda *args, **given: time.sleep(0.05) or step(*args, **given))
+    after = measure(made)
+    assert 0.045 < after.step - before.step < 0.08
+    assert abs(after.fixed - before.fixed) < 0.05
+
+
+def test_costs_are_not_told_beside_a_tool_that_skips_layers(pipe):
+    pytest.importorskip("DeepCache")
+    made = evaluator(pipe)
+    assert made.served()
+    with PEERS["DeepCache(2)"](pipe), pytest.raises(AttnReuseError, match="costs cannot be told"):
+        measure(made)
 
 
 def test_costs_are_measured_within_runs(pipe):

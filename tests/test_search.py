@@ -141,6 +141,15 @@ def test_bad_input_is_refused():
         phast(None, 8, 8, ["p"], engine=FakeEngine(8))
     with pytest.raises(ValueError, match="engine must be"):
         phast(None, 8, 3, ["p"], engine="slurm")
+    with pytest.raises(ValueError, match="an engine at hand has a setting of its own: leave out guidance, batch"):
+        fake(guidance=2.0, batch=1)
+
+
+@pytest.mark.parametrize("reuse", [0, 7])
+@pytest.mark.parametrize("variant", ["greedy", "exhaustive"])
+def test_where_no_trade_is_possible_the_one_schedule_is_found(reuse, variant):
+    found = phast(None, 8, reuse, ["p"], engine=FakeEngine(8), variant=variant)
+    assert (found.evaluations, found.policy.reuse_steps, found.stopped) == (1, reuse, "local optimum")
 
 
 # -- the cache
@@ -190,6 +199,14 @@ def test_a_line_cut_short_is_judged_again(tmp_path, cut):
     assert engine.judged == 1
     for line in cache.read_text().splitlines():
         json.loads(line)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', '{"a": 1}\n', "garbage\n", '{"setting": "x"}\nnotes', "# notes\n"])
+def test_a_file_of_other_things_is_refused_and_left_as_it_is(tmp_path, text):
+    (tmp_path / "notes.json").write_text(text)
+    with pytest.raises(ValueError, match=r"notes\.json is not a file of scores: give another"):
+        fake(cache=tmp_path / "notes.json")
+    assert (tmp_path / "notes.json").read_text() == text
 
 
 # -- ray
