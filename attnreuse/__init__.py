@@ -1,6 +1,7 @@
 """attnreuse: compute an attention map once, keep it compressed, apply it to fresh values later."""
 
 import importlib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ __all__ = [
     "Session",
     "StaleMapError",
     "UnsupportedLayerError",
+    "__version__",
     "analyze",
     "disable",
     "enable",
@@ -66,7 +68,13 @@ def tiny_shapes_path() -> Path:
     return tiny_shapes.FOLDER
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("attnreuse")
     if name not in _SCIENCE:
         raise AttributeError(f"module 'attnreuse' has no attribute {name!r}")
     return getattr(importlib.import_module(f"attnreuse.{_SCIENCE[name]}"), name)

@@ -9,6 +9,7 @@ Source: arXiv 2401.01008 (error growth, HURRY); drift, staleness and the predict
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -28,12 +29,14 @@ from attnreuse.formats import AttentionMap, map_format
 from attnreuse.metrics import psnr_each
 from attnreuse.policy import Action, Policy
 from attnreuse.processors import ReuseAttnProcessor, attention_layers
+from attnreuse.progress import Progress, silent
 from attnreuse.rows import ReuseError, best_row, call_age_error, level_error, schedule_error, strip
 from attnreuse.session import enable
 
 ROWS = 64  # query rows per head at which drift is measured
 Visit = Callable[[int, str, Tensor], Tensor | None]  # (step, layer, map [B, H, M, N]) to the map to apply instead
-Progress = Callable[[int, int, float], None]
+Advance = Callable[[str], None]  # called with what was measured
+FEWEST = 3  # executed steps that a growth can be fitted to, and schedules that a rank can be of
 
 
 class _Part(BaseModel):
@@ -196,44 +199,53 @@ def best_predicted(analysis: Analysis, reuse: int) -> Policy:
 
 def analyze(
     evaluator: Evaluator, *, schedules: int = 100, reuse: int | None = None, noise: float = 0.05,
-    seed: int = 0, progress: Progress = lambda done, of, value: None,
+    seed: int = 0, progress: Progress = silent,
 ) -> Analysis:  # fmt: skip
     """Measure growth, drift and staleness, then test the prediction on random schedules.
 
     Args:
-        schedules: how many; 0: none.
+        schedules: how many, at least 3; 0: none.
         reuse: reuse steps of each; None: half of the steps.
         noise: relative size of the perturbation of the maps.
-        progress: called with (parts done, parts, a distance) as it goes.
+        progress: called with the runs done, how many there are, and what the last one measured.
+
+    Raises:
+        ValueError: too few steps or schedules, or more reuses than fit.
     """
     steps = evaluator.executed_steps
+    count = steps // 2 if reuse is None else reuse
+    if steps < FEWEST:
+        raise ValueError(f"an analysis needs a run of at least {FEWEST} executed steps, got {steps}")
+    if schedules and not 1 <= count < steps:
+        raise ValueError(f"reuse must be between 1 and {steps - 1} for {steps} executed steps, got {count}")
+    schedules = min(schedules, math.comb(steps - 1, count)) if schedules else 0
+    if 0 < schedules < FEWEST:
+        raise ValueError(
+            f"a rank needs at least {FEWEST} schedules, or none: got {schedules} of {count} reuses in {steps} steps"
+        )
     ages = [age for age in (1, 2, 4, 8) if age < steps]
-    places = sorted({max(1, round(steps * share)) for share in (0.25, 0.5, 0.75)} | {steps - 1})
-    of, done = 2 * (steps - 1) + 1 + len(places) * len(ages) + schedules, [0]
+    places = sorted({min(steps - 1, max(1, round(steps * share))) for share in (0.25, 0.5, 0.75)} | {steps - 1})
+    of, done = 2 * (steps - 1) + 1 + len(places) * len(ages) + schedules, itertools.count(1)
 
-    def advance(value: float) -> None:
-        done[0] += 1
-        progress(done[0], of, value)
+    def advance(now: str) -> None:
+        progress(next(done), of, now)
 
     parts = {
         "growth": growth(evaluator, advance=advance),
         "noise": growth(evaluator, noise=noise, advance=advance),
         "drift": drift(evaluator),
     }
-    advance(0.0)
+    advance("drift")
     parts["staleness"] = staleness(evaluator, places, ages, advance=advance)
     about = {"model": evaluator.model, "scheduler": evaluator.scheduler, "steps": steps, "levels": evaluator.levels}
     about["influence"] = evaluator.influence
     found = Analysis(**about, images=len(evaluator.setting.prompts), **parts)
     if not schedules:
         return found
-    count = steps // 2 if reuse is None else reuse
     return found.model_copy(update={"prediction": check_prediction(evaluator, found, schedules, count, seed, advance)})
 
 
-def growth(
-    evaluator: Evaluator, *, noise: float | None = None, advance: Callable[[float], None] = lambda distance: None
-) -> Growth:
+def growth(evaluator: Evaluator, *, noise: float | None = None, advance: Advance = lambda now: None) -> Growth:
     """Perturb one step at a time, by reuse of the last step's maps or by `noise` of that relative size."""
     linregress, t = _scipy_fit()
     steps, full = evaluator.executed_steps, evaluator.full
@@ -245,7 +257,7 @@ def growth(
             sampled = evaluator.run(lambda start, place=place: probing(evaluator, {place}, _noisy(noise, start)))
         distances.append(distance(sampled, full))
         quality.append(float(np.mean(psnr_each(sampled.pictures, full.pictures))))
-        advance(distances[-1])
+        advance(f"{'reuse' if noise is None else 'noise'} at step {place}")
     x, y = [steps - place for place in places], np.log(np.maximum(distances, 1e-12))
     fit = linregress(x, y)
     residuals = y - (fit.intercept + fit.slope * np.array(x))
@@ -310,7 +322,7 @@ def staleness(
     places: list[int],
     ages: list[int],
     *,
-    advance: Callable[[float], None] = lambda distance: None,
+    advance: Advance = lambda now: None,
 ) -> Staleness:
     """Apply, at one step alone, maps of an earlier step; every other step computes its own."""
     table: list[list[float | None]] = []
@@ -319,13 +331,13 @@ def staleness(
         for age in ages:
             if age > place:
                 row.append(None)
-                advance(0.0)
+                advance(f"no map of age {age} at step {place}")
                 continue
             sampled = evaluator.run(
                 lambda start, at=place, age=age: probing(evaluator, {at - age, at}, _stale(at, age))
             )
             row.append(distance(sampled, evaluator.full))
-            advance(row[-1])
+            advance(f"a map of age {age} at step {place}")
         table.append(row)
     return Staleness(steps=places, ages=ages, distances=table)
 
@@ -336,7 +348,7 @@ def check_prediction(
     schedules: int,
     reuse: int,
     seed: int = 0,
-    advance: Callable[[float], None] = lambda distance: None,
+    advance: Advance = lambda now: None,
 ) -> Prediction:
     """Measure random schedules with `reuse` reuse steps each, and rank them by what predicts them."""
     from scipy.stats import spearmanr
@@ -351,7 +363,7 @@ def check_prediction(
     measured = []
     for policy in policies:
         measured.append(distance(evaluator.sample(policy), evaluator.full))
-        advance(measured[-1])
+        advance(f"schedule {len(measured)} of {len(policies)}")
     predicted = [predict(policy, analysis) for policy in policies]
     late = [-sum(step for step, on in enumerate(row) if on) for row in ordered]
     grown = [sum(analysis.growth.fitted(step, steps) for step, on in enumerate(row) if on) for row in ordered]

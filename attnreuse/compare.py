@@ -9,6 +9,7 @@ steps are not to be beaten by bad luck alone, so it counts among them.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
@@ -29,6 +30,7 @@ from attnreuse.levels import resolved
 from attnreuse.noise import NoisePath
 from attnreuse.peers import PEERS, deepcache
 from attnreuse.policy import Policy, Rule, hurry, periodic
+from attnreuse.progress import Progress, silent
 from attnreuse.rows import count_of, strip
 from attnreuse.samplers import make_scheduler, step_options
 from attnreuse.session import enable
@@ -158,7 +160,7 @@ def compare(
     others: bool = True,
     judge: tuple[str, ...] = ("ssim",),
     rounds: int = 3,
-    progress: Callable[[int, int, float], None] = lambda done, of, psnr: None,
+    progress: Progress = silent,
 ) -> Comparison:
     """Measure every method under every scheduler, step count and format.
 
@@ -172,30 +174,38 @@ def compare(
         judge: metrics besides PSNR: "ssim", "lpips", "fid", "clip". For captions of the shipped pipeline, FID
             and CLIP score are those of its own CLIP pair, and its caption oracle judges, too.
         rounds: timed rounds of one batch each, all methods in turns.
-        progress: called with (pictures' sets done, of how many, the latest PSNR).
+        progress: called before each method is judged and each batch is timed, with the number of these done, of all.
+
+    Raises:
+        AttnReuseError: a metric needs what is not installed.
+        ValueError: an unknown sampler, eta for one that has none, or a rule for a scheduler without noise levels.
     """
     own, groups = pipe.scheduler, []
     made = {name: own if name is None else make_scheduler(own.config, name) for name in schedulers}
     for scheduler in made.values():
         step_options(scheduler, setting.eta)
-    wanted = [
-        (scheduler, count, name)
-        for scheduler in schedulers
-        for count in steps or [setting.steps]
-        for name in formats or [setting.map_format]
-    ]
+    wanted = []
     try:
-        for i, (scheduler, count, name) in enumerate(wanted):
+        for scheduler, count, name in itertools.product(
+            schedulers, steps or [setting.steps], formats or [setting.map_format]
+        ):
             pipe.scheduler = made[scheduler]
             at = replace(setting, steps=count, map_format=name)
             same = type(pipe.scheduler) is type(own)  # a student is made for one scheduler
-            found, notes = methods(pipe, at, policies, student if same else None, others)
-            share = lambda done, of, psnr, i=i: progress(round(1000 * (i + done / of)), 1000 * len(wanted), psnr)  # noqa: E731
-            rows = measure(pipe, at, found, notes, judge, rounds, share)
+            wanted.append((scheduler, at, *methods(pipe, at, policies, student if same else None, others)))
+        of, done = sum(_runs(found, rounds) for _, _, found, _ in wanted), 0
+        for scheduler, at, found, notes in wanted:
+            pipe.scheduler = made[scheduler]
             label = scheduler or type(own).__name__  # as asked for: samplers share classes
+
+            def tell(part: int, _: int, now: str, before: int = done, label: str = label) -> None:
+                progress(before + part, of, f"{label}: {now}")
+
+            rows = measure(pipe, at, found, notes, judge, rounds, tell)
+            done += _runs(found, rounds)
             for row in rows:
                 row.scheduler = label
-            groups.append(Group(label, count, name, rows, notes))
+            groups.append(Group(label, at.steps, at.map_format, rows, notes))
     finally:
         pipe.scheduler = own
     about = {**environment(pipe.unet.device), "dtype": str(pipe.unet.dtype)}
@@ -315,16 +325,22 @@ def measure(
     notes: list[str],
     judge: tuple[str, ...],
     rounds: int,
-    progress: Callable[[int, int, float], None] = lambda done, of, psnr: None,
+    progress: Progress = silent,
 ) -> list[Measured]:
     """Judge and time methods in turns, the full run first; `notes` gets what had to be left out."""
-    rows = judged(pipe, setting, wanted, notes, judge, progress)
-    timed(pipe, setting, rows, rounds)
+    count, of = len(wanted), _runs(wanted, rounds)
+    rows = judged(pipe, setting, wanted, notes, judge, lambda done, _, now: progress(done, of, now))
+    timed(pipe, setting, rows, rounds, lambda done, _, now: progress(count + done, of, now))
     one = Evaluator(pipe, replace(setting, prompts=setting.prompts[:1], steps=1))
     for row in rows:
         row.maps_computed = _maps_computed(one, rows[0], row)
     _at_equal(rows)
     return rows
+
+
+def _runs(wanted: list[Method], rounds: int) -> int:
+    """Runs that are judged or timed; plain steps of the same noise are not timed by themselves."""
+    return len(wanted) + rounds * sum(method.family != SAME_NOISE for method in wanted)
 
 
 def judged(
@@ -333,7 +349,7 @@ def judged(
     wanted: list[Method],
     notes: list[str],
     judge: tuple[str, ...],
-    progress: Callable[[int, int, float], None] = lambda done, of, psnr: None,
+    progress: Progress = silent,
 ) -> list[Measured]:
     """The pictures of methods and their scores, the full run first, without times; see :func:`measure`.
 
@@ -347,6 +363,7 @@ def judged(
     for i, method in enumerate(wanted):
         if method.family == SAME_NOISE and not path.is_noisy:
             continue
+        progress(i, len(wanted), f"judging {method.name}")
         try:
             row, pictures = _sampled(pipe, setting, method, path)
         except AttnReuseError as error:
@@ -357,17 +374,17 @@ def judged(
         row.scores = _scores(pictures, full, prompts, judge)
         full = pictures if full is None else full
         rows.append(row)
-        progress(i + 1, len(wanted), row.scores.get("psnr", 0.0))
     return rows
 
 
-def timed(pipe: Any, setting: Setting, rows: list[Measured], rounds: int) -> None:
+def timed(pipe: Any, setting: Setting, rows: list[Measured], rounds: int, progress: Progress = silent) -> None:
     """Add the seconds of one batch in each of `rounds`, all in turns; same noise takes what plain steps take."""
     one_batch = replace(setting, prompts=setting.prompts[: setting.batch])
     called = [row for row in rows if row.method.family != SAME_NOISE]
     order = random.Random(0)
-    for _ in range(rounds):
-        for row in order.sample(called, len(called)):  # what runs before may slow a run: none always follows the same
+    for i in range(rounds):
+        for j, row in enumerate(order.sample(called, len(called))):  # none always follows the same, which may slow it
+            progress(i * len(called) + j, rounds * len(called), f"timing {row.method.name}, round {i + 1} of {rounds}")
             row.latencies_s.append(_timed(pipe, one_batch, row.method))
     taken = {row.method.steps: row.latencies_s for row in rows if row.method.family == "plain steps"}
     for row in rows:

@@ -93,8 +93,9 @@ class Setting:
 
 @dataclass
 class Calls:
-    """Denoiser calls that the pictures asked for, and those really made."""
+    """Schedules judged; denoiser calls that their pictures asked for, and those really made, in this process."""
 
+    schedules: int = 0
     asked: int = 0
     made: int = 0
 

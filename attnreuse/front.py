@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from attnreuse.denoiser import find_denoiser, holding_layers, layer_kinds
 from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Evaluator
 from attnreuse.policy import Policy
+from attnreuse.progress import Progress, silent
 from attnreuse.rows import Row, best_row, holding, level_error, stretched
 from attnreuse.search import Engine, Judge
 
@@ -134,7 +135,7 @@ def ladder(
     seed: int = 0,
     cache: str | Path | None = None,
     run_costs: RunCosts | None = None,
-    progress: Callable[[int, int, float], None] = lambda evaluations, budget, best: None,
+    progress: Progress = silent,
 ) -> Front:
     """Search joint schedules of groups of layers for the front of time and PSNR.
 
@@ -147,7 +148,7 @@ def ladder(
         seed: of the changes that are tried.
         cache: file of scores and, by machine, costs, appended to; the same search goes on from it.
         run_costs: of the engine's setting (:func:`attnreuse.costs.measure`); None: the cache's, or they are measured.
-        progress: called with (evaluations, budget, latest PSNR).
+        progress: called with the schedules judged, the budget, and how many points the front has.
 
     Raises:
         AttnReuseError: no schedule fits the memory budget, or was judged in time.
@@ -183,7 +184,7 @@ class _Ladder:
         budget: int,
         until: float,
         memory_budget: int | None,
-        progress: Callable[[int, int, float], None],
+        progress: Progress,
     ):
         self.evaluator, self.judge_policies, self.groups = judge.engine.evaluator, judge, groups
         self.budget, self.until, self.memory_budget, self.progress = budget, until, memory_budget, progress
@@ -256,7 +257,7 @@ class _Ladder:
                 seconds = self._seconds(candidate)
                 point = Point(self._policy(candidate), candidate.steps, seconds / self.full_s, score["psnr"])
                 self.points[candidate] = point
-                self.progress(len(self.points), self.budget, point.psnr_db)
+                self.progress(len(self.points), self.budget, f"{len(self._front())} points on the front")
 
     def front(self) -> list[Point]:
         """Points that none beats, fastest first, named by their time."""

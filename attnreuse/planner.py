@@ -10,12 +10,12 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from torch import Tensor
 
 from attnreuse import ops
@@ -39,17 +39,20 @@ class LayerShape(NamedTuple):
 
 Shapes = dict[str, LayerShape]  # by layer name
 _shapes: dict[str, Shapes] = {}  # by model config and inputs
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_bytes(budget: int | str | None) -> int | None:
-    """``"4GiB"``, ``"500 MB"`` or a number of bytes; None stays None."""
+    """``"4GiB"``, ``"500 MB"``, ``"2G"`` or a number of bytes; None stays None.
+
+    Raises:
+        ValueError: anything else.
+    """
     if budget is None or isinstance(budget, int):
         return budget
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMG]?I?B?)\s*", budget, flags=re.IGNORECASE)
-    if not match or match[2].upper() not in UNITS or match[1].count(".") > 1:
-        raise ValueError(f"memory_budget must be bytes or like '4GiB' or '500MB', got {budget!r}")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(budget))
+    except ValidationError:
+        raise ValueError(f"memory_budget must be bytes or like '4GiB', '500MB' or '2G', got {budget!r}") from None
 
 
 def map_shapes(denoiser: Any, inputs: dict[str, Any], layers: dict[str, Any] | None = None) -> Shapes:

@@ -32,6 +32,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
+from attnreuse.hub import is_online
 from attnreuse.rows import Row, best_row, count_of, holding, level_error, parse, room_for, stretched, strip
 
 FILE = "policy.json"  # its name in a hub repository
@@ -342,9 +343,11 @@ def load_policy(source: Policy | Rule | str | Path) -> Policy | Rule:
             f"policy must be a Policy, a rule such as hurry(reuse=0.5), a file or a hub name, got {source!r}"
         )
     is_file = isinstance(source, Path) or source.endswith(".json") or Path(source).exists()
-    path = source if is_file else _download(source)
+    path = Path(source if is_file else _download(source))
+    if not path.exists():
+        raise FileNotFoundError(f"no such policy file: {path}")
     with _as_policy_file(path):
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
         rule = data.get("rule") if isinstance(data, dict) else None
         if rule is not None and (not isinstance(rule, str) or rule not in RULES):
             raise ValueError(f"{path} is not a policy file: rule must be one of {', '.join(RULES)}, got {rule!r}")
@@ -366,7 +369,10 @@ def _as_policy_file(path: str | Path) -> Iterator[None]:
 def _download(repo_id: str, revision: str | None = None) -> str:
     from huggingface_hub import hf_hub_download
 
-    return hf_hub_download(repo_id, FILE, revision=revision)
+    if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no such policy file: {repo_id} (a hub name is like user/name)")
+    local = not is_online(repo_id, FILE, revision)
+    return hf_hub_download(repo_id, FILE, revision=revision, local_files_only=local)
 
 
 def shipped_policies(scheduler: str | None = None, steps: int | None = None) -> list[Policy]:

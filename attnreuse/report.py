@@ -93,7 +93,7 @@ class Report:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=80, file=io.StringIO())
+        console = Console(width=80, file=io.StringIO(), markup=False, emoji=False)
         console.print(self)
         return console.file.getvalue()
 

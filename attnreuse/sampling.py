@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from attnreuse.formats import map_format as format_named
 from attnreuse.metrics import EQUAL_DB, psnr
 from attnreuse.policy import Policy
 from attnreuse.processors import attention_layers
+from attnreuse.progress import Progress, silent
 from attnreuse.report import Report
 from attnreuse.session import enable
 
@@ -112,7 +113,7 @@ def sample(
     guidance: float | None = None,
     eta: float | None = None,
     rounds: int = 2,
-    advance: Callable[[str, int], None] = lambda label, steps: None,
+    progress: Progress = silent,
 ) -> Comparison:
     """Sample `prompts` in one batch with full steps, with `policy`, and with fewer steps.
 
@@ -123,23 +124,24 @@ def sample(
         steps: ``num_inference_steps`` of the baseline.
         policy: for the executed steps of that run.
         guidance, eta: ``guidance_scale`` and the scheduler's ``eta``; None: the pipeline's default.
-        advance: called with (what runs, denoiser steps) after each run, for a progress bar.
+        progress: called before each run, with the number of runs done, of all, and what runs.
     """
 
     def run(label: str, count: int, with_policy: bool) -> tuple[np.ndarray, float]:
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
         call = {"num_inference_steps": count, "generator": generators, "output_type": "np"}
         call |= {k: v for k, v in (("guidance_scale", guidance), ("eta", eta)) if v is not None}
+        progress(next(begun), 1 + 5 * rounds, f"{label}, {count} steps")
         start = time.perf_counter()
         with enable(pipe, policy, map_format=map_format) if with_policy else nullcontext() as session:
             pictures = pipe(prompts, **call).images
         taken = time.perf_counter() - start
         if session:
             reports.append(session.report())
-        advance(label, count)
         return pictures, taken
 
     reports: list[Report] = []
+    begun = itertools.count()
 
     def timed(row: Row) -> None:
         row.pictures, taken = run(row.label, row.steps, row is reuse)

@@ -29,6 +29,7 @@ from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Calls, Evaluator, Setting
 from attnreuse.metrics import HIGHER_IS_BETTER
 from attnreuse.policy import Policy, hurry
+from attnreuse.progress import Progress, silent
 from attnreuse.rows import Row, strip, trades
 
 Scores = dict[str, float]
@@ -66,8 +67,11 @@ class Objective:
         """Schedules below the floor rank by quality, below all others."""
         if self.floor is None:
             return 1, self.quality(scores)
-        enough = self.quality(scores) >= self.quality({self.metric: self.floor})
-        return (1, -seconds) if enough else (0, self.quality(scores))
+        return (1, -seconds) if self.reaches(scores[self.metric]) else (0, self.quality(scores))
+
+    def reaches(self, found: float) -> bool:
+        """Is this metric as good as the floor, if there is one?"""
+        return self.floor is None or self.quality({self.metric: found}) >= self.quality({self.metric: self.floor})
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class SearchResult:
         history: improvements, in order.
         evaluations: distinct schedules judged, those read from the cache included.
         stopped: "local optimum", "budget", "patience" or "all evaluated".
-        calls: denoiser calls asked for and made, in this process.
+        calls: schedules judged now, not read from the cache, and denoiser calls asked for and made.
         scores: metric of every schedule judged, by its row ("..RR").
     """
 
@@ -254,6 +258,7 @@ class Judge:
         }
         new = list(missing)
         for i, scores in self.engine.run(list(missing.values()), metrics, [count for count, _ in new]):
+            self.engine.evaluator.calls.schedules += 1
             self._scores.setdefault(new[i], {}).update(scores)
             self._append(steps=new[i][0], reuse=new[i][1], scores=scores)
         return [self._scores[key] for key in keys]
@@ -302,7 +307,7 @@ def phast(
     rank: Callable[[Policy], float] | None = None,
     cache: str | Path | None = None,
     engine: Engine | Literal["local", "ray"] = "local",
-    progress: Callable[[int, int, float], None] = lambda evaluations, budget, best: None,
+    progress: Progress = silent,
     **setting: Any,
 ) -> SearchResult:
     """Search the permutations of a schedule with `reuse` reuse steps, from the paper's HURRY (one late block) on.
@@ -325,7 +330,7 @@ def phast(
             neighbours are judged first.
         cache: file of scores, appended to; the same search goes on from it.
         engine: "local", "ray", or an engine at hand: then its pipeline and setting count.
-        progress: called with (evaluations, budget, best metric so far).
+        progress: called with the schedules judged, the budget, and the first and best metric.
         setting: the other fields of :class:`~attnreuse.evaluate.Setting`: ``guidance``, ``size``,
             ``map_format``, ``layers``, ``batch``.
 
@@ -360,7 +365,7 @@ def exhaustive(
     *,
     objective: Objective | str = "psnr",
     cache: str | Path | None = None,
-    progress: Callable[[int, int, float], None] = lambda evaluations, budget, best: None,
+    progress: Progress = silent,
 ) -> SearchResult:
     """Judge every schedule with `reuse` reuse steps, in an order in which neighbours share most steps.
 
@@ -391,7 +396,7 @@ class _Climb:
         budget: int,
         patience: int | None,
         judge: Judge,
-        progress: Callable[[int, int, float], None],
+        progress: Progress,
         rank: Callable[[Policy], float] | None,
     ):
         self.evaluator, self.objective, self.judge_policies = engine.evaluator, objective, judge
@@ -430,7 +435,7 @@ class _Climb:
             if not self.best or self.values[row] > self.values[self.best]:
                 self.best = row
                 self.history.append(Step(len(self.values), strip(row), scores[self.objective.metric]))
-            self.progress(len(self.values), self.budget, self.scores[self.best][self.objective.metric])
+            self.progress(len(self.values), self.budget, self._now())
         return sorted((r for r in rows if r in self.values), key=lambda r: self.values[r], reverse=True)
 
     def step(self, width: int | None, rng: random.Random) -> bool:
@@ -467,6 +472,12 @@ class _Climb:
             self.evaluator.calls,
             {strip(row): s[metric] for row, s in self.scores.items()},
         )
+
+    def _now(self) -> str:
+        """The metric of the schedule that the search began with, and of the best."""
+        metric = self.objective.metric
+        first, best = (self.scores[row][metric] for row in (self.first or self.best, self.best))
+        return f"{metric} {first:.4g} at the start, best {best:.4g}"
 
     def _neighbours(self, rng: random.Random) -> list[Row]:
         """Rows that differ in one trade (with a floor: also in one flip), in the order to try them."""

@@ -2,14 +2,20 @@
 
 import json
 import re
+import subprocess
+import sys
 
+import huggingface_hub
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+import attnreuse
 from attnreuse import Policy, hurry, load_policy
-from attnreuse.cli import app
+from attnreuse.cli import app, console
+from attnreuse.cli.inputs import load_pipeline, writable
 from attnreuse.policy import shipped_policies
+from attnreuse.search import InProcess
 
 runner = CliRunner()
 
@@ -125,11 +131,19 @@ def test_a_policy_file_is_used(tmp_path):
     ("args", "said"),
     [
         (("plan", "--reuse", 20), "reuse must be between 0 and 19 for 20 steps, got 20"),
-        (("plan", "--format", "u2"), "map_format must be one of fp32, fp16, bf16, u8, u7, u4, got 'u2'"),
         (("plan", "--scheduler", "magic"), "--scheduler must be one of DDIM, DDPM, PNDM, LMS, Euler, Euler a"),
         (("plan", "--layers", "nothing*"), "matches none of the 20 layers"),
         (("plan", "--memory-budget", "100"), "holds no map at all"),
-        (("plan", "--policy", "/does/not/exist.json"), "No such file"),
+        (("plan", "--policy", "/does/not/exist.json"), "--policy: no such policy file: /does/not/exist.json"),
+        (("plan", "--policy", "nofile"), "--policy: no such policy file: nofile (a hub name is like user/name)"),
+        (("plan", "--layers", "[a-b]*"), "'[a-b]*' matches none"),
+        (("plan", "--layers", "[/a]"), "'[/a]' matches none"),
+        (("plan", "--model", "./play"), "--model: no such folder: ./play"),
+        (("plan", "--policy", "user/name", "--reuse", 4), "--policy decides that already: leave out --reuse"),
+        (("sample", "--policy", "p.json", "--max-age", 4), "--policy decides that already: leave out --max-age"),
+        (("sample", "--out", "[/x].jpg"), "--out must end in .png, got [/x].jpg"),
+        (("sample", "--out", "/proc/x.png"), "--out: /proc/x.png cannot be written: No such file"),
+        (("search", "--cache", "/does/not/c.jsonl"), "--cache: no such folder: /does/not"),
         (("sample", "--out", "picture.jpg"), "--out must end in .png, got picture.jpg"),
         (("sample", "--out", "/does/not/exist/s.png"), "no such folder: /does/not/exist"),
         (("sample", "--model", "/does/not/exist"), "/does/not/exist"),
@@ -205,20 +219,113 @@ def test_analyze_writes_figures_and_seeds_a_search(tmp_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("search", "--metric", "fid"), "metric must be one of psnr, ssim, lpips, got 'fid'"),
+        (("analyze", "--images", 1, "--steps", 3, "--reuse", 9), "reuse must be between 1 and 2 for 3 executed steps"),
+        (("analyze", "--images", 1, "--steps", 2), "an analysis needs a run of at least 3 executed steps, got 2"),
+        (("analyze", "--images", 1, "--schedules", 1), "a rank needs at least 3 schedules, or none: got 1 of 10"),
         (("search", "--method", "ladder"), "say which point to save by --floor (dB) or --time"),
         (("search", "--method", "ladder", "--floor", "0.9", "--metric", "ssim"), "--metric is for --method phast or"),
         (("search", "--method", "ladder", "--time", "0.9", "--patience", "2"), "--patience is for --method phast, not"),
         (("search", "--method", "exhaustive", "--budget", "9"), "--budget is for --method phast or ladder, not for"),
         (("search", "--budget-time", "9"), "--budget-time is for --method ladder, not for phast"),
         (("search", "--workers", "2"), "--workers is for --engine ray, not for local"),
-        (("search", "--method", "random"), "--method must be one of phast, exhaustive, ladder, got 'random'"),
         (("search", "--out", "p.yaml"), "--out must end in .json, got p.yaml"),
         (("search", "--model", "user/model"), "--model needs --prompt"),
-        (("compare", "--metric", "mse"), "--metric must be one of ssim, lpips, fid, clip, got 'mse'"),
     ],
 )
 def test_bad_input_to_the_science_is_one_clear_line(args, said):
     result = run(*args)
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("args", "choices"),
+    [
+        (("plan", "--format", "u2"), "'fp32', 'fp16', 'bf16', 'u8', 'u7', 'u4'"),
+        (("search", "--metric", "fid"), "'psnr', 'ssim', 'lpips'"),
+        (("search", "--method", "random"), "'phast', 'exhaustive', 'ladder'"),
+        (("compare", "--metric", "mse"), "'ssim', 'lpips', 'fid', 'clip'"),
+    ],
+)
+def test_choices_are_named_where_another_is_given(args, choices):
+    result = run(*args)
+    assert result.exit_code == 2
+    assert choices in " ".join(re.sub("[│╭╮╰╯─]", " ", result.output).split())
+
+
+def test_a_missing_extra_is_named_with_its_remedy(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run("analyze", "--out", tmp_path / "a.json")
+    assert result.exit_code == 2
+    assert "pip install 'attnreuse[plot]'" in result.output
+
+
+def test_files_are_tried_before_anything_is_sampled(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    result = run("sample", "--out", tmp_path / "folder.png")
+    assert result.exit_code == 2
+    assert "cannot be written: Is a directory" in result.output
+    writable("--out", tmp_path / "new.png", ".png")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_a_floor_that_is_not_reached_is_said_and_nothing_saved(tmp_path):
+    args = ("--steps", 3, "--reuse", 1, "--images", 1, "--cache", tmp_path / "c.jsonl", "--out", tmp_path / "p.json")
+    result = run("search", "--method", "exhaustive", *args, "--floor", 500)
+    assert result.exit_code == 2
+    assert "none of 2 schedules reaches --floor 500: the best has psnr" in result.output
+    assert not (tmp_path / "p.json").exists()
+    again = run("search", "--method", "exhaustive", *args)
+    assert again.exit_code == 0
+    assert "2 schedules judged, 2 of them from the cache" in again.output
+
+
+def test_an_interrupt_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch):
+    judge = InProcess.run
+
+    def interrupted(self, policies, metrics, steps):
+        yield next(judge(self, policies, metrics, steps))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(InProcess, "run", interrupted)
+    args = ("--steps", 3, "--reuse", 1, "--images", 1, "--cache", tmp_path / "c.jsonl", "--out", tmp_path / "p.json")
+    result = run("search", *args)
+    assert result.exit_code == 130
+    assert f"stopped: 1 scores are in {tmp_path / 'c.jsonl'}; run the same command again to go on" in result.output
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "EVERY", 0)
+    args = ("--steps", 3, "--images", 1, "--cache", tmp_path / "c.jsonl", "--out", tmp_path / "p.json")
+    result = run("search", "--reuse", 1, *args, "--json")
+    assert re.search(r"2 of at most 200 schedules; psnr \d+\.\d+ at the start, best \d+\.\d+", result.stderr)
+    json.loads(result.stdout)
+    out = tmp_path / "s.png"
+    result = run("sample", "--steps", 2, "--reuse", 1, "--prompt", "a red circle on gray", "--out", out, "--json")
+    assert "0 of 11 runs; warm-up, 2 steps" in result.stderr
+    assert "10 of 11 runs; " in result.stderr
+
+
+def test_pipelines_load_silently(capfd):
+    load_pipeline("", None)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_a_network_the_cause_is_named_at_once(monkeypatch):
+    def unreachable(url, **given):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    for args in (("sample", "--model", "user/x", "--prompt", "a"), ("plan", "--policy", "user/x")):
+        result = run(*args)
+        assert result.exit_code == 2
+        assert "user/x is no folder here, and the hub cannot be reached: Name or service not known" in result.output
+
+
+@pytest.mark.parametrize("start", [["attnreuse"], [sys.executable, "-m", "attnreuse"]])
+def test_the_installed_command_tells_its_version(start):
+    made = subprocess.run([*start, "--version"], capture_output=True, text=True, check=True)
+    assert made.stdout.strip() == f"attnreuse {attnreuse.__version__}"
+    wrong = subprocess.run([*start, "plan", "--layers", "[x]"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "'[x]' matches none of the 20 layers" in wrong.stderr

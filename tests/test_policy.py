@@ -129,8 +129,9 @@ def test_hub_round_trip(tmp_path, monkeypatch):
             return f"commit of {repo_id}"
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, **given: None)
     monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda repo_id, name, revision: str(tmp_path / repo_id / name)
+        huggingface_hub, "hf_hub_download", lambda repo_id, name, **given: str(tmp_path / repo_id / name)
     )
     assert hurry(20, 10, None).push_to_hub("user/name") == "commit of user/name"
     assert load_policy("user/name") == hurry(20, 10, None)

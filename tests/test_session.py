@@ -351,7 +351,7 @@ def test_nothing_to_serve_is_an_error(pipe):
     ("given", "said"),
     [
         ({"map_format": "u2"}, "map_format must be one of"),
-        ({"memory_budget": "lots"}, "memory_budget must be bytes or like '4GiB'"),
+        ({"memory_budget": "lots"}, "memory_budget must be bytes or like '4GiB', '500MB' or '2G'"),
     ],
 )
 def test_bad_arguments(pipe, given, said):

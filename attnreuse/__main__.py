@@ -1,0 +1,5 @@
+"""`python -m attnreuse`: the command line."""
+
+from attnreuse.cli import main
+
+main()

@@ -1,0 +1,107 @@
+"""`attnreuse compare`: reuse beside fewer steps and other caches, as one page."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from attnreuse.cli.console import clear_errors, faint, out, progress
+from attnreuse.cli.inputs import load_pipeline, setting_for, writable
+from attnreuse.cli.options import AsJson, Batch, Eta, Formats, Guidance, Images, Layers, Metrics, Model, Prompts, Seed
+
+EXAMPLES = (
+    "    attnreuse compare\n\n    attnreuse compare --scheduler DDIM --scheduler DPM --images 8\n\n"
+    "    attnreuse compare --steps 10 --steps 50 --format u8 --format u4 --images 8\n\n"
+    '    attnreuse compare --model user/pipeline --prompt "a red fox" --policy policy.json'
+)
+
+
+def command(
+    model: Model = "",
+    steps: Annotated[
+        list[int] | None, typer.Option("--steps", min=2, help="num_inference_steps. Repeatable. Default: 20.")
+    ] = None,
+    scheduler: Annotated[
+        list[str] | None, typer.Option(help="Sampler, such as 'Euler a'. Repeatable. Default: the model's.")
+    ] = None,
+    map_format: Formats = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Policy: a file, or a name on the hub. Repeatable. Default: those shipped for tiny-shapes."),
+    ] = None,
+    student: Annotated[Path | None, typer.Option(help="Folder of a distilled UNet that also takes part.")] = None,
+    others: Annotated[bool, typer.Option(help="Whether DeepCache, tomesd and PAB take part.")] = True,
+    metric: Metrics = None,
+    prompt: Prompts = None,
+    images: Images = 16,
+    seed: Seed = 0,
+    guidance: Guidance = None,
+    eta: Eta = None,
+    layers: Layers = None,
+    batch: Batch = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each method is timed, all in turns.")] = 3,
+    out_path: Annotated[
+        Path, typer.Option("--out", help="Where the report goes (.html). A CSV file goes beside it.")
+    ] = Path("attnreuse-compare.html"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare reuse with fewer steps and other caches at equal measured latency, on one page."""
+    with clear_errors():
+        from attnreuse import compare as comparing
+        from attnreuse import page, plots
+        from attnreuse.policy import load_policy, shipped_policies
+
+        plots.pyplot()
+        writable("--out", out_path, ".html")
+        writable("--out", out_path.with_suffix(".csv"))
+        judge = tuple(m.value for m in metric or []) or (("ssim",) if model else ("ssim", "fid", "clip"))
+        count, formats = (steps or [20])[0], [f.value for f in map_format or []]
+        policies = [load_policy(p) for p in policy] if policy else [] if model else shipped_policies()
+        first = formats[0] if formats else None
+        setting = setting_for(model, prompt, images, count, seed, guidance, eta, first, layers, batch, held_out=True)
+        pipe = load_pipeline(model, None)
+        with progress("runs") as tell:
+            found = comparing.compare(
+                pipe, setting, schedulers=scheduler or [None], steps=steps, formats=formats or None, policies=policies,
+                student=student, others=others, judge=judge, rounds=rounds, progress=tell,
+            )  # fmt: skip
+        written = page.write(found, out_path, " ".join(["attnreuse", *sys.argv[1:]]))
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    for group in found.groups:
+        out.print(_table(group))
+        for sentence in page.summary(group) + group.notes:
+            out.print(sentence)
+    faint(", ".join(map(str, written)))
+
+
+MEAN_QUALITY = {"shape": ".0%", "relation": ".0%", "clip_score": ".1f", "fid": ".1f"}  # what pictures are worth alone
+
+
+def _table(group: Any) -> Table:
+    """One line per method, within 80 columns; the page and the CSV hold the rest."""
+    title = f"{group.scheduler}, {group.steps} steps, {group.map_format} maps; time as a ratio to the full run's"
+    table = Table(title=title, box=None)
+    judged = {key: form for key, form in MEAN_QUALITY.items() if key in group.full.scores or key == "fid"}
+    for column in ("method", "time", "maps", "PSNR, dB", "plain, same time", "same maps", *judged):
+        table.add_column(column.replace("_score", ""), justify="left" if column == "method" else "right")
+    for row in group.rows:
+        quality = "reference" if row is group.full else f"{row.scores['psnr']:.1f}"
+        if not math.isnan(row.scores.get("psnr_ci", math.nan)):
+            quality += f" ± {row.scores['psnr_ci']:.1f}"
+        table.add_row(
+            row.method.name,
+            f"{row.latency_s / group.full.latency_s:.2f}",
+            "" if row.maps_computed is None else f"{row.maps_computed:.0%}",
+            quality,
+            *("" if v is None else f"{v:.1f}" for v in (row.plain_psnr, row.equal_cost_psnr)),
+            *(f"{row.scores[key]:{form}}" if key in row.scores else "" for key, form in judged.items()),
+        )
+    return table

@@ -1,0 +1,70 @@
+"""What a command says: results on stdout, errors and progress on stderr, nothing of it read as markup."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from attnreuse.errors import AttnReuseError
+from attnreuse.progress import Progress
+
+out = Console(markup=False, highlight=False, emoji=False)
+err = Console(stderr=True, markup=False, highlight=False, emoji=False)
+EVERY = 30.0  # seconds between lines of progress without a terminal
+
+
+def faint(text: str) -> None:
+    """A line that is read last: where files are, on what was measured."""
+    out.print(Text(text, style="dim"))
+
+
+@contextlib.contextmanager
+def clear_errors(kept: Callable[[], str] = lambda: "nothing was written") -> Iterator[None]:
+    """Bad input ends in one clear line and exit code 2; an interrupt in one that says what is `kept`."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        err.print(f"stopped: {kept()}", soft_wrap=True)
+        raise typer.Exit(130) from stop
+    except (AttnReuseError, ValueError, OSError) as error:
+        said = str(error).strip() or type(error).__name__
+        err.print(Text.assemble(("error: ", "red"), said.splitlines()[0]), soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+@contextlib.contextmanager
+def progress(unit: str, at_most: bool = False) -> Iterator[Progress]:
+    """Tell how many of `unit` are done, and what runs; on a terminal in place, else in a line now and then.
+
+    Args:
+        at_most: the count is a limit that need not be reached.
+    """
+
+    def text(done: int, of: int, now: str) -> str:
+        return f"{done} of {'at most ' if at_most else ''}{of} {unit}; {now}"
+
+    if err.is_terminal:
+        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        bar: list[Any] = [] if at_most else [BarColumn(20)]
+        columns = (SpinnerColumn(), *bar, TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        with Bar(*columns, console=err, transient=True) as shown:
+            task = shown.add_task("starting", total=None)
+            yield lambda done, of, now: shown.update(task, completed=done, total=of, description=text(done, of, now))
+        return
+    last = time.monotonic()  # what is over in a moment says nothing
+
+    def tell(done: int, of: int, now: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            err.print(text(done, of, now), soft_wrap=True)
+
+    yield tell

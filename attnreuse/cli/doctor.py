@@ -1,0 +1,64 @@
+"""`attnreuse doctor`: what is installed, and what serves which map format."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.table import Table
+
+from attnreuse.cli.console import out
+from attnreuse.cli.inputs import default_dtype
+from attnreuse.cli.options import AsJson
+
+EXAMPLES = "    attnreuse doctor\n\n    attnreuse doctor --json"
+EXTRAS = {"eval": ("DeepCache", "scipy", "tomesd", "torchmetrics"), "plot": ("jinja2", "matplotlib"), "ray": ("ray",)}
+
+
+def command(as_json: AsJson = False) -> None:
+    """Tell what is installed, and which backend serves which map format here, and why."""
+    import torch
+
+    from attnreuse import native, ops
+    from attnreuse.environment import default_device, environment, package_version
+    from attnreuse.formats import FORMATS
+
+    found: dict[str, Any] = dict(environment(default_device()))
+    found["cuda"] = torch.version.cuda if torch.cuda.is_available() else "no CUDA device"
+    found["extension"] = native.INFO
+    for extra, packages in EXTRAS.items():
+        missing = ", ".join(name for name in packages if package_version(name) is None)
+        remedy = f"{missing} not installed: pip install 'attnreuse[{extra}]'"
+        found[f"extra {extra}"] = remedy if missing else "installed"
+    devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
+    for device in devices:
+        for name in FORMATS:
+            dtype = default_dtype(device)
+            backend = ops.backend_for(name, device, dtype, 64)
+            reasons = ops.unserved_reasons(name, device, dtype, 64)
+            found[f"{name} maps on {device.type}"] = backend + "".join(f"; {b}: {why}" for b, why in reasons.items())
+    for name, named in ops.NAMED.items():
+        reason = named.unserved(FORMATS["u8"], devices[-1], torch.float16, 64)
+        found[f"reuse by the {name} kernel"] = reason or "u8 and u4 maps of fp16 tensors, where it is named"
+    verdict = _verdict(devices[-1], ops.backend_for("u8", devices[-1], default_dtype(devices[-1]), 64))
+    if as_json:
+        print(json.dumps(found | {"verdict": verdict}, indent=2))
+        return
+    table = Table(show_header=False)
+    for key, value in found.items():
+        table.add_row(key, str(value))
+    out.print(table)
+    out.print(verdict)
+
+
+def _verdict(device: Any, backend: str) -> str:
+    """What serves the default maps here, and what that is worth."""
+    from attnreuse import native
+
+    if backend == "torch":
+        return (
+            f"On this {device.type} device maps go through plain torch: everything works, and reuse is slow. "
+            "A C++ compiler at installation gives the CPU kernels."
+        )
+    used = f"the compiled extension ({native.path()})" if backend == "native" else f"the {backend} kernels"
+    return f"On this {device.type} device u8 maps go through {used}. `attnreuse bench` tells how fast."

@@ -1,0 +1,170 @@
+"""What becomes of options: a pipeline, a policy, a setting, a place to write to; wrong ones are refused by name."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def model_path(model: str) -> str:
+    """The folder or hub name of a pipeline; nothing: the shipped one.
+
+    Raises:
+        ValueError: neither a folder with a pipeline nor the form of a hub name.
+    """
+    from attnreuse import tiny_shapes_path
+
+    folder = Path(model or tiny_shapes_path()).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"--model: {model} holds no pipeline (no model_index.json)")
+        return str(folder)
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise ValueError(f"--model: no such folder: {model} (a hub name is like user/pipeline)")
+    return model
+
+
+def load_pipeline(model: str, scheduler: str | None) -> Any:
+    """The pipeline on the default device, with the sampler asked for, silent."""
+    import diffusers
+    import transformers
+    from diffusers import DiffusionPipeline
+
+    from attnreuse.environment import default_device
+    from attnreuse.hub import is_online
+    from attnreuse.samplers import make_scheduler
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    path, device = model_path(model), default_device()
+    local = Path(path).is_dir() or not is_online(path, "model_index.json")
+    pipe = DiffusionPipeline.from_pretrained(path, local_files_only=local).to(device, default_dtype(device))
+    pipe.set_progress_bar_config(disable=True)
+    if scheduler:
+        pipe.scheduler = make_scheduler(pipe.scheduler.config, scheduler)
+    return pipe
+
+
+def default_dtype(device: Any) -> Any:
+    """fp16 on CUDA devices, else fp32."""
+    import torch
+
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def default_format(device: Any, dtype: Any) -> str:
+    """u8 where a kernel serves it; through plain torch fp32 maps are the fastest."""
+    from attnreuse import ops
+
+    return "fp32" if ops.backend_for("u8", device, dtype, 64) == "torch" else "u8"
+
+
+def policy_for(
+    file: str | None, fit: str, model: str, scheduler: Any, steps: int, reuse: float, max_age: int | None
+) -> Any:
+    """The policy for a run: of the file; else, for the shipped model, the shipped one that fits; else HURRY."""
+    from attnreuse.clock import executed_steps
+    from attnreuse.levels import resolved
+    from attnreuse.policy import Policy, Stretched, hurry, load_policy, shipped_policies
+    from attnreuse.rows import count_of
+
+    executed = executed_steps(scheduler, steps)
+    if file is not None:
+        try:
+            found = load_policy(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--policy: {error}") from error
+        if isinstance(found, Policy) and fit == "exact" and found.steps != executed:
+            raise ValueError(
+                f"--policy {file} is for {found.steps} executed steps, this run executes {executed}: --fit stretch"
+            )
+        if isinstance(found, Policy) and found.steps == executed:
+            return found
+        rule = Stretched(policy=found) if isinstance(found, Policy) else found
+        return resolved(rule, scheduler, executed)
+    if not math.isfinite(reuse) or (reuse >= 1 and reuse != int(reuse)):
+        raise ValueError(f"--reuse must be a share below 1 or a whole number of steps, got {reuse}")
+    count = int(reuse) if reuse >= 1 else count_of(reuse, executed)
+    if count >= executed:
+        raise ValueError(f"--reuse must be between 0 and {executed - 1} for {executed} steps, got {reuse:g}")
+    if max_age is not None:
+        return hurry(executed, count, max_age or None)
+    fitting = shipped_policies(type(scheduler).__name__, executed) if not model else []
+    fitting = [p for p in fitting if p.reuse_steps == count]
+    return fitting[0] if fitting else resolved(hurry(reuse=count / executed), scheduler, executed)
+
+
+def setting_for(
+    model: str,
+    prompts: list[str] | None,
+    images: int,
+    steps: int,
+    seed: int,
+    guidance: float | None,
+    eta: float | None,
+    map_format: str | None,
+    layers: str | None,
+    batch: int,
+    held_out: bool = False,
+) -> Any:
+    """What to sample: the prompts given, or `images` captions of the shipped pipeline's grammar."""
+    from attnreuse import TINY_SHAPES_GUIDANCE, tiny_shapes
+    from attnreuse.environment import default_device
+    from attnreuse.evaluate import Setting
+
+    if not prompts and model:
+        raise ValueError("--model needs --prompt (repeatable): the default captions are those of the shipped pipeline")
+    draw = tiny_shapes.held_out_prompts if held_out else tiny_shapes.search_prompts
+    device = default_device()
+    return Setting(
+        tuple(prompts or draw(images)),
+        steps,
+        seed,
+        TINY_SHAPES_GUIDANCE if guidance is None and not model else guidance,
+        eta,
+        map_format=map_format or default_format(device, default_dtype(device)),
+        layers=layers,
+        batch=batch,
+    )
+
+
+def writable(option: str, path: Path, suffix: str | None = None) -> None:
+    """Refuse a bad place to write to before hours are spent."""
+    if suffix is not None and path.suffix.lower() != suffix:
+        raise ValueError(f"{option} must end in {suffix}, got {path}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{option}: no such folder: {path.absolute().parent}")
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"{option}: {path} cannot be written: {error.strerror}") from error
+    if is_new:
+        path.unlink()
+
+
+def refuse_ignored(context: typer.Context, option: str, chosen: str, only_for: dict[str, tuple[str, ...]]) -> None:
+    """Refuse options that were given, and that `option` as `chosen` makes no use of."""
+    for name, users in only_for.items():
+        if is_given(context, name) and chosen not in users:
+            raise ValueError(f"{_typed(name)} is for {option} {' or '.join(users)}, not for {chosen}")
+
+
+def refuse_beside(context: typer.Context, option: str, *others: str) -> None:
+    """Refuse options that were given beside `option`, which decides what they would."""
+    for name in others:
+        if is_given(context, name):
+            raise ValueError(f"{option} decides that already: leave out {_typed(name)}")
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Was this parameter of the command typed?"""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _typed(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

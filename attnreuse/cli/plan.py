@@ -1,0 +1,76 @@
+"""`attnreuse plan`: memory and time of a policy, before a run."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from attnreuse.cli.console import clear_errors, out
+from attnreuse.cli.inputs import default_dtype, default_format, model_path, policy_for, refuse_beside
+from attnreuse.cli.options import (
+    AsJson,
+    Fit,
+    Format,
+    Layers,
+    MaxAge,
+    MemoryBudget,
+    Model,
+    PolicyFile,
+    Scheduler,
+    Share,
+    Steps,
+)
+
+EXAMPLES = (
+    "    attnreuse plan\n\n    attnreuse plan --height 256 --width 256 --format u4\n\n"
+    "    attnreuse plan --model user/pipeline --steps 30 --reuse 12 --memory-budget 2GiB"
+)
+
+
+def command(
+    context: typer.Context,
+    model: Model = "",
+    steps: Steps = 20,
+    reuse: Share = 0.5,
+    max_age: MaxAge = None,
+    policy: PolicyFile = None,
+    fit: Fit = "exact",
+    map_format: Format = None,
+    scheduler: Scheduler = None,
+    layers: Layers = None,
+    height: Annotated[int | None, typer.Option(min=8, help="Pixels. Default: the model's own.")] = None,
+    width: Annotated[int | None, typer.Option(min=8, help="Pixels. Default: the model's own.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at once. Guidance doubles the denoiser's rows.")] = 4,
+    guidance: Annotated[bool, typer.Option(help="Whether classifier-free guidance is on.")] = True,
+    memory_budget: MemoryBudget = None,
+    measure: Annotated[bool, typer.Option(help="Whether layers are timed here, to predict the gain.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Tell the memory and the attention time of a policy before a run, from the model's configs alone."""
+    with clear_errors():
+        from attnreuse import forecast
+        from attnreuse.environment import default_device
+
+        if policy is not None:
+            refuse_beside(context, "--policy", "reuse", "max_age")
+        blueprint = forecast.Blueprint.load(model_path(model), scheduler)
+        device = default_device()
+        dtype = default_dtype(device)
+        chosen = policy_for(policy, fit, model, blueprint.scheduler, steps, reuse, max_age)
+        result = forecast.forecast(
+            blueprint,
+            chosen,
+            map_format=map_format or default_format(device, dtype),
+            layers=layers,
+            size=(height or blueprint.side, width or blueprint.side),
+            batch=batch * (2 if guidance else 1),
+            memory_budget=memory_budget,
+            dtype=dtype,
+            measure_on=device if measure else None,
+        )
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+        return
+    out.print(result)

@@ -1,0 +1,252 @@
+"""`attnreuse search`: PHAST, exhaustive search, and the ladder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from attnreuse.cli.console import clear_errors, faint, out, progress
+from attnreuse.cli.inputs import load_pipeline, refuse_ignored, setting_for, writable
+from attnreuse.cli.options import (
+    AsJson,
+    Batch,
+    Eta,
+    Format,
+    Guidance,
+    Layers,
+    MemoryBudget,
+    Model,
+    Prompts,
+    Scheduler,
+    Seed,
+    Steps,
+)
+
+EXAMPLES = (
+    "    attnreuse search --out policy.json\n\n    attnreuse search --metric ssim --floor 0.98\n\n"
+    "    attnreuse search --method exhaustive --steps 10 --reuse 4\n\n"
+    "    attnreuse search --method ladder --scheduler 'Euler a' --floor 45\n\n"
+    '    attnreuse search --model user/pipeline --prompt "a red fox" --prompt "a harbour" --engine ray'
+)
+PHAST, LADDER, RAY = "Only for --method phast", "Only for --method ladder", "Only for --engine ray"
+ONLY_FOR_METHOD: dict[str, tuple[str, ...]] = {  # options, by their parameters
+    **dict.fromkeys(("variant", "patience", "restarts", "analysis"), ("phast",)),
+    **dict.fromkeys(("reuse", "metric"), ("phast", "exhaustive")),
+    **dict.fromkeys(("time", "budget_time", "by"), ("ladder",)),
+    "budget": ("phast", "ladder"),
+}
+
+
+def command(
+    context: typer.Context,
+    model: Model = "",
+    steps: Steps = 20,
+    reuse: Annotated[int, typer.Option(min=0, help="phast, exhaustive: how many executed steps reuse.")] = 10,
+    method: Annotated[
+        Literal["phast", "exhaustive", "ladder"],
+        typer.Option(
+            help="phast trades steps of one schedule, exhaustive judges all, ladder finds the best one at every time."
+        ),
+    ] = "phast",
+    variant: Annotated[
+        Literal["greedy", "exhaustive"],
+        typer.Option(
+            rich_help_panel=PHAST,
+            help="Move to the first better neighbours, or to the best of all neighbours.",
+        ),
+    ] = "greedy",
+    metric: Annotated[
+        Literal["psnr", "ssim", "lpips"],
+        typer.Option(help="phast, exhaustive: what measures the distance from the full-step pictures."),
+    ] = "psnr",
+    floor: Annotated[
+        float | None, typer.Option(help="Seek the fastest schedule with at least this metric (ladder: dB of PSNR).")
+    ] = None,
+    time: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=LADDER,
+            help="Seek the best schedule within this share of the full run's time.",
+        ),
+    ] = None,
+    memory_budget: MemoryBudget = None,
+    budget: Annotated[int, typer.Option(min=1, help="phast, ladder: judge at most this many schedules.")] = 200,
+    budget_time: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            rich_help_panel=LADDER,
+            help="Search for at most this many minutes. Default: no limit.",
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=PHAST,
+            help="Leave a start after this many schedules that are no better. Default: never.",
+        ),
+    ] = None,
+    restarts: Annotated[
+        int,
+        typer.Option(min=0, rich_help_panel=PHAST, help="Also start from this many random schedules."),
+    ] = 0,
+    analysis: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=PHAST,
+            help="A file of `attnreuse analyze`. The search starts from its prediction.",
+        ),
+    ] = None,
+    by: Annotated[
+        Literal["kind", "level", "layer"],
+        typer.Option(
+            rich_help_panel=LADDER,
+            help="Which layers share a row: self or cross; these by size; or each layer alone.",
+        ),
+    ] = "level",
+    prompt: Prompts = None,
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many pictures, where no --prompt is given. Default: 8; ladder: 16."),
+    ] = None,
+    seed: Seed = 1000,
+    guidance: Guidance = None,
+    eta: Eta = None,
+    layers: Layers = None,
+    map_format: Format = None,
+    scheduler: Scheduler = None,
+    batch: Batch = 4,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Judge schedules here, or spread over a ray cluster (extra ray).")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=RAY,
+            help="Address of a running cluster. Default: start one on this machine.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=RAY,
+            help="How many workers. Default: as many as the cluster holds.",
+        ),
+    ] = None,
+    cache: Annotated[Path, typer.Option(help="File of scores. A search that was stopped goes on from it.")] = Path(
+        "attnreuse-search.jsonl"
+    ),
+    out_path: Annotated[Path, typer.Option("--out", help="Where the policy goes (.json).")] = Path(
+        "attnreuse-policy.json"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Search the schedule that keeps the full-step pictures best, or the best one at every time (ladder)."""
+    with clear_errors(lambda: f"{_lines(cache)} scores are in {cache}; run the same command again to go on"):
+        from attnreuse import search as searching
+        from attnreuse.evaluate import Evaluator
+        from attnreuse.front import ladder
+        from attnreuse.planner import parse_bytes
+
+        refuse_ignored(context, "--method", method, ONLY_FOR_METHOD)
+        refuse_ignored(context, "--engine", engine, dict.fromkeys(("address", "workers"), ("ray",)))
+        is_ladder = method == "ladder"
+        if is_ladder and floor is None and time is None:
+            raise ValueError(
+                "--method ladder finds a front: say which point to save by --floor (dB) or --time (a share)"
+            )
+        objective = searching.Objective(metric, floor, parse_bytes(memory_budget))
+        writable("--out", out_path, ".json")
+        writable("--cache", cache)
+        layers, images = layers or ("all" if is_ladder else None), images or (16 if is_ladder else 8)
+        setting = setting_for(model, prompt, images, steps, seed, guidance, eta, map_format, layers, batch)
+        evaluator = Evaluator(load_pipeline(model, scheduler), setting)
+        chosen = searching.RayEngine(evaluator, workers, address) if engine == "ray" else searching.InProcess(evaluator)
+        with progress("schedules", at_most=True) as tell:
+            given: dict[str, Any] = {"cache": cache, "progress": tell}
+            if method == "phast":
+                starts, rank = _predicted(analysis, evaluator, reuse)
+                found: Any = searching.phast(
+                    evaluator.pipe, steps, reuse, evaluator.setting.prompts, objective=objective, variant=variant,
+                    starts=starts, rank=rank, restarts=restarts, budget=budget, patience=patience, seed=seed,
+                    engine=chosen, **given,
+                )  # fmt: skip
+            elif method == "exhaustive":
+                found = searching.exhaustive(chosen, reuse, objective=objective, **given)
+            else:
+                seconds = None if budget_time is None else 60 * budget_time
+                found = ladder(
+                    chosen, by=by, budget=budget, budget_time=seconds, memory_budget=objective.memory_budget,
+                    seed=seed, **given,
+                )  # fmt: skip
+        picked = found.pick(floor, time) if is_ladder else found
+        if not is_ladder and not objective.reaches(found.history[-1].metric):
+            raise ValueError(
+                f"none of {found.evaluations} schedules reaches --floor {floor:g}: the best has {metric} "
+                f"{found.history[-1].metric:.4g}; nothing is saved but the scores in {cache}"
+            )
+        picked.policy.save(out_path)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    out.print(_front_table(found, picked) if is_ladder else _table(found, metric))
+    judged = evaluator.calls
+    of_cache = f"{found.evaluations - judged.schedules} of them from the cache"
+    out.print(f"{found.evaluations} schedules judged, {of_cache}; {judged.saved:.0%} of denoiser calls replayed.")
+    if is_ladder and picked.steps != steps:
+        out.print(f"Run the saved policy with --steps {picked.steps}.")
+    faint(f"{out_path}; scores in {cache}")
+
+
+def _lines(cache: Path) -> int:
+    return cache.read_bytes().count(b"\n") if cache.exists() else 0
+
+
+def _predicted(analysis: Path | None, evaluator: Any, reuse: int) -> tuple[list[Any], Any]:
+    """Where a search starts, and how it ranks: by an analysis; else by noise levels; else from HURRY, unranked."""
+    from attnreuse.rows import best_row, level_error, schedule_error
+
+    if analysis is None and evaluator.levels is None:
+        return [], None
+    if analysis is None:
+        error, executed = level_error(evaluator.levels, evaluator.influence), evaluator.executed_steps
+        row = best_row(executed, reuse, error)
+        return [evaluator.policy(row, "start")], lambda policy: schedule_error(policy.reuse, error)
+    from attnreuse.analysis import Analysis, best_predicted, predict
+    from attnreuse.policy import hurry
+
+    found = Analysis.load(analysis)
+    made_for, here = (found.scheduler, found.steps), (evaluator.scheduler, evaluator.executed_steps)
+    if made_for != here:
+        raise ValueError(
+            f"--analysis {analysis} is of {made_for[0]}, {made_for[1]} steps; this run: {here[0]}, {here[1]}"
+        )
+    return [best_predicted(found, reuse), hurry(found.steps, reuse, None)], lambda policy: predict(policy, found)
+
+
+def _front_table(found: Any, picked: Any) -> Table:
+    """The points of a front, and which of them is saved."""
+    table = Table(title=f"stopped at: {found.stopped}; time as a share of {found.full_s:.2f} s, predicted")
+    for column in ("time", "PSNR, dB", "steps", "schedule", ""):
+        table.add_column(column, justify="right" if column in ("time", "PSNR, dB", "steps") else "left")
+    for point in found.points:
+        does = "reuses" if point.policy.reuse_steps else "computes all"
+        saved = "saved" if point is picked else ""
+        table.add_row(f"{point.time:.3f}", f"{point.psnr_db:.2f}", str(point.steps), does, saved)
+    return table
+
+
+def _table(found: Any, metric: str) -> Table:
+    """Improvements of a step-wise search."""
+    table = Table(title=f"{found.policy.name}, stopped at: {found.stopped}")
+    for column in ("schedule", metric, "after"):
+        table.add_column(column, justify="left" if column == "schedule" else "right")
+    for step in found.history:
+        table.add_row(step.reuse, f"{step.metric:.3f}", str(step.evaluations))
+    return table
