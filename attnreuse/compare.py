@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -427,17 +426,8 @@ def _scores(
 
 
 def _timed(pipe: Any, setting: Setting, method: Method) -> float:
-    taken = [0.0]
-
-    @contextmanager
-    def around(start: int) -> Iterator[None]:
-        with _applied(pipe, setting, method):
-            begin = time.perf_counter()
-            yield
-            taken[0] += time.perf_counter() - begin
-
-    Evaluator(pipe, _setting_of(setting, method), memo_bytes=0).run(around)
-    return taken[0]
+    evaluator = Evaluator(pipe, _setting_of(setting, method), memo_bytes=0)
+    return evaluator.run(lambda start: _applied(pipe, setting, method)).seconds
 
 
 def _setting_of(setting: Setting, method: Method) -> Setting:

@@ -72,10 +72,10 @@ class _Run:
         return sum(map(sum, self.taken.values()))
 
 
-def measure(evaluator: Evaluator) -> RunCosts:
+def measure(evaluator: Evaluator, rounds: int = ROUNDS) -> RunCosts:
     """Costs of the evaluator's layers, at its setting and map format.
 
-    Medians over runs of one batch, in turns of random order: stock, every other step reused, every other held.
+    Medians over `rounds` runs of one batch, in turns of random order: stock, every other step reused, every other held.
 
     Raises:
         AttnReuseError: a layer is not called as often in each step, or does not do what its policy says.
@@ -86,7 +86,8 @@ def measure(evaluator: Evaluator) -> RunCosts:
     kinds = [None, *(Policy(steps=steps, reuse=[i % 2 and letter for i in range(steps)]) for letter in (True, "H"))]
     runs: dict[bool, list[_Run]] = {True: [], False: []}  # by whether a session serves them
     order = random.Random(0)
-    for _ in range(ROUNDS):
+    _ = one.full  # warms up
+    for _ in range(rounds):
         for policy in order.sample(kinds, len(kinds)):
             runs[policy is not None].append(_timed(one, policy))
     taken: Taken = defaultdict(list)
@@ -97,6 +98,12 @@ def measure(evaluator: Evaluator) -> RunCosts:
     fixed, begun = (statistics.median(r.outside for r in runs[key]) for key in (False, True))
     session = max(0.0, served - step + (begun - fixed) / steps)
     return RunCosts(fixed, step, session, {name: _cost(taken, name) for name in one.served()})
+
+
+def attention(evaluator: Evaluator) -> dict[str, float]:
+    """Seconds of each served layer at one step of a stock run of one batch, with its projections: medians."""
+    taken = _timed(evaluator, None).taken
+    return {name: statistics.median(seconds) for (name, _), seconds in taken.items()}
 
 
 def _timed(evaluator: Evaluator, policy: Policy | None) -> _Run:

@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import re
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -107,10 +108,11 @@ class Calls:
 
 @dataclass(frozen=True)
 class Sampled:
-    """`pictures` ``[P, S, S, 3]`` in [0, 1] and final `latents` ``[P, C, S, S]`` of one schedule."""
+    """`pictures` ``[P, S, S, 3]`` in [0, 1], final `latents` ``[P, C, S, S]``, `seconds` of the pipeline's calls."""
 
     pictures: np.ndarray
     latents: Tensor
+    seconds: float
 
 
 class Evaluator:
@@ -203,7 +205,7 @@ class Evaluator:
 
     def run(self, around: Callable[[int], AbstractContextManager]) -> Sampled:
         """Pictures and final latents of the setting, the pipeline called within ``around(first picture)``."""
-        pictures, latents = [], []
+        pictures, latents, seconds = [], [], 0.0
 
         def keep_latents(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
             last["latents"] = given["latents"]
@@ -213,9 +215,11 @@ class Evaluator:
             last: dict[str, Tensor] = {}
             with around(start):
                 call = self.setting.call(start, len(prompts)) | {"callback_on_step_end": keep_latents}
+                begin = time.perf_counter()
                 pictures.append(self.pipe(prompts, **call).images)
+                seconds += time.perf_counter() - begin
             latents.append(last["latents"].float().cpu())
-        return Sampled(np.concatenate(pictures), torch.cat(latents))
+        return Sampled(np.concatenate(pictures), torch.cat(latents), seconds)
 
     def scores(self, policy: Policy, metrics: tuple[str, ...] = ("psnr",)) -> dict[str, float]:
         """Mean over the pictures of each metric (``metrics.PAIRED``) against the reference's full-step pictures."""

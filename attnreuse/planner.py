@@ -14,19 +14,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from torch import Tensor
 
-from attnreuse import ops
 from attnreuse.denoiser import head_dim
 from attnreuse.errors import UnsupportedLayerError
-from attnreuse.formats import AttentionMap, MapFormat
 from attnreuse.policy import Action
 from attnreuse.processors import ShapeRecorder, attention_layers
 from attnreuse.ring import MapRequest
 from attnreuse.schedule import Schedule, kept_outputs
-from attnreuse.timing import interleaved
 
 
 class LayerShape(NamedTuple):
@@ -162,47 +158,6 @@ class LayerCost:
     def total(self, actions: list[Action]) -> float:
         """Seconds of a run with these actions."""
         return sum(getattr(self, action.value) for action in actions)
-
-
-def measure_cost(
-    shape: LayerShape,
-    map_format: MapFormat,
-    dtype: torch.dtype,
-    device: torch.device,
-    repeats: int = 5,
-) -> LayerCost:
-    """Time compute (fused SDPA), capture, reuse and hold side by side on this machine."""
-    (b, h, m, n), width = shape.map, shape.map[1] * shape.head_dim
-    g = torch.Generator().manual_seed(0)
-
-    def random(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=g).to(device, dtype)
-
-    hidden, context, weight = random(b, m, width), random(b, n, width), random(width, width) * width**-0.5
-    last, output = random(shape.channels, width) * width**-0.5, random(b, m, shape.channels)
-    slot = AttentionMap.empty(map_format, shape.map, device)
-
-    def heads(x: Tensor) -> Tensor:
-        return F.linear(x, weight).unflatten(-1, (h, -1)).transpose(1, 2)
-
-    def out(x: Tensor) -> Tensor:
-        return F.linear(x.transpose(1, 2).flatten(2), last)
-
-    calls = [
-        lambda: out(F.scaled_dot_product_attention(heads(hidden), heads(context), heads(context))),
-        lambda: out(ops.capture(heads(hidden), heads(context), heads(context), into=slot)[0]),
-        lambda: out(ops.reuse(slot, heads(context))),
-        lambda: output.clone(),
-    ]
-    return LayerCost(*(times.median for times in interleaved(calls, device, repeats)))
-
-
-def measure_costs(
-    layers: list[str], shapes: Shapes, map_format: MapFormat, dtype: torch.dtype, device: torch.device
-) -> dict[str, LayerCost]:
-    """:func:`measure_cost` of each layer; layers of one shape are measured once."""
-    costs = {shape: measure_cost(shape, map_format, dtype, device) for shape in {shapes[name] for name in layers}}
-    return {name: costs[shapes[name]] for name in layers}
 
 
 def _on_meta(value: Any) -> Any:

@@ -5,27 +5,26 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import time
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from attnreuse import planner
-from attnreuse.denoiser import model_name
+from attnreuse import costs
+from attnreuse.denoiser import find_denoiser, layer_kinds, model_name, select_layers
 from attnreuse.environment import environment
-from attnreuse.formats import map_format as format_named
+from attnreuse.evaluate import Evaluator, Setting
 from attnreuse.metrics import EQUAL_DB, psnr
 from attnreuse.policy import Policy
-from attnreuse.processors import attention_layers
 from attnreuse.progress import Progress, silent
 from attnreuse.report import Report
 from attnreuse.session import enable
 
 MIN_SIDE = 256  # pixels; smaller pictures are enlarged in the sheet
+WARM_UP = 4  # steps, in which attention is timed, too
 DIFFERENCE = 20  # times that differences from the full steps' pictures are enlarged
 
 
@@ -127,55 +126,47 @@ def sample(
         progress: called before each run, with the number of runs done, of all, and what runs.
     """
 
-    def run(label: str, count: int, with_policy: bool) -> tuple[np.ndarray, float]:
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        call = {"num_inference_steps": count, "generator": generators, "output_type": "np"}
-        call |= {k: v for k, v in (("guidance_scale", guidance), ("eta", eta)) if v is not None}
-        progress(next(begun), 1 + 5 * rounds, f"{label}, {count} steps")
-        start = time.perf_counter()
-        with enable(pipe, policy, map_format=map_format) if with_policy else nullcontext() as session:
-            pictures = pipe(prompts, **call).images
-        taken = time.perf_counter() - start
-        if session:
-            reports.append(session.report())
-        return pictures, taken
+    begun, reports = itertools.count(), []
 
-    reports: list[Report] = []
-    begun = itertools.count()
+    setting = Setting(tuple(prompts), steps, seed, guidance, eta, map_format=map_format, batch=len(prompts))
 
-    def timed(row: Row) -> None:
-        row.pictures, taken = run(row.label, row.steps, row is reuse)
-        row.latencies_s.append(taken)
+    @contextmanager
+    def reusing(start: int) -> Iterator[None]:
+        with enable(pipe, policy, map_format=map_format) as session:
+            yield
+        reports.append(session.report())
 
-    run("warm-up", min(2, steps), False)
+    def run(row: Row) -> None:
+        progress(next(begun), 1 + 5 * rounds, f"{row.label}, {row.steps} steps")
+        evaluator = Evaluator(pipe, replace(setting, steps=row.steps), memo_bytes=0)
+        sampled = evaluator.run(reusing if row is reuse else lambda start: nullcontext())
+        row.pictures = sampled.pictures
+        row.latencies_s.append(sampled.seconds)
+
     baseline, reuse = Row("full steps", steps), Row("reuse", steps)
+    progress(next(begun), 1 + 5 * rounds, f"warm-up, {min(WARM_UP, steps)} steps")
+    served = tuple(select_layers(layer_kinds(find_denoiser(pipe)), None, policy.patterns))
+    attention = costs.attention(Evaluator(pipe, replace(setting, steps=min(WARM_UP, steps), layers=served)))
     rows = [baseline, reuse]
     for turn in range(2 * rounds):
         if turn == rounds:
             count = max(1, min(steps - 1, round(steps * reuse.latency_s / baseline.latency_s)))
             rows.append(Row("fewer steps", count))
         for row in rows[turn % len(rows) :] + rows[: turn % len(rows)]:
-            timed(row)
+            run(row)
     for row in rows:
         row.psnr_db = [psnr(picture, target) for picture, target in zip(row.pictures, baseline.pictures, strict=True)]
     about = {"model": model_name(pipe), "scheduler": type(pipe.scheduler).__name__, "guidance": guidance, "seed": seed}
     measured_on = {**about, **environment(pipe.unet.device), "dtype": str(pipe.unet.dtype)}
-    attention = _attention(reports[-1], pipe.unet)
-    return Comparison(prompts, policy, *rows, reports[-1], *attention, measured_on)
+    return Comparison(prompts, policy, *rows, reports[-1], *_attention(reports[-1], attention), measured_on)
 
 
-def _attention(report: Report, unet: Any) -> tuple[float, float]:
+def _attention(report: Report, attention: dict[str, float]) -> tuple[float, float]:
     """Seconds of computed attention in all calls of the layers with maps, and in those that reused or held."""
-    held = {layer.name: layer for layer in report.layers if layer.map_bytes}
-    channels = {name: attn.to_out[0].out_features for name, attn in attention_layers(unet).items()}
-    shapes = {n: planner.LayerShape(layer.shape, layer.head_dim, channels[n]) for n, layer in held.items()}
-    costs = planner.measure_costs(list(held), shapes, format_named(report.map_format), unet.dtype, unet.device)
-    cached = {name: layer.reused + layer.held for name, layer in held.items()}
-    calls = {name: layer.computed + layer.captured + cached[name] for name, layer in held.items()}
-    return (
-        sum(cost.compute * calls[name] for name, cost in costs.items()),
-        sum(cost.compute * cached[name] for name, cost in costs.items()),
-    )
+    of_step = [(layer, attention[layer.name]) for layer in report.layers if layer.map_bytes]
+    cached = [(layer.reused + layer.held, seconds) for layer, seconds in of_step]
+    calls = [(sum(layer.planned.values()), seconds) for layer, seconds in of_step]
+    return sum(n * seconds for n, seconds in calls), sum(n * seconds for n, seconds in cached)
 
 
 def sheet(comparison: Comparison) -> Image.Image:

@@ -75,12 +75,12 @@ def test_growth_is_fitted_with_its_interval(evaluator, monkeypatch):
     steps = 40
 
     class Fixed:
-        executed_steps, full = steps, Sampled(np.zeros((1, 2, 2, 3)), torch.ones(1, 4))
+        executed_steps, full = steps, Sampled(np.zeros((1, 2, 2, 3)), torch.ones(1, 4), 0.0)
 
         def sample(self, policy):
             at = policy.reuse.index(True)
             wobble = 0.2 * math.sin(7 * at) + (2 if at == 20 else 0)
-            return Sampled(np.ones((1, 2, 2, 3)), torch.ones(1, 4) + 1e-3 * math.exp(0.1 * (steps - at) + wobble))
+            return Sampled(np.ones((1, 2, 2, 3)), torch.ones(1, 4) + 1e-3 * math.exp(0.1 * (steps - at) + wobble), 0.0)
 
     grown = analysis.growth(Fixed())
     assert grown.rate == pytest.approx(0.1, abs=0.02)

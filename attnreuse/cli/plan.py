@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -45,27 +46,32 @@ def command(
     batch: Annotated[int, typer.Option(min=1, help="Pictures at once. Guidance doubles the denoiser's rows.")] = 4,
     guidance: Annotated[bool, typer.Option(help="Whether classifier-free guidance is on.")] = True,
     memory_budget: MemoryBudget = None,
-    measure: Annotated[bool, typer.Option(help="Whether layers are timed here, to predict the gain.")] = True,
+    measure: Annotated[bool, typer.Option(help="Whether runs are timed here, to predict the gain.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Tell the memory and the attention time of a policy before a run, from the model's configs alone."""
+    """Tell the memory of a policy and whether it pays here, before a run, from the model's configs alone."""
     with clear_errors():
         from attnreuse import forecast
         from attnreuse.environment import default_device
+        from attnreuse.hub import is_online
 
         if policy is not None:
             refuse_beside(context, "--policy", "reuse", "max_age")
-        blueprint = forecast.Blueprint.load(model_path(model), scheduler)
+        path = model_path(model)
+        local = Path(path).is_dir() or not is_online(path, "model_index.json")
+        blueprint = forecast.Blueprint.load(path, scheduler, local)
         device = default_device()
         dtype = default_dtype(device)
         chosen = policy_for(policy, fit, model, blueprint.scheduler, steps, reuse, max_age)
         result = forecast.forecast(
             blueprint,
             chosen,
+            asked_steps=steps,
             map_format=map_format or default_format(device, dtype),
             layers=layers,
             size=(height or blueprint.side, width or blueprint.side),
-            batch=batch * (2 if guidance else 1),
+            pictures=batch,
+            guidance=guidance,
             memory_budget=memory_budget,
             dtype=dtype,
             measure_on=device if measure else None,
