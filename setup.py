@@ -7,14 +7,16 @@ Without a C++ compiler the package installs all the same and runs through torch.
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import sysconfig
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
+from setuptools.errors import CompileError
 
 CPP = ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("paths", "portable", "avx2", "avx512", "avx512vnni"))]
 CUDA = ["csrc/cuda/devices.cu", "csrc/cuda/kernels.cu"]
@@ -46,37 +48,75 @@ def wanted_archs(nvcc: str) -> list[str]:
 
 
 class BuildExtension(build_ext):
+    """One graph of C++ and CUDA for ninja, kept in ``build/``: only what changed is compiled again."""
+
     def build_extension(self, ext: Pybind11Extension) -> None:
         mode = os.environ.get("ATTNREUSE_CUDA", "auto")
         if mode not in ("0", "1", "auto"):
             raise SystemExit(f"ATTNREUSE_CUDA must be 0, 1 or auto, got {mode!r}")
         nvcc = find_nvcc() if mode != "0" else None
         library_dir = cuda_library_dir(nvcc) if nvcc else None
-        if library_dir:
-            self._add_cuda(ext, nvcc, library_dir)
-        elif mode == "1":
+        if mode == "1" and not library_dir:
             raise SystemExit("ATTNREUSE_CUDA=1, but no nvcc with libcudart_static.a was found (set CUDA_HOME)")
-        self.force = True  # a stale object of another ATTNREUSE_CUDA would look up to date
-        super().build_extension(ext)
+        if self.compiler.compiler_type != "unix":
+            super().build_extension(ext)
+            return
+        cuda = self._cuda(ext, nvcc, library_dir) if library_dir else {}
+        folder = Path("build", f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}").absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(self._graph(ext, nvcc, cuda, target))
+        ninja = shutil.which("ninja")
+        try:
+            subprocess.run([*([ninja] if ninja else [sys.executable, "-m", "ninja"]), "-C", folder], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(f"the extension was not built: {error}") from error  # optional: setuptools goes on
 
-    def _add_cuda(self, ext: Pybind11Extension, nvcc: str, library_dir: Path) -> None:
+    def _cuda(self, ext: Pybind11Extension, nvcc: str, library_dir: Path) -> dict[str, list[str]]:
+        """The CUDA sources, and the architectures that each is compiled for."""
         archs = wanted_archs(nvcc)
         ext.define_macros.append(("ATTNREUSE_CUDA_ARCHS", f'"{";".join(archs)}"'))
+        ext.library_dirs.append(str(library_dir))
+        ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
         sources = dict.fromkeys(CUDA, archs)
         if "90a" in archs:
             ext.define_macros.append(("ATTNREUSE_HOPPER", "1"))
             sources[HOPPER] = ["90a"]
-        with ThreadPoolExecutor() as pool:
-            ext.extra_objects += pool.map(lambda source: self._compile_cuda(nvcc, source, sources[source]), sources)
-        ext.library_dirs.append(str(library_dir))
-        ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        return sources
 
-    def _compile_cuda(self, nvcc: str, source: str, archs: list[str]) -> str:
-        target = Path(self.build_temp) / Path(source).with_suffix(".o")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-        subprocess.run([nvcc, "-c", source, "-o", target, *NVCC_FLAGS, *flags], check=True)
-        return str(target)
+    def _graph(self, ext: Pybind11Extension, nvcc: str | None, cuda: dict[str, list[str]], target: Path) -> str:
+        compiler, linker = self.compiler.compiler_so_cxx, self.compiler.linker_so_cxx
+        macros = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in ext.define_macros]
+        include = [f"-I{folder}" for folder in [*ext.include_dirs, *self.include_dirs]]
+        libraries = [*(f"-L{folder}" for folder in ext.library_dirs), *(f"-l{name}" for name in ext.libraries)]
+        rules = {
+            "cxx": _words(*compiler, *include, *macros, *ext.extra_compile_args) + " -MMD -MF $out.d -c $in -o $out",
+            "cuda": _words(nvcc or "nvcc", *NVCC_FLAGS) + " $archs -MD -MF $out.d -c $in -o $out",
+            "link": _words(*linker) + " $in " + _words(*libraries, *ext.extra_link_args) + " -o $out",
+        }
+        lines = ["ninja_required_version = 1.5"]
+        for rule, command in rules.items():
+            lines += [f"rule {rule}", f"  command = {command}", "  description = $out"]
+            lines += [] if rule == "link" else ["  depfile = $out.d", "  deps = gcc"]
+        objects = []
+        for source in [*ext.sources, *cuda]:
+            objects.append(f"{source}.o")
+            lines.append(f"build {objects[-1]}: {'cuda' if source in cuda else 'cxx'} {_path(Path(source).absolute())}")
+            if source in cuda:
+                flags = (f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda[source])
+                lines.append(f"  archs = {' '.join(flags)}")
+        return "\n".join([*lines, f"build {_path(target)}: link {' '.join(objects)}"]) + "\n"
+
+
+def _words(*words: str) -> str:
+    """Words of a shell command, as ninja reads them."""
+    return shlex.join(words).replace("$", "$$")
+
+
+def _path(path: Path) -> str:
+    """A path as ninja reads it."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 # torch's own libgomp serves where torch is imported first, as attnreuse does.

@@ -116,7 +116,7 @@ def test_bench_command(monkeypatch):
     ("arguments", "said"),
     [
         (["--shape", "1,2"], "--shape must be B,H,N,D or B,H,M,N,D, got '1,2'"),
-        (["--format", "u2"], "map_format must be one of"),
+        (["--format", "u2"], "'u2' is not one of"),
         (["--tune"], "--tune measures the Triton kernels on a CUDA device"),
     ],
 )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from attnreuse.cli.console import clear_errors, faint, out
@@ -18,6 +19,10 @@ from attnreuse.cli.options import AsJson, Formats
 EXAMPLES = (
     "    attnreuse bench\n\n    attnreuse bench --shape 2,10,4096,64 --format u8 --format u4\n\n"
     "    attnreuse bench --tune --shape 2,10,4096,64"
+)
+LEGEND = (
+    "ratio: of exact attention's time. roofline: share of what memory and arithmetic allow; above 100 % where inputs "
+    "stay in a cache. even at: reuses of a map after which it and its capture took no longer than exact attention."
 )
 
 
@@ -60,6 +65,8 @@ def command(
         return
     for table in [_tune_table(found)] if tune else _tables(found):
         out.print(table)
+    if not tune:
+        out.print(LEGEND)
     faint(f"{data['environment']['device']}, {dtype}, medians of {repeats}")
 
 
@@ -76,17 +83,18 @@ def _tables(rows: list[Any]) -> Iterator[Table]:
     for _, of_shape in itertools.groupby(rows, key=lambda row: row.shape):
         group = list(of_shape)
         first = group[0]
-        table = Table(title=f"{first.shape}: B {first.b} H {first.h} M {first.m} N {first.n} D {first.d}")
-        for column in ("op", "time", "of exact", "of roofline", "break-even", "map", "error"):
-            table.add_column(column, justify="left" if column == "op" else "right")
+        title = f"{first.shape}: B {first.b} H {first.h} M {first.m} N {first.n} D {first.d}"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+        for column in ("op", "ms", "ratio", "roofline", "even at", "MiB", "error"):
+            table.add_column(column, justify="left" if column == "op" else "right", no_wrap=True)
         for row in group:
             figures = ["wrong: no speed", "", "", ""]
             if row.median_s is not None:
                 pays = row.break_even
                 pays = "" if pays is None else "never" if pays == math.inf else f"{pays:.1f}"
-                figures = [f"{1e3 * row.median_s:.3f} ms", f"{row.of_exact:.2f}", f"{row.of_roofline:.0%}", pays]
-            held = f"{row.map_bytes / 2**20:.1f} MiB" if row.map_bytes else ""
-            table.add_row(f"{row.op} {row.kind} {row.backend}", *figures, held, f"{row.error:.1e}")
+                figures = [f"{1e3 * row.median_s:.3f}", f"{row.of_exact:.2f}", f"{row.of_roofline:.0%}", pays]
+            size = f"{row.map_bytes / 2**20:.1f}" if row.map_bytes else ""
+            table.add_row(f"{row.op} {row.kind} {row.backend}", *figures, size, f"{row.error:.1e}")
         yield table
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
-from attnreuse.cli.console import out
+from attnreuse.cli.console import faint, out
 from attnreuse.cli.inputs import default_dtype
 from attnreuse.cli.options import AsJson
 
@@ -31,23 +33,25 @@ def command(as_json: AsJson = False) -> None:
         remedy = f"{missing} not installed: pip install 'attnreuse[{extra}]'"
         found[f"extra {extra}"] = remedy if missing else "installed"
     devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
-    for device in devices:
-        for name in FORMATS:
-            dtype = default_dtype(device)
-            backend = ops.backend_for(name, device, dtype, 64)
-            reasons = ops.unserved_reasons(name, device, dtype, 64)
-            found[f"{name} maps on {device.type}"] = backend + "".join(f"; {b}: {why}" for b, why in reasons.items())
+    reasons: dict[str, list[str]] = {}  # why not, to "format on device"
+    for device, name in itertools.product(devices, FORMATS):
+        dtype = default_dtype(device)
+        found[f"{name} maps on {device.type}"] = ops.backend_for(name, device, dtype, 64)
+        for backend, why in ops.unserved_reasons(name, device, dtype, 64).items():
+            reasons.setdefault(f"{backend}: {why}", []).append(f"{name} on {device.type}")
     for name, named in ops.NAMED.items():
         reason = named.unserved(FORMATS["u8"], devices[-1], torch.float16, 64)
         found[f"reuse by the {name} kernel"] = reason or "u8 and u4 maps of fp16 tensors, where it is named"
-    verdict = _verdict(devices[-1], ops.backend_for("u8", devices[-1], default_dtype(devices[-1]), 64))
+    verdict = _verdict(devices[-1], found[f"u8 maps on {devices[-1].type}"])
     if as_json:
-        print(json.dumps(found | {"verdict": verdict}, indent=2))
+        print(json.dumps(found | {"not used": reasons, "verdict": verdict}, indent=2))
         return
-    table = Table(show_header=False)
+    table = Table(show_header=False, box=box.SIMPLE, pad_edge=False)
     for key, value in found.items():
         table.add_row(key, str(value))
     out.print(table)
+    for why, formats in reasons.items():
+        faint(f"{why} (not used for {', '.join(formats)})")
     out.print(verdict)
 
 
