@@ -25,7 +25,7 @@ from torch import Tensor
 from attnreuse.denoiser import find_denoiser
 from attnreuse.errors import AttnReuseError
 from attnreuse.evaluate import Evaluator, Sampled
-from attnreuse.formats import AttentionMap, map_format
+from attnreuse.formats import AttentionMap, format_named
 from attnreuse.metrics import psnr_each
 from attnreuse.policy import Action, Policy
 from attnreuse.processors import ReuseAttnProcessor, attention_layers
@@ -410,7 +410,7 @@ class ProbeAttnProcessor(ReuseAttnProcessor):
 
     def _capture(self, attn: Any, hidden_states: Tensor, context: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         b, h, n, _ = value.shape
-        self.slot = AttentionMap.empty(map_format("fp32"), (b, h, hidden_states.shape[1], n), value.device)
+        self.slot = AttentionMap.empty(format_named("fp32"), (b, h, hidden_states.shape[1], n), value.device)
         output = super()._capture(attn, hidden_states, context, value, mask)
         instead = self.visit(self.slot.dense())
         return output if instead is None else instead.to(value.dtype) @ value

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnreuse import native, ops
-from attnreuse.formats import FORMATS, AttentionMap, MapFormat
-from attnreuse.formats import map_format as format_named
+from attnreuse.formats import FORMATS, AttentionMap, MapFormat, format_named
 from attnreuse.timing import Times, interleaved
 
 Shape = tuple[int, int, int, int, int]  # B, H, M, N, D

@@ -28,7 +28,7 @@ from attnreuse import planner
 from attnreuse.clock import executed_steps
 from attnreuse.denoiser import find_denoiser, holding_layers, layer_kinds, model_name, select_layers, unsupported
 from attnreuse.errors import AttnReuseError, PolicyMismatchError
-from attnreuse.formats import map_format
+from attnreuse.formats import format_named
 from attnreuse.layers import NOT_CALLED
 from attnreuse.levels import influences, noise_levels
 from attnreuse.metrics import PAIRED
@@ -253,7 +253,7 @@ class Evaluator:
         """Bytes of the buffer that `policy` needs here."""
         served, dtype = self.served(policy), self.pipe.unet.dtype
         requests = planner.map_requests(self.schedule(policy), served, self.shapes(), dtype)
-        return plan_ring(requests, map_format(self.setting.map_format)).nbytes
+        return plan_ring(requests, format_named(self.setting.map_format)).nbytes
 
     @contextmanager
     def _replaying(self, session: Session, batch: int) -> Iterator[None]:

@@ -17,7 +17,7 @@ from attnreuse.costs import RunCosts
 from attnreuse.denoiser import holding_layers, layer_kinds, select_layers
 from attnreuse.errors import UnsupportedLayerError
 from attnreuse.evaluate import Evaluator, Setting
-from attnreuse.formats import map_format as format_named
+from attnreuse.formats import format_named
 from attnreuse.planner import LayerCost, map_requests, map_shapes, parse_bytes
 from attnreuse.policy import Action, Policy
 from attnreuse.ring import RingPlan, plan_ring

@@ -107,7 +107,7 @@ FORMATS = {
 }
 
 
-def map_format(name: str | MapFormat) -> MapFormat:
+def format_named(name: str | MapFormat) -> MapFormat:
     """The format of that name; ValueError that lists the names otherwise."""
     if isinstance(name, MapFormat):
         return name

@@ -18,9 +18,9 @@ from attnreuse.formats import AttentionMap, MapFormat
 try:
     import attnreuse._native as extension
 except ImportError as error:  # not built, or built for another Python or system
-    extension, PATHS, FORMATS, INFO = None, [], [], f"not built: {error}"
+    extension, PATHS, SERVED, INFO = None, [], [], f"not built: {error}"
 else:
-    PATHS, FORMATS = extension.cpu_paths(), extension.cpu_formats()
+    PATHS, SERVED = extension.cpu_paths(), extension.cpu_formats()
     INFO = f"{extension.build_info()}; CPU kernels: {', '.join(PATHS)}"
 
 VALUE_BITS = {"u8": 11, "u7": 7, "u4": 16}  # sign included; what keeps every sum within its 32 (u7: 16) bits
@@ -32,8 +32,8 @@ def unserved(map_format: MapFormat, device: torch.device, dtype: torch.dtype, he
         return INFO
     if device.type != "cpu":
         return f"the extension holds no kernel for {device.type} devices"
-    if map_format.name not in FORMATS:
-        return f"no CPU kernel for {map_format.name} maps ({', '.join(FORMATS)} have one)"
+    if map_format.name not in SERVED:
+        return f"no CPU kernel for {map_format.name} maps ({', '.join(SERVED)} have one)"
     return None
 
 
@@ -120,7 +120,7 @@ class Cuda:
     They do not capture, and no row says yet that their reuse is faster than Triton's: it serves where it is named.
     """
 
-    FORMATS = ("fp16", "u8", "u7", "u4")  # of conversion and drift
+    SERVED = ("fp16", "u8", "u7", "u4")  # of conversion and drift
     KERNEL = "cuda"  # of reuse: `csrc/cuda/reuse.cuh`
 
     @staticmethod

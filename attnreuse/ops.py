@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from attnreuse import native, reference
-from attnreuse.formats import AttentionMap, MapFormat
-from attnreuse.formats import map_format as format_named
+from attnreuse.formats import AttentionMap, MapFormat, format_named
 from attnreuse.kernels import backend as triton_kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -317,7 +316,7 @@ def drift(first: AttentionMap, second: AttentionMap) -> tuple[Tensor, Tensor]:
     if first.format != second.format:
         raise ValueError(f"both maps must be {first.format.name} maps, got {second.format.name}")
     found = torch.empty(2, *first.shape[:3], dtype=torch.float32, device=device)
-    if native.Cuda.present(device) and first.format.name in native.Cuda.FORMATS:
+    if native.Cuda.present(device) and first.format.name in native.Cuda.SERVED:
         native.Cuda.drift(first, second, *found)
     else:
         for part in _pieces(first.shape):

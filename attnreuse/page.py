@@ -17,7 +17,7 @@ from attnreuse.errors import AttnReuseError
 from attnreuse.plots import INK, QUIET, pyplot
 
 TEMPLATE = Path(__file__).parent / "assets" / "comparison.html"
-COLORS = {
+FAMILY_COLORS = {
     "full": INK, "plain steps": QUIET, "plain steps, same noise": "#9aa5b1", "reuse": "#d64545",
     "reuse + fewer steps": "#e8963c", "other cache": "#3e7cb1",
     "reuse + other cache": "#17a2b8", "student": "#4c9a6b", "student + reuse": "#8a5fb0",
@@ -44,7 +44,7 @@ def write(comparison: Comparison, path: Path, command: str) -> list[Path]:
         }
         for g in comparison.groups
     ]
-    html = page.render(groups=groups, comparison=comparison, command=command, colors=COLORS)
+    html = page.render(groups=groups, comparison=comparison, command=command, colors=FAMILY_COLORS)
     path.write_text(html, encoding="utf-8")
     table = path.with_suffix(".csv")
     rows = [row.row() for g in comparison.groups for row in g.rows]
@@ -93,7 +93,7 @@ def _cells(row: Measured, group: Group) -> dict[str, Any]:
     quality = "reference" if reference else number(row.scores["psnr"], ".1f")
     return {
         "name": row.method.name,
-        "color": COLORS[row.method.family],
+        "color": FAMILY_COLORS[row.method.family],
         "strip": list(map(bool, row_of)),
         "latency": f"{row.latency_s:.2f} s",
         "ratio": f"{row.latency_s / group.full.latency_s:.2f}",
@@ -114,7 +114,7 @@ def _pareto(group: Group) -> Any:
     _draw_points(axis, group.rows[1:], ratio)
     plain = sorted((ratio(r), r.scores["psnr"]) for r in _family(group, "plain steps"))
     if plain:
-        axis.plot(*zip(*plain, strict=True), color=COLORS["plain steps"], lw=1)
+        axis.plot(*zip(*plain, strict=True), color=FAMILY_COLORS["plain steps"], lw=1)
     axis.axvline(1, color=QUIET, lw=0.6, ls=":")
     axis.set(xlabel="latency, of the full run's", ylabel="PSNR to the full run, dB")
     return figure
@@ -131,7 +131,7 @@ def _draw_points(axis: Any, rows: list[Measured], x: Callable[[Measured], float]
     """Each row's PSNR at its `x`, by name."""
     for row in rows:
         at = (x(row), row.scores["psnr"])
-        axis.plot(*at, "o", color=COLORS[row.method.family], ms=6)
+        axis.plot(*at, "o", color=FAMILY_COLORS[row.method.family], ms=6)
         axis.annotate(row.method.name, at, xytext=(4, 3), textcoords="offset points", fontsize=6)
 
 

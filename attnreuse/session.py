@@ -28,8 +28,7 @@ from attnreuse.errors import (
     UnknownStepError,
     UnsupportedLayerError,
 )
-from attnreuse.formats import MapFormat
-from attnreuse.formats import map_format as format_named
+from attnreuse.formats import MapFormat, format_named
 from attnreuse.guard import ThreadGuard
 from attnreuse.layers import Layers
 from attnreuse.levels import check_levels, influences, noise_levels

@@ -105,7 +105,7 @@ def build(case: Case) -> Figures:
     import torch
     import triton
 
-    from attnreuse.formats import AttentionMap, map_format
+    from attnreuse.formats import AttentionMap, format_named
     from attnreuse.kernels import capture, reuse
 
     torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[case.dtype]
@@ -113,7 +113,7 @@ def build(case: Case) -> Figures:
     with torch.device("meta"):
         query = torch.empty(b, m, h, case.head_dim, dtype=torch_dtype).transpose(1, 2)
         key = torch.empty(b, n, h, case.head_dim, dtype=torch_dtype).transpose(1, 2)
-        attn_map = AttentionMap.empty(map_format(case.format), (b, h, m, n), torch.device("meta"))
+        attn_map = AttentionMap.empty(format_named(case.format), (b, h, m, n), torch.device("meta"))
         mask = None
         if case.mask:
             mask = torch.empty(b, 1, 1, n, dtype=torch.bool if case.mask == "bool" else torch_dtype)

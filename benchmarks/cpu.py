@@ -20,7 +20,7 @@ import attnreuse
 from attnreuse import bench, native, ops
 from attnreuse.timing import interleaved
 
-FORMATS = ["fp32", "fp16", "u8", "u7", "u4"]
+MEASURED = ["fp32", "fp16", "u8", "u7", "u4"]
 SHAPES = bench.CPU_SHAPES | {
     name: shape for name, shape in bench.SHAPES.items() if name.startswith(("SD1.5", "SDXL 1024 self 4096"))
 }
@@ -29,7 +29,7 @@ SHAPES = bench.CPU_SHAPES | {
 def with_ready_map(name: str, shape: bench.Shape, repeats: int) -> dict[str, object]:
     """Milliseconds of exact attention in fp32 and bf16, a product with the ready fp32 map, and reuse in each format."""
     query, key, value = bench.inputs(shape, torch.float32, torch.device("cpu"))
-    maps = {f: ops.capture(query, key, value, map_format=f)[1] for f in FORMATS}
+    maps = {f: ops.capture(query, key, value, map_format=f)[1] for f in MEASURED}
     ready, out = maps["fp32"].dense(), torch.empty_like(query)
     half = [x.bfloat16() for x in (query, key, value)]
     calls = {
@@ -37,7 +37,7 @@ def with_ready_map(name: str, shape: bench.Shape, repeats: int) -> dict[str, obj
         "sdpa bf16": lambda: F.scaled_dot_product_attention(*half),
         "bmm": lambda: ready @ value,
     }
-    calls |= {f"reuse {f}": lambda f=f: ops.reuse(maps[f], value, out=out) for f in FORMATS}
+    calls |= {f"reuse {f}": lambda f=f: ops.reuse(maps[f], value, out=out) for f in MEASURED}
     times = interleaved(list(calls.values()), torch.device("cpu"), repeats)
     found = {label: f"{1e3 * t.median:.3f}" for label, t in zip(calls, times, strict=True)}
     return {"shape": name, "backend": ops.backend_for("u8", torch.device("cpu"), torch.float32, shape[-1]), **found}
@@ -53,11 +53,11 @@ def main() -> None:
     limits = bench.ceilings(device, torch.float32)
     rows, ready = [], []
     for name, shape in SHAPES.items():
-        rows += bench.measure(name, shape, FORMATS, torch.float32, device, limits, args.repeats)
+        rows += bench.measure(name, shape, MEASURED, torch.float32, device, limits, args.repeats)
         ready.append(with_ready_map(name, shape, args.repeats))
         print(
             ready[-1],
-            {(r.op, r.kind): round(1 / r.of_exact, 2) for r in rows[-2 * len(FORMATS) :] if r.of_exact},
+            {(r.op, r.kind): round(1 / r.of_exact, 2) for r in rows[-2 * len(MEASURED) :] if r.of_exact},
             flush=True,
         )
     append(args.out / "cpu_kernels.csv", [row | about for row in bench.to_dicts(rows, limits)])

@@ -23,14 +23,14 @@ from rows import RESULTS, append, provenance
 
 from attnreuse import bench, planner
 from attnreuse.denoiser import layer_kinds
-from attnreuse.formats import AttentionMap, map_format
+from attnreuse.formats import AttentionMap, format_named
 from attnreuse.policy import Action
 from attnreuse.processors import ReuseAttnProcessor, attention_layers
 from attnreuse.ring import outline
 from attnreuse.timing import Times, interleaved
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMATS = ["fp16", "bf16", "u8", "u4"]
+MEASURED = ["fp16", "bf16", "u8", "u4"]
 UNETS: dict[str, dict[str, Any]] = {  # unet/config.json of stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0
     "SD1.5 512": dict(
         sample_size=64,
@@ -83,7 +83,7 @@ def measure_kernels(device: torch.device, repeats: int = 20) -> tuple[list[bench
     limits = bench.ceilings(device, torch.float16)
     rows: list[bench.Row] = []
     for name, shape in bench.SHAPES.items():
-        rows += bench.measure(name, shape, FORMATS, torch.float16, device, limits, repeats)
+        rows += bench.measure(name, shape, MEASURED, torch.float16, device, limits, repeats)
         print(f"{name}: {sum(r.green for r in rows)} of {len(rows)} ops within their error so far", flush=True)
     return rows, limits
 
@@ -115,7 +115,7 @@ def processors_of(unet: Any, given: dict[str, Any], name: str, device: torch.dev
     for layer, module in attention_layers(unet).items():
         if kinds[layer] == "self":
             processor = ReuseAttnProcessor(module.processor)
-            processor.slot = AttentionMap.empty(map_format(name), shapes[layer][0], device)
+            processor.slot = AttentionMap.empty(format_named(name), shapes[layer][0], device)
             processor.outline = outline(processor.slot.shape, device)
             module.set_processor(processor)
             placed.append(processor)

@@ -80,7 +80,7 @@ def test_pab_leaves_the_hooks_of_others():
 
 def test_every_kind_of_method_is_there(measured):
     families = {r.method.family for r in measured.groups[0].rows}
-    assert families == set(page.COLORS) - {compare.SAME_NOISE}  # DDIM draws none
+    assert families == set(page.FAMILY_COLORS) - {compare.SAME_NOISE}  # DDIM draws none
     names = [r.method.name for r in measured.groups[0].rows]
     assert len(set(names)) == len(names)
     assert "mine" in names
