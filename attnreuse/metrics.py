@@ -37,7 +37,7 @@ def psnr_each(images: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 def ssim_each(images: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Structural similarity of each picture, 1 where equal: ``[P]``."""
-    with _weights("SSIM"):
+    with _needing("SSIM"):
         from torchmetrics.functional.image import structural_similarity_index_measure
     pair = (_nchw(images).double(), _nchw(targets).double())  # in fp32 flat areas lose three digits
     return structural_similarity_index_measure(*pair, data_range=1.0, reduction="none").numpy()
@@ -62,7 +62,7 @@ def half_width(values: np.ndarray) -> float:
     """Half of the 95 % confidence interval of the mean of values ``[P]``; NaN for a single one."""
     if len(values) < 2:
         return math.nan
-    with _weights("a confidence interval"):
+    with _needing("a confidence interval"):
         from scipy.stats import t
     return float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
 
@@ -73,7 +73,7 @@ def fid(images: np.ndarray, targets: np.ndarray, *, tiny: bool = False) -> float
     Args:
         tiny: features of the shipped pipeline's image tower (128 dims) instead of Inception's 2,048.
     """
-    with _weights("FID"):
+    with _needing("FID"):
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         metric = FrechetInceptionDistance(_TinyFeatures() if tiny else 2048, normalize=True)
@@ -89,7 +89,7 @@ def clip_scores(images: np.ndarray, prompts: list[str], *, tiny: bool = False) -
 
     Written on transformers: torchmetrics 1.9 calls it in a way that transformers 5 no longer answers.
     """
-    with _weights("CLIP score"):
+    with _needing("CLIP score"):
         clip, processor = _tiny_pair() if tiny else _published_pair()
     pictures = list((_nchw(images) * 255).round().byte())
     given = processor(text=prompts, images=pictures, return_tensors="pt", padding=True, truncation=True)
@@ -102,7 +102,7 @@ def clip_scores(images: np.ndarray, prompts: list[str], *, tiny: bool = False) -
 
 def obedience(images: np.ndarray, prompts: list[str]) -> dict[str, float]:
     """Shares of tiny-shapes captions whose background, first colour, first shape and relation are there."""
-    with _weights("the caption oracle"):
+    with _needing("the caption oracle"):
         from attnreuse.caption_oracle import judge
     from attnreuse.tiny_shapes import parse
 
@@ -157,13 +157,13 @@ def _tiny_pair() -> tuple[Any, _TinyProcessor]:
 
 @lru_cache(maxsize=1)
 def _lpips_model() -> Any:
-    with _weights("LPIPS"):
+    with _needing("LPIPS"):
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
         return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
 
 
-class _weights:  # noqa: N801 (read as a word)
+class _needing:  # noqa: N801 (read as a word)
     """Turns a missing package or unreachable weights into one clear error."""
 
     def __init__(self, what: str):

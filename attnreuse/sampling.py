@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,7 +30,7 @@ DIFFERENCE = 20  # times that differences from the full steps' pictures are enla
 
 
 @dataclass
-class Row:
+class Way:
     """One way to sample: its pictures ``[P, S, S, 3]`` in [0, 1], latencies and PSNR to the baseline's."""
 
     label: str
@@ -51,7 +52,7 @@ class Row:
 
 
 @dataclass
-class Comparison:
+class SampleResult:
     """What :func:`sample` measured.
 
     Attributes:
@@ -61,9 +62,9 @@ class Comparison:
 
     prompts: list[str]
     policy: Policy
-    baseline: Row
-    reuse: Row
-    fewer: Row
+    baseline: Way
+    reuse: Way
+    fewer: Way
     report: Report
     attention_s: float
     at_most_s: float
@@ -75,14 +76,14 @@ class Comparison:
         return self.baseline.latency_s - self.reuse.latency_s
 
     @property
-    def rows(self) -> list[Row]:
+    def ways(self) -> list[Way]:
         return [self.baseline, self.reuse, self.fewer]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         quality = {
-            row.label: {"psnr_db": row.mean_psnr_db, "psnr_db_by_prompt": [_finite(p) for p in row.psnr_db]}
-            for row in (self.reuse, self.fewer)
+            way.label: {"psnr_db": way.mean_psnr_db, "psnr_db_by_prompt": [_finite(p) for p in way.psnr_db]}
+            for way in (self.reuse, self.fewer)
         }
         return {
             "prompts": self.prompts,
@@ -113,7 +114,7 @@ def sample(
     eta: float | None = None,
     rounds: int = 2,
     progress: Progress = silent,
-) -> Comparison:
+) -> SampleResult:
     """Sample `prompts` in one batch with full steps, with `policy`, and with fewer steps.
 
     After a warm-up full steps and reuse are timed in turns, `rounds` times; then they and as many fewer steps as take
@@ -136,29 +137,29 @@ def sample(
             yield
         reports.append(session.report())
 
-    def run(row: Row) -> None:
-        progress(next(begun), 1 + 5 * rounds, f"{row.label}, {row.steps} steps")
-        evaluator = Evaluator(pipe, replace(setting, steps=row.steps), memo_bytes=0)
-        sampled = evaluator.run(reusing if row is reuse else lambda start: nullcontext())
-        row.pictures = sampled.pictures
-        row.latencies_s.append(sampled.seconds)
+    def run(way: Way) -> None:
+        progress(next(begun), 1 + 5 * rounds, f"{way.label}, {way.steps} steps")
+        evaluator = Evaluator(pipe, replace(setting, steps=way.steps), memo_bytes=0)
+        sampled = evaluator.run(reusing if way is reuse else lambda start: nullcontext())
+        way.pictures = sampled.pictures
+        way.latencies_s.append(sampled.seconds)
 
-    baseline, reuse = Row("full steps", steps), Row("reuse", steps)
+    baseline, reuse = Way("full steps", steps), Way("reuse", steps)
     progress(next(begun), 1 + 5 * rounds, f"warm-up, {min(WARM_UP, steps)} steps")
     served = tuple(select_layers(layer_kinds(find_denoiser(pipe)), None, policy.patterns))
     attention = costs.attention(Evaluator(pipe, replace(setting, steps=min(WARM_UP, steps), layers=served)))
-    rows = [baseline, reuse]
+    ways, order = [baseline, reuse], random.Random(0)
     for turn in range(2 * rounds):
         if turn == rounds:
             count = max(1, min(steps - 1, round(steps * reuse.latency_s / baseline.latency_s)))
-            rows.append(Row("fewer steps", count))
-        for row in rows[turn % len(rows) :] + rows[: turn % len(rows)]:
-            run(row)
-    for row in rows:
-        row.psnr_db = [psnr(picture, target) for picture, target in zip(row.pictures, baseline.pictures, strict=True)]
+            ways.append(Way("fewer steps", count))
+        for way in order.sample(ways, len(ways)):  # none always follows the same one, which may slow it
+            run(way)
+    for way in ways:
+        way.psnr_db = [psnr(picture, target) for picture, target in zip(way.pictures, baseline.pictures, strict=True)]
     about = {"model": model_name(pipe), "scheduler": type(pipe.scheduler).__name__, "guidance": guidance, "seed": seed}
     measured_on = {**about, **environment(pipe.unet.device), "dtype": str(pipe.unet.dtype)}
-    return Comparison(prompts, policy, *rows, reports[-1], *_attention(reports[-1], attention), measured_on)
+    return SampleResult(prompts, policy, *ways, reports[-1], *_attention(reports[-1], attention), measured_on)
 
 
 def _attention(report: Report, attention: dict[str, float]) -> tuple[float, float]:
@@ -169,14 +170,14 @@ def _attention(report: Report, attention: dict[str, float]) -> tuple[float, floa
     return sum(n * seconds for n, seconds in calls), sum(n * seconds for n, seconds in cached)
 
 
-def sheet(comparison: Comparison) -> Image.Image:
+def sheet(result: SampleResult) -> Image.Image:
     """One picture: a row per way to sample, and below each but the first its difference; a column per prompt."""
-    height, width = comparison.baseline.pictures.shape[1:3]
+    height, width = result.baseline.pictures.shape[1:3]
     scale = max(1, math.ceil(MIN_SIDE / min(height, width)))
     height, width = height * scale, width * scale
     font, margin, text, left = ImageFont.load_default(14), 12, 46, 150
-    rows = _sheet_rows(comparison)
-    size = (left + len(comparison.prompts) * (width + margin), margin + len(rows) * (height + text))
+    rows = _sheet_rows(result)
+    size = (left + len(result.prompts) * (width + margin), margin + len(rows) * (height + text))
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for i, (about, pictures, notes) in enumerate(rows):
@@ -191,19 +192,19 @@ def sheet(comparison: Comparison) -> Image.Image:
     return canvas
 
 
-def _sheet_rows(comparison: Comparison) -> list[tuple[str, np.ndarray, list[tuple[str, str]]]]:
+def _sheet_rows(result: SampleResult) -> list[tuple[str, np.ndarray, list[tuple[str, str]]]]:
     """For each row of the sheet: what is said left of it, its pictures, and two lines below each."""
-    rows, full = [], comparison.baseline.pictures
-    for row in comparison.rows:
-        about = f"{row.label}\n{row.steps} steps\n{row.latency_s:.2f} s"
-        if row is comparison.reuse:
-            about += f"\n{comparison.policy.reuse_steps} calls reuse\n{comparison.report.map_format} maps"
-        first = row is comparison.baseline
-        quality = ["reference" if first else f"{value:.1f} dB" for value in row.psnr_db]
-        rows.append((about, row.pictures, list(zip(comparison.prompts, quality, strict=True))))
+    rows, full = [], result.baseline.pictures
+    for way in result.ways:
+        about = f"{way.label}\n{way.steps} steps\n{way.latency_s:.2f} s"
+        if way is result.reuse:
+            about += f"\n{result.policy.reuse_steps} calls reuse\n{result.report.map_format} maps"
+        first = way is result.baseline
+        quality = ["reference" if first else f"{value:.1f} dB" for value in way.psnr_db]
+        rows.append((about, way.pictures, list(zip(result.prompts, quality, strict=True))))
         if not first:
-            changed = np.clip(np.abs(row.pictures - full) * DIFFERENCE, 0, 1)
-            about = f"{row.label},\ndifference from\nfull steps,\ntimes {DIFFERENCE}"
+            changed = np.clip(np.abs(way.pictures - full) * DIFFERENCE, 0, 1)
+            about = f"{way.label},\ndifference from\nfull steps,\ntimes {DIFFERENCE}"
             rows.append((about, changed, [("", "")] * len(full)))
     return rows
 
@@ -221,5 +222,5 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _latency(row: Row) -> dict[str, Any]:
-    return {"latency_s": row.latency_s, "latencies_s": row.latencies_s}
+def _latency(way: Way) -> dict[str, Any]:
+    return {"latency_s": way.latency_s, "latencies_s": way.latencies_s}

@@ -75,7 +75,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Step:
+class Improvement:
     """An improvement: after how many evaluations, to which row, with which metric."""
 
     evaluations: int
@@ -99,7 +99,7 @@ class SearchResult:
 
     policy: Policy
     start: float
-    history: list[Step]
+    history: list[Improvement]
     evaluations: int
     stopped: str
     calls: Calls
@@ -406,7 +406,7 @@ class _Climb:
         self.here: Row = ()
         self.best: Row = ()
         self.first: Row = ()
-        self.history: list[Step] = []
+        self.history: list[Improvement] = []
         self.since = 0  # evaluations since this start last improved
         self.stopped = "local optimum"
 
@@ -434,7 +434,7 @@ class _Climb:
             self.since += 1
             if not self.best or self.values[row] > self.values[self.best]:
                 self.best = row
-                self.history.append(Step(len(self.values), strip(row), scores[self.objective.metric]))
+                self.history.append(Improvement(len(self.values), strip(row), scores[self.objective.metric]))
             self.progress(len(self.values), self.budget, self._now())
         return sorted((r for r in rows if r in self.values), key=lambda r: self.values[r], reverse=True)
 

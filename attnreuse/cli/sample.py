@@ -90,16 +90,16 @@ def _table(result: Any) -> Table:
     table = Table(title=f"{len(result.prompts)} pictures, {result.policy}, {result.report.map_format} maps")
     for column in ("", "steps", "latency", "against full", "PSNR", "map memory"):
         table.add_column(column, justify="left" if not column else "right")
-    for row in result.rows:
-        reference = row is result.baseline
-        quality = "reference" if reference else "equal" if row.mean_psnr_db is None else f"{row.mean_psnr_db:.2f} dB"
+    for way in result.ways:
+        reference = way is result.baseline
+        quality = "reference" if reference else "equal" if way.mean_psnr_db is None else f"{way.mean_psnr_db:.2f} dB"
         table.add_row(
-            row.label,
-            str(row.steps),
-            f"{row.latency_s:.2f} s",
-            f"{row.latency_s / result.baseline.latency_s:.2f}x",
+            way.label,
+            str(way.steps),
+            f"{way.latency_s:.2f} s",
+            f"{way.latency_s / result.baseline.latency_s:.2f}x",
             quality,
-            f"{result.report.allocated_bytes / 2**20:.1f} MiB" if row is result.reuse else "",
+            f"{result.report.allocated_bytes / 2**20:.1f} MiB" if way is result.reuse else "",
         )
     return table
 
