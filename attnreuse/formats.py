@@ -232,3 +232,6 @@ def _unpack(map_format: MapFormat, codes: Tensor) -> Tensor:
     if map_format.bits == 4:
         codes = torch.stack((codes & 15, codes >> 4), dim=-2)
     return codes.flatten(-2 if map_format.bits == 8 else -3)
+
+
+map_format = format_named  # as programs of earlier versions call it
