@@ -5,7 +5,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from attnreuse import ops, tiny_shapes
+from attnreuse import ops
+from attnreuse.binding.report import Report
+from attnreuse.binding.session import Session, disable, enable
+from attnreuse.demo import tiny_shapes
 from attnreuse.errors import (
     AttnReuseError,
     MemoryBudgetError,
@@ -13,10 +16,8 @@ from attnreuse.errors import (
     StaleMapError,
     UnsupportedLayerError,
 )
-from attnreuse.formats import AttentionMap, MapFormat
+from attnreuse.maps.formats import AttentionMap, MapFormat
 from attnreuse.policy import Policy, Rule, hurry, load_policy, periodic
-from attnreuse.report import Report
-from attnreuse.session import Session, disable, enable
 
 TINY_SHAPES_GUIDANCE = tiny_shapes.GUIDANCE
 
@@ -24,12 +25,14 @@ _SCIENCE = {  # loaded when first used: what samples pictures to learn from them
     "Analysis": "analysis",
     "Objective": "search",
     "analyze": "analysis",
-    "Front": "front",
+    "Front": "search",
     "exhaustive": "search",
-    "ladder": "front",
+    "ladder": "search",
     "phast": "search",
     "predict": "analysis",
 }
+
+_MODULES = ("analysis", "bench", "formats", "native", "processors", "reference", "search", "session")  # public paths
 
 __all__ = [
     "TINY_SHAPES_GUIDANCE",
@@ -75,6 +78,8 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return version("attnreuse")
+    if name in _MODULES:
+        return importlib.import_module(f"attnreuse.{name}")
     if name not in _SCIENCE:
         raise AttributeError(f"module 'attnreuse' has no attribute {name!r}")
     return getattr(importlib.import_module(f"attnreuse.{_SCIENCE[name]}"), name)

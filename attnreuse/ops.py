@@ -1,13 +1,11 @@
 """The kernels' door: `capture` and `reuse` validate once, choose a backend and call a torch.library op.
 
-A backend is a module with ``capture(query, key, value, mask, scale, into, out)``,
-``reuse(attn_map, value, out)`` and ``unserved(map_format, device, dtype, head_dim) -> reason | None``.
+A backend is a module or class of the shape of :class:`attnreuse.backends.Backend`.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,48 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreuse import native, reference
-from attnreuse.formats import AttentionMap, MapFormat, format_named
+from attnreuse.backends import Backend, cpu, plain
+from attnreuse.backends.cuda import Cuda, Hopper
 from attnreuse.kernels import backend as triton_kernels
+from attnreuse.maps.formats import AttentionMap, MapFormat, format_named
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
-SLICE_BYTES = 16 << 20  # of fp32 map that the torch backend holds at a time
-
-
-class _TorchBackend:
-    """The reference, a piece at a time so that no large fp32 map is ever materialised."""
-
-    @staticmethod
-    def unserved(map_format: MapFormat, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        return None
-
-    @staticmethod
-    def capture(query, key, value, mask, scale, into, out) -> None:
-        for part in _pieces(into.shape):
-            own_mask = None if mask is None else mask.expand(into.shape)[part]
-            keys, values = key[part[:2]], value[part[:2]]
-            reference.capture(query[part], keys, values, own_mask, scale, into.part(*part), out[part])
-
-    @staticmethod
-    def reuse(attn_map, value, out) -> None:
-        for part in _pieces(attn_map.shape):
-            reference.reuse(attn_map.part(*part), value[part[:2]], out[part])
-
-
-def _pieces(shape: tuple[int, int, int, int]) -> list[tuple[slice, slice, slice]]:
-    """(batch rows, heads, queries) that cover `shape`, each with an fp32 map of at most ``SLICE_BYTES``."""
-    b, h, m, n = shape
-    queries = min(m, max(1, SLICE_BYTES // (4 * n)))
-    whole = max(1, SLICE_BYTES // (4 * m * n))  # maps of one head
-    rows, heads = max(1, whole // h), min(h, whole)
-    starts = itertools.product(range(0, b, rows), range(0, h, heads), range(0, m, queries))
-    return [(slice(i, i + rows), slice(j, j + heads), slice(k, k + queries)) for i, j, k in starts]
 
 
 BEST = "best"  # what the ops are told where the caller names no backend
-_BACKENDS = {"triton": triton_kernels, "native": native, "torch": _TorchBackend}  # best first
-NAMED = {"cuda": native.Cuda, "hopper": native.Hopper}  # they reuse, where a caller names them
+_BACKENDS: dict[str, Backend] = {"triton": triton_kernels, "native": cpu, "torch": plain}  # best first
+NAMED: dict[str, Backend] = {"cuda": Cuda, "hopper": Hopper}  # they reuse, where a caller names them
 
 
 def unserved_dtype(dtype: torch.dtype) -> str | None:
@@ -289,11 +257,10 @@ def convert(attn_map: AttentionMap, map_format: str | MapFormat, *, into: Attent
         raise ValueError(
             f"convert goes from fp16 or bf16 to u8, u7 or u4, got {attn_map.format.name} to {into.format.name}"
         )
-    if native.Cuda.present(device) and attn_map.format.name == "fp16":
-        native.Cuda.convert(attn_map, into)
+    if Cuda.present(device) and attn_map.format.name == "fp16":
+        Cuda.convert(attn_map, into)
     else:
-        for part in _pieces(attn_map.shape):
-            reference.convert(attn_map.part(*part), into.part(*part))
+        plain.convert(attn_map, into)
     return into
 
 
@@ -316,11 +283,10 @@ def drift(first: AttentionMap, second: AttentionMap) -> tuple[Tensor, Tensor]:
     if first.format != second.format:
         raise ValueError(f"both maps must be {first.format.name} maps, got {second.format.name}")
     found = torch.empty(2, *first.shape[:3], dtype=torch.float32, device=device)
-    if native.Cuda.present(device) and first.format.name in native.Cuda.SERVED:
-        native.Cuda.drift(first, second, *found)
+    if Cuda.present(device) and first.format.name in Cuda.SERVED:
+        Cuda.drift(first, second, *found)
     else:
-        for part in _pieces(first.shape):
-            reference.drift(first.part(*part), second.part(*part), found[0][part], found[1][part])
+        plain.drift(first, second, *found)
     return found[0], found[1]
 
 

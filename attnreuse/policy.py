@@ -33,10 +33,10 @@ from pydantic import (
 from typing_extensions import Self
 
 from attnreuse.hub import is_online
-from attnreuse.rows import Row, best_row, count_of, holding, level_error, parse, room_for, stretched, strip
+from attnreuse.planning.rows import Row, best_row, count_of, holding, level_error, parse, room_for, stretched, strip
 
 FILE = "policy.json"  # its name in a hub repository
-SHIPPED = Path(__file__).parent / "policies"  # found by `attnreuse search` for the shipped pipeline
+SHIPPED = Path(__file__).parent / "assets" / "policies"  # found by `attnreuse search` for the shipped pipeline
 
 
 class Action(str, Enum):
@@ -248,7 +248,7 @@ class Rule(_Saved, ABC):
         Args:
             steps: executed steps.
             levels, influence: of each, its noise level (log-SNR), and how far an error of its output moves the final
-                sample (:mod:`attnreuse.levels`).
+                sample (:mod:`attnreuse.planning.levels`).
         """
 
     def __str__(self) -> str:

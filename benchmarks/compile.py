@@ -105,8 +105,8 @@ def build(case: Case) -> Figures:
     import torch
     import triton
 
-    from attnreuse.formats import AttentionMap, format_named
     from attnreuse.kernels import capture, reuse
+    from attnreuse.maps.formats import AttentionMap, format_named
 
     torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[case.dtype]
     b, h, m, n = 2, 8, 1024, 1000 if case.ragged else 1024

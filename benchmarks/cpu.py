@@ -17,8 +17,9 @@ from gpu import UNETS, measure_steps
 from rows import RESULTS, append, provenance
 
 import attnreuse
-from attnreuse import bench, native, ops
-from attnreuse.timing import interleaved
+from attnreuse import native, ops
+from attnreuse.measure.timing import interleaved
+from attnreuse.study import bench
 
 MEASURED = ["fp32", "fp16", "u8", "u7", "u4"]
 SHAPES = bench.CPU_SHAPES | {

@@ -18,7 +18,7 @@ from torch import Tensor
 from train_tiny_shapes import SEED, Run, Stage, averaged
 
 import attnreuse
-from attnreuse.tiny_shapes import draw, sample_scenes
+from attnreuse.demo.tiny_shapes import draw, sample_scenes
 
 STUDENT_STEPS = 10
 

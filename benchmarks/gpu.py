@@ -21,13 +21,14 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import torch
 from rows import RESULTS, append, provenance
 
-from attnreuse import bench, planner
-from attnreuse.denoiser import layer_kinds
-from attnreuse.formats import AttentionMap, format_named
+from attnreuse.binding import shapes as planner
+from attnreuse.binding.denoiser import layer_kinds
+from attnreuse.binding.processors import ReuseAttnProcessor, attention_layers
+from attnreuse.maps.formats import AttentionMap, format_named
+from attnreuse.maps.ring import outline
+from attnreuse.measure.timing import Times, interleaved
 from attnreuse.policy import Action
-from attnreuse.processors import ReuseAttnProcessor, attention_layers
-from attnreuse.ring import outline
-from attnreuse.timing import Times, interleaved
+from attnreuse.study import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ["fp16", "bf16", "u8", "u4"]

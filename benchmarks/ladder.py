@@ -18,13 +18,13 @@ import numpy as np
 from rows import RESULTS, append, has_rows, provenance, ratios
 from shipped import pipeline
 
-from attnreuse import tiny_shapes
-from attnreuse.compare import PLAIN, Measured, Method, at_time, judged, plain_steps, rule_for, timed
-from attnreuse.evaluate import Evaluator, Setting
-from attnreuse.front import ladder
-from attnreuse.peers import PEERS
+from attnreuse.demo import tiny_shapes
 from attnreuse.policy import Policy
-from attnreuse.search import InProcess
+from attnreuse.search import InProcess, ladder
+from attnreuse.study.compare.measure import Measured, at_time, judged, timed
+from attnreuse.study.compare.methods import PLAIN, Method, plain_steps, rule_for
+from attnreuse.study.compare.other_caches import OTHER_CACHES
+from attnreuse.study.evaluate import Evaluator, Setting
 
 SAMPLERS = ("DDIM", "Euler a")
 STEPS, GUIDANCE, ROUNDS = 20, 7.5, 5
@@ -60,7 +60,7 @@ def judge(images: int) -> None:
         for share in (0.5, 0.25):
             wanted.append(Method(f"hurry(reuse={share})", "reuse", STEPS, rule_for(pipe.scheduler, STEPS, share), "u8"))
         wanted += plain_steps((19, 18, 17, 15, 13, 11, 10))
-        wanted += [Method(name, "other cache", STEPS, around=around) for name, around in PEERS.items()]
+        wanted += [Method(name, "other cache", STEPS, around=around) for name, around in OTHER_CACHES.items()]
         notes: list[str] = []
         rows = judged(pipe, setting, wanted, notes, ())
         print(sampler, *notes, sep="\n", flush=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from attnreuse.environment import PACKAGES, environment
+from attnreuse.measure.environment import PACKAGES, environment
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -16,13 +16,14 @@ from rows import RESULTS, append, has_rows, provenance
 from scipy.stats import spearmanr
 from shipped import pipeline
 
-from attnreuse import hurry, tiny_shapes
-from attnreuse.analysis import distance
-from attnreuse.evaluate import Evaluator, Setting
-from attnreuse.levels import influences, noise_levels
+from attnreuse import hurry
+from attnreuse.demo import tiny_shapes
+from attnreuse.planning.levels import influences, noise_levels
+from attnreuse.planning.rows import call_age_error, count_of, level_error, parse, schedule_error, strip
+from attnreuse.planning.samplers import make_scheduler
 from attnreuse.policy import Policy
-from attnreuse.rows import call_age_error, count_of, level_error, parse, schedule_error, strip
-from attnreuse.samplers import make_scheduler
+from attnreuse.study.analysis import distance
+from attnreuse.study.evaluate import Evaluator, Setting
 
 MEASURED = [
     ("DDIM", 20), ("Euler a", 20), ("Heun", 11), ("DPM2", 11), ("DPM++ 2M SDE Karras", 20), ("PNDM", 20),

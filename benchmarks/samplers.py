@@ -19,11 +19,12 @@ import numpy as np
 from rows import RESULTS, append, has_rows, provenance, ratios
 from shipped import pipeline
 
-from attnreuse import tiny_shapes
-from attnreuse.compare import SAME_NOISE, Measured, Method, at_time, judged, plain_steps, rule_for, timed
-from attnreuse.evaluate import Setting
+from attnreuse.demo import tiny_shapes
+from attnreuse.planning.rows import strip
 from attnreuse.policy import shipped_policies
-from attnreuse.rows import strip
+from attnreuse.study.compare.measure import Measured, at_time, judged, timed
+from attnreuse.study.compare.methods import SAME_NOISE, Method, plain_steps, rule_for
+from attnreuse.study.evaluate import Setting
 
 SAMPLERS = {  # name, steps and eta
     "Euler a": ("Euler a", 20, None),

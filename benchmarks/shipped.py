@@ -4,8 +4,8 @@ from typing import Any
 
 from diffusers import StableDiffusionPipeline
 
-from attnreuse import tiny_shapes
-from attnreuse.samplers import make_scheduler
+from attnreuse.demo import tiny_shapes
+from attnreuse.planning.samplers import make_scheduler
 
 
 def pipeline(sampler: str) -> Any:

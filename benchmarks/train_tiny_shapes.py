@@ -36,7 +36,16 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from attnreuse import TINY_SHAPES_GUIDANCE
-from attnreuse.tiny_shapes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Caption, draw, held_out_prompts, sample_scenes
+from attnreuse.demo.tiny_shapes import (
+    BACKGROUNDS,
+    COLORS,
+    RELATIONS,
+    SHAPES,
+    Caption,
+    draw,
+    held_out_prompts,
+    sample_scenes,
+)
 
 SEED = 2401_01008
 MAX_TOKENS = 24

@@ -4,7 +4,7 @@ import hashlib
 import time
 
 from attnreuse import Policy
-from attnreuse.evaluate import Calls, Setting
+from attnreuse.study.evaluate import Calls, Setting
 
 
 class FakeEvaluator:

@@ -35,7 +35,7 @@ from tiny_random import WIDTH, random_pipeline, random_unet
 
 import attnreuse
 from attnreuse import Policy, hurry
-from attnreuse.ring import MapRing
+from attnreuse.maps.ring import MapRing
 
 SCHEDULERS = ["DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"]
 PLACES = ["callback", "interrupt key", "scheduler", "denoiser", "interrupt flag"]  # where a run is stopped

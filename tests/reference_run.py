@@ -1,6 +1,6 @@
 """An independent reference of reuse: plain attention whose probabilities are kept in fp32, step by step."""
 
-from attnreuse.processors import attention_layers
+from attnreuse.binding.processors import attention_layers
 
 
 class ReferenceAttnProcessor:

@@ -8,9 +8,10 @@ import torch
 from tiny_random import captioned_pipeline
 
 import attnreuse
-from attnreuse import Policy, analysis, hurry, predict
-from attnreuse.analysis import Analysis, Drift, Growth, Staleness, best_predicted, distance, probing
-from attnreuse.evaluate import Evaluator, Sampled, Setting
+from attnreuse import Policy, hurry, predict
+from attnreuse.study import analysis
+from attnreuse.study.analysis import Analysis, Drift, Growth, Staleness, best_predicted, distance, probing
+from attnreuse.study.evaluate import Evaluator, Sampled, Setting
 
 pytest.importorskip("scipy")
 PROMPTS = ("a red circle on gray", "a blue square on white")
@@ -162,7 +163,7 @@ def test_an_analysis_is_saved_and_read(found, tmp_path):
 
 def test_it_is_drawn(found, tmp_path):
     pytest.importorskip("matplotlib")
-    from attnreuse import plots
+    from attnreuse.study import plots
 
     for name, figure in (("a", plots.analysis_figure(found)), ("b", plots.layer_drift_figure(found))):
         figure.savefig(tmp_path / f"{name}.png")

@@ -11,9 +11,10 @@ import rows
 import torch
 from typer.testing import CliRunner
 
-from attnreuse import bench, ops
+from attnreuse import ops
 from attnreuse.cli import app
-from attnreuse.timing import Times, interleaved
+from attnreuse.measure.timing import Times, interleaved
+from attnreuse.study import bench
 
 CPU = torch.device("cpu")
 LIMITS = bench.Ceilings(1e10, 1e11)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from attnreuse.caption_oracle import Verdict, judge, read
-from attnreuse.tiny_shapes import BACKGROUNDS, Caption, all_captions, draw, held_out_prompts, parse, sample_scenes
+from attnreuse.demo.caption_oracle import Verdict, judge, read
+from attnreuse.demo.tiny_shapes import BACKGROUNDS, Caption, all_captions, draw, held_out_prompts, parse, sample_scenes
 
 
 def pictures(scenes, size=128):

@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from attnreuse.clock import StepClock
+from attnreuse.binding.clock import StepClock
 from attnreuse.errors import UnknownStepError
 
 EXECUTED = {  # of 5 inference steps

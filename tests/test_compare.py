@@ -12,10 +12,11 @@ import torch
 from tiny_random import captioned_pipeline, random_unet
 from typer.testing import CliRunner
 
-from attnreuse import AttnReuseError, Policy, compare, hurry, page, peers
+from attnreuse import AttnReuseError, Policy, hurry
 from attnreuse.cli import app
-from attnreuse.evaluate import Setting
-from attnreuse.peers import PEERS
+from attnreuse.study.compare import groups, measure, methods, other_caches, page
+from attnreuse.study.compare.other_caches import OTHER_CACHES
+from attnreuse.study.evaluate import Setting
 
 for package in ("DeepCache", "tomesd", "scipy", "matplotlib", "jinja2", "torchmetrics"):
     pytest.importorskip(package)
@@ -42,7 +43,7 @@ def measured(student):
     elsewhere = Policy(steps=8, reuse=[0, 1, 1, 0, 0, 0, 0, 1], name="elsewhere", scheduler="PNDMScheduler")
     shorter = Policy(steps=6, reuse="..R.HR", name="shorter")
     before = stock(pipe)
-    found = compare.compare(
+    found = groups.compare(
         pipe, Setting(PROMPTS, 8, map_format="fp32", batch=2), policies=[mine, elsewhere, shorter], student=student,
         judge=("ssim", "fid", "clip"), rounds=2,
     )  # fmt: skip
@@ -54,7 +55,7 @@ def row(measured, name):
     return next(r for r in measured.groups[0].rows if r.method.name == name)
 
 
-@pytest.mark.parametrize("make", list(PEERS.values()))
+@pytest.mark.parametrize("make", list(OTHER_CACHES.values()))
 def test_other_caches_change_pictures_repeatably_and_leave_nothing(make):
     pipe = captioned_pipeline()
     before = stock(pipe)
@@ -73,14 +74,14 @@ def test_pab_leaves_the_hooks_of_others():
     pipe = captioned_pipeline()
     layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
     HookRegistry.check_if_exists_or_initialize(layer).register_hook(ModelHook(), "theirs")
-    with PEERS["PAB(2)"](pipe):
+    with OTHER_CACHES["PAB(2)"](pipe):
         assert len(layer._diffusers_hook.hooks) == 2
     assert list(layer._diffusers_hook.hooks) == ["theirs"]
 
 
 def test_every_kind_of_method_is_there(measured):
     families = {r.method.family for r in measured.groups[0].rows}
-    assert families == set(page.FAMILY_COLORS) - {compare.SAME_NOISE}  # DDIM draws none
+    assert families == set(page.FAMILY_COLORS) - {methods.SAME_NOISE}  # DDIM draws none
     names = [r.method.name for r in measured.groups[0].rows]
     assert len(set(names)) == len(names)
     assert "mine" in names
@@ -108,12 +109,12 @@ def test_costs_are_counted_as_the_paper_does(measured):
 
 def test_plain_steps_at_a_time_are_the_best_up_to_it():
     measured = [(3.0, 42.0), (1.0, 30.0), (2.0, 40.0), (2.5, 36.0)]
-    assert compare.at_time(measured, 0.9) is None
-    assert compare.at_time(measured, 1.0) == 30
-    assert compare.at_time(measured, 1.5) == 35
-    assert compare.at_time(measured, 2.5) == 40  # though these more steps are worse
-    assert compare.at_time(measured, 9.0) == 42
-    assert compare.at_time([], 1.0) is None
+    assert measure.at_time(measured, 0.9) is None
+    assert measure.at_time(measured, 1.0) == 30
+    assert measure.at_time(measured, 1.5) == 35
+    assert measure.at_time(measured, 2.5) == 40  # though these more steps are worse
+    assert measure.at_time(measured, 9.0) == 42
+    assert measure.at_time([], 1.0) is None
 
 
 def test_rows_are_told_plain_steps_of_their_time_and_maps(measured):
@@ -127,14 +128,14 @@ def test_rows_are_told_plain_steps_of_their_time_and_maps(measured):
     for latency, psnr in ((0.1, None), (0.5, max(v for k, v in plain.items() if k <= 4)), (1.1, None)):
         mine.latencies_s = [latency]
         mine.plain_psnr = None
-        compare._at_equal(rows)
+        measure._at_equal(rows)
         assert mine.plain_psnr == (None if psnr is None else pytest.approx(psnr))
     assert mine.equal_cost_psnr == plain[5]  # 5 of 8 calls compute
 
 
 def test_a_stochastic_sampler_is_compared_with_its_noise_held_fixed():
     """Plain steps of the same noise take their twins' time, and count among plain steps."""
-    found = compare.compare(
+    found = groups.compare(
         captioned_pipeline(), Setting(PROMPTS, 8, map_format="fp32"), schedulers=["Euler a", "DPM2 a"], others=False,
         rounds=1,
     )  # fmt: skip
@@ -159,8 +160,8 @@ def test_figures_belong_to_their_method(measured):
 
 
 def test_a_method_that_cannot_run_is_a_note(monkeypatch):
-    monkeypatch.setattr(peers, "package_version", lambda name: None)
-    found = compare.compare(captioned_pipeline(), Setting(PROMPTS, 4, map_format="fp32"), rounds=1)
+    monkeypatch.setattr(other_caches, "package_version", lambda name: None)
+    found = groups.compare(captioned_pipeline(), Setting(PROMPTS, 4, map_format="fp32"), rounds=1)
     notes = " ".join(found.groups[0].notes)
     assert "DeepCache(2) was left out: DeepCache is not installed" in notes
     assert "tomesd(0.5) was left out" in notes
@@ -171,13 +172,13 @@ def test_a_metric_that_cannot_be_had_is_said_before_anything_is_sampled(monkeypa
     monkeypatch.setattr(type(pipe), "__call__", lambda *a, **k: pytest.fail("sampled"))
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
     with pytest.raises(AttnReuseError, match=r"SSIM needs more: pip install 'attnreuse\[eval\]'"):
-        compare.compare(pipe, Setting(PROMPTS, 4), others=False, rounds=1)
+        groups.compare(pipe, Setting(PROMPTS, 4), others=False, rounds=1)
 
 
 def test_policies_that_never_reuse_are_plain_steps():
     pipe = captioned_pipeline()
     all_computed = [Policy(steps=8, reuse="........", name="all"), Policy(steps=3, reuse="...", name="three")]
-    found, notes = compare.methods(pipe, Setting(PROMPTS, 8), all_computed, None, False)
+    found, notes = methods.methods(pipe, Setting(PROMPTS, 8), all_computed, None, False)
     assert "all never reuses: it is the full run" in notes
     assert "three never reuses: it is 3 plain steps" in notes
     assert "3 plain steps" in [m.name for m in found]
@@ -187,7 +188,7 @@ def test_policies_that_never_reuse_are_plain_steps():
 def test_the_scheduler_is_put_back_and_groups_multiply():
     pipe = captioned_pipeline()
     own = pipe.scheduler
-    found = compare.compare(
+    found = groups.compare(
         pipe, Setting(PROMPTS[:1], 4), schedulers=["DPM", "Heun"], formats=["u8", "u4"], others=False, rounds=1
     )
     assert pipe.scheduler is own

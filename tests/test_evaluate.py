@@ -13,9 +13,9 @@ from tiny_random import captioned_pipeline
 
 import attnreuse
 from attnreuse import Policy, PolicyMismatchError, hurry
-from attnreuse.evaluate import Evaluator, Setting
-from attnreuse.processors import attention_layers
-from attnreuse.samplers import make_scheduler
+from attnreuse.binding.processors import attention_layers
+from attnreuse.planning.samplers import make_scheduler
+from attnreuse.study.evaluate import Evaluator, Setting
 
 PROMPTS = ("a red circle on gray", "a blue square on white", "a cyan triangle on black")
 
@@ -120,8 +120,8 @@ def test_what_decides_a_score_decides_the_key():
 def test_the_key_is_the_same_in_every_process():
     """diffusers keeps the names of defaults of a config in the order of a set of strings."""
     code = (
-        "from tiny_random import captioned_pipeline; from attnreuse.evaluate import Evaluator, Setting;"
-        "from attnreuse.samplers import make_scheduler; pipe = captioned_pipeline();"
+        "from tiny_random import captioned_pipeline; from attnreuse.study.evaluate import Evaluator, Setting;"
+        "from attnreuse.planning.samplers import make_scheduler; pipe = captioned_pipeline();"
         "pipe.scheduler = make_scheduler(pipe.scheduler.config, 'Heun'); print(Evaluator(pipe, Setting(('p',))).key())"
     )
     keys = {

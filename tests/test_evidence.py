@@ -19,7 +19,7 @@ from tiny_random import TOKENS, WIDTH, random_pipeline, random_unet, sample
 
 import attnreuse
 from attnreuse import Policy, hurry, periodic
-from attnreuse.conditions import Conditions
+from attnreuse.binding.conditions import Conditions
 
 LATE = Policy(steps=4, reuse=[0, 1, 1, 1])
 

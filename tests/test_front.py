@@ -6,15 +6,15 @@ import pytest
 from tiny_random import captioned_pipeline
 
 from attnreuse import AttnReuseError, Policy, ladder
-from attnreuse.costs import RunCosts, measure
-from attnreuse.evaluate import Evaluator, Setting
-from attnreuse.front import FEWER, Front, Point, layer_groups
-from attnreuse.metrics import PAIRED
-from attnreuse.peers import PEERS
-from attnreuse.planner import LayerCost
-from attnreuse.processors import attention_layers
-from attnreuse.rows import strip
+from attnreuse.binding.processors import attention_layers
+from attnreuse.binding.shapes import LayerCost
+from attnreuse.planning.rows import strip
 from attnreuse.search import InProcess
+from attnreuse.study.compare.other_caches import OTHER_CACHES
+from attnreuse.study.costs import RunCosts, measure
+from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.metrics import PAIRED
+from attnreuse.study.search.ladder import FEWER, Front, Point, layer_groups
 
 PROMPTS = ("a red circle on gray", "a blue square on white")
 
@@ -140,7 +140,7 @@ def test_bad_input_is_refused(pipe):
 
 
 def test_time_ends_the_search(pipe, monkeypatch):
-    from attnreuse import front
+    from attnreuse.study.search import ladder as front
 
     with pytest.raises(AttnReuseError, match="no schedule was judged in that time"):
         search(evaluator(pipe), budget_time=0.0)
@@ -168,7 +168,7 @@ def test_a_search_ends_where_nothing_new_is_left(pipe):
 
 
 def test_a_resumed_search_keeps_the_costs_it_began_with(pipe, tmp_path, monkeypatch):
-    from attnreuse import costs
+    from attnreuse.study import costs
 
     measured = []
 
@@ -199,7 +199,7 @@ def test_costs_are_not_told_beside_a_tool_that_skips_layers(pipe):
     pytest.importorskip("DeepCache")
     made = evaluator(pipe)
     assert made.served()
-    with PEERS["DeepCache(2)"](pipe), pytest.raises(AttnReuseError, match="costs cannot be told"):
+    with OTHER_CACHES["DeepCache(2)"](pipe), pytest.raises(AttnReuseError, match="costs cannot be told"):
         measure(made)
 
 

@@ -11,7 +11,7 @@ from tiny_random import random_pipeline, sample
 
 import attnreuse
 from attnreuse import native, ops
-from attnreuse.formats import FORMATS
+from attnreuse.maps.formats import FORMATS
 
 pytestmark = pytest.mark.gpu
 

@@ -12,10 +12,10 @@ from tiny_random import TOKENS, WIDTH, compile_denoiser, prompt, random_pipeline
 
 import attnreuse
 from attnreuse import Policy, hurry, load_policy, periodic
-from attnreuse.planner import map_shapes
-from attnreuse.processors import attention_layers
-from attnreuse.ring import OutputSlot, outline
-from attnreuse.rows import parse, stretched, strip
+from attnreuse.binding.processors import attention_layers
+from attnreuse.binding.shapes import map_shapes
+from attnreuse.maps.ring import OutputSlot, outline
+from attnreuse.planning.rows import parse, stretched, strip
 
 POLICY = periodic(6, 3)
 
@@ -329,7 +329,7 @@ def test_compiled_layers_see_a_context_that_a_hook_changes(pipe, whole):
 
 @pytest.mark.parametrize("shape", [(2, 16, 12), (2, 12, 4, 4)], ids=["tokens", "image"])
 def test_outputs_keep_the_shape_of_their_input(shape):
-    from attnreuse.processors import ReuseAttnProcessor
+    from attnreuse.binding.processors import ReuseAttnProcessor
 
     attn = Attention(12, heads=2, dim_head=6, rescale_output_factor=2.0).eval()
     processor = ReuseAttnProcessor(attn.processor)

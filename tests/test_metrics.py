@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from attnreuse import AttnReuseError, metrics
-from attnreuse.tiny_shapes import draw, sample_scenes
+from attnreuse import AttnReuseError
+from attnreuse.demo.tiny_shapes import draw, sample_scenes
+from attnreuse.study import metrics
 
 pytest.importorskip("torchmetrics")
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from attnreuse import AttnReuseError, tiny_shapes
-from attnreuse.compare import SAME_NOISE, Method, measure
-from attnreuse.evaluate import Setting
-from attnreuse.levels import noise_levels
-from attnreuse.noise import NoisePath
-from attnreuse.samplers import make_scheduler
+from attnreuse import AttnReuseError
+from attnreuse.demo import tiny_shapes
+from attnreuse.planning.levels import noise_levels
+from attnreuse.planning.samplers import make_scheduler
+from attnreuse.study.compare.measure import measure
+from attnreuse.study.compare.methods import SAME_NOISE, Method
+from attnreuse.study.evaluate import Setting
+from attnreuse.study.noise import NoisePath
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SHAPE = (1, 1, 64, 64)

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attnreuse import AttentionMap, native, ops
-from attnreuse.formats import BLOCK, FORMATS
+from attnreuse.backends import plain
+from attnreuse.maps.formats import BLOCK, FORMATS
 
 SHAPES = [  # B, H, M, N, D
     (1, 1, 1, 1, 16),
@@ -179,7 +180,7 @@ def test_mask_and_scale_agree_with_sdpa():
 def test_large_maps_go_in_pieces_and_agree_with_one_piece(name, heads, monkeypatch):
     q, k, v = tensors((3, 4, 50, 60, 16))
     whole = ops.capture(q, k, v, map_format=name)
-    monkeypatch.setattr(ops, "SLICE_BYTES", int(heads * 4 * 50 * 60))
+    monkeypatch.setattr(plain, "SLICE_BYTES", int(heads * 4 * 50 * 60))
     sliced = ops.capture(q, k, v, map_format=name)
     torch.testing.assert_close(sliced[0], whole[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(ops.reuse(sliced[1], v), ops.reuse(whole[1], v), rtol=0, atol=1e-2)
@@ -401,7 +402,7 @@ def test_a_converted_map_reuses_as_if_captured_so(name, start, peak):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_drift_is_the_distance_of_the_maps(name, monkeypatch):
-    monkeypatch.setattr(ops, "SLICE_BYTES", 4 * 50 * 300)
+    monkeypatch.setattr(plain, "SLICE_BYTES", 4 * 50 * 300)
     first, second = (ops.capture(*tensors((2, 2, 63, 300, 40), seed=seed), map_format=name)[1] for seed in (0, 1))
     off = first.dense().double() - second.dense().double()
     variation, distance = ops.drift(first, second)

@@ -1,6 +1,5 @@
 """What installs: the extension, the kernels' package, a light import, no cycle of imports."""
 
-import ast
 import shutil
 import subprocess
 import sys
@@ -12,58 +11,12 @@ import attnreuse
 from attnreuse import native
 
 PACKAGE = Path(attnreuse.__file__).parent
-# Imports point one way: a module may import only those before it.
-LAYERS = [
-    {
-        "errors",
-        "environment",
-        "timing",
-        "tiny_shapes",
-        "loops",
-        "conditions",
-        "rows",
-        "levels",
-        "samplers",
-        "progress",
-    },
-    {"noise", "hub"},
-    {"formats", "policy", "caption_oracle", "clock", "guard"},
-    {"reference", "native", "kernels", "ring", "metrics", "report", "schedule"},
-    {"ops", "run"},
-    {"processors"},
-    {"denoiser", "bench"},
-    {"planner", "layers"},
-    {"compiled"},
-    {"session"},
-    {"evaluate"},
-    {"costs", "peers"},
-    {"forecast", "sampling"},
-    {"search", "analysis"},
-    {"compare", "front"},
-    {"plots"},
-    {"page"},
-    {"cli"},
-    {"__main__"},
-]
-
-
-def imports_of(path):
-    """attnreuse modules that a file imports."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("attnreuse"):
-            _, _, module = node.module.partition(".")
-            found |= {module.partition(".")[0]} if module else {alias.name for alias in node.names}
-    return found
 
 
 def test_imports_point_one_way():
-    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    files = [(path.stem, path) for path in PACKAGE.glob("*.py") if path.stem != "__init__"]
-    files += [("cli", path) for path in (PACKAGE / "cli").glob("*.py")]
-    for name, path in files:
-        for imported in imports_of(path) & rank.keys():
-            assert rank[imported] < rank[name] or imported == name == "cli", f"{name} imports {imported}"
+    """The contracts of pyproject.toml, by import-linter."""
+    made = subprocess.run(["lint-imports"], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert made.returncode == 0, made.stdout
 
 
 def test_importing_attnreuse_does_not_import_diffusers():
@@ -75,7 +28,9 @@ def test_importing_attnreuse_does_not_import_diffusers():
 def test_policies_know_no_tensors():
     code = "import sys, types; sys.modules['torch'] = None; package = types.ModuleType('attnreuse')\n"
     code += f"package.__path__ = [r'{PACKAGE}']; sys.modules['attnreuse'] = package\n"
-    code += "from attnreuse import policy, schedule; print(policy.hurry(4, 2, None).reuse)"
+    code += (
+        "from attnreuse import policy; from attnreuse.binding import schedule; print(policy.hurry(4, 2, None).reuse)"
+    )
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert made.stdout.strip() == "(False, False, True, True)"
 

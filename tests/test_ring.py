@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnreuse import MemoryBudgetError, ops
-from attnreuse.formats import FORMATS
-from attnreuse.ring import MapRequest, MapRing, plan_ring
+from attnreuse.maps.formats import FORMATS
+from attnreuse.maps.ring import MapRequest, MapRing, plan_ring
 
 CPU = torch.device("cpu")
 PARTS = [attrgetter("codes"), attrgetter("block_max"), attrgetter("lse")]

@@ -17,10 +17,10 @@ from tiny_random import WIDTH, prompt, random_unet, sample
 
 import attnreuse
 from attnreuse import Policy, hurry, periodic
-from attnreuse.levels import influences, noise_levels, resolved
+from attnreuse.planning.levels import influences, noise_levels, resolved
+from attnreuse.planning.rows import best_row, level_error, schedule_error, stretched, strip
+from attnreuse.planning.samplers import make_scheduler
 from attnreuse.policy import load_policy
-from attnreuse.rows import best_row, level_error, schedule_error, stretched, strip
-from attnreuse.samplers import make_scheduler
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SAMPLERS = [

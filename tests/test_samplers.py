@@ -4,7 +4,7 @@ import diffusers
 import pytest
 from diffusers import DDIMScheduler
 
-from attnreuse.samplers import SAMPLERS, make_scheduler, step_options
+from attnreuse.planning.samplers import SAMPLERS, make_scheduler, step_options
 
 CONFIG = DDIMScheduler(prediction_type="v_prediction").config
 

@@ -17,7 +17,6 @@ from fake_engine import FakeEngine
 from tiny_random import captioned_pipeline
 
 from attnreuse import AttnReuseError, hurry
-from attnreuse.evaluate import Evaluator, Setting
 from attnreuse.search import (
     InProcess,
     Objective,
@@ -25,6 +24,7 @@ from attnreuse.search import (
     exhaustive,
     phast,
 )
+from attnreuse.study.evaluate import Evaluator, Setting
 
 PROMPTS = ("a red circle on gray", "a blue square on white")
 

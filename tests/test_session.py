@@ -16,7 +16,7 @@ from tiny_random import prompt, random_pipeline, random_unet, sample
 
 import attnreuse
 from attnreuse import Policy, hurry, periodic
-from attnreuse.session import ATTRIBUTE
+from attnreuse.binding.session import ATTRIBUTE
 
 SCHEDULERS = [
     "DDIMScheduler",
@@ -252,7 +252,7 @@ def test_two_calls_of_a_step_keep_their_maps_apart():
 
 
 def test_one_buffer_is_allocated_before_the_first_step_and_none_later(pipe, monkeypatch):
-    from attnreuse import run as module
+    from attnreuse.binding import run as module
 
     made, addresses = [], set()
     ring = module.MapRing

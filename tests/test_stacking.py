@@ -24,7 +24,7 @@ from tiny_random import WIDTH, captioned_pipeline, compile_denoiser, random_pipe
 
 import attnreuse
 from attnreuse import Policy, hurry
-from attnreuse.processors import ReuseAttnProcessor
+from attnreuse.binding.processors import ReuseAttnProcessor
 
 STEPS = 8
 POLICY = Policy(steps=STEPS, reuse=[0, 0, 1, 1, 0, 1, 1, 1])
@@ -53,7 +53,7 @@ def tomesd(pipe):
 
 @contextmanager
 def pyramid_broadcast(pipe):
-    from attnreuse.peers import attention_broadcast
+    from attnreuse.study.compare.other_caches import attention_broadcast
 
     with attention_broadcast(2)(pipe):
         yield

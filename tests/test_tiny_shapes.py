@@ -9,12 +9,12 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 import attnreuse
-from attnreuse.caption_oracle import judge
-from attnreuse.evaluate import Evaluator, Setting
-from attnreuse.forecast import Blueprint
-from attnreuse.planner import map_shapes
+from attnreuse.binding.shapes import map_shapes
+from attnreuse.demo.caption_oracle import judge
+from attnreuse.demo.tiny_shapes import draw, held_out_prompts, load_clip, parse, sample_scenes
 from attnreuse.policy import shipped_policies
-from attnreuse.tiny_shapes import draw, held_out_prompts, load_clip, parse, sample_scenes
+from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.plan import Blueprint
 
 FOLDER = attnreuse.tiny_shapes_path()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import train_tiny_shapes as training
 
-from attnreuse.tiny_shapes import Caption
+from attnreuse.demo.tiny_shapes import Caption
 
 
 @pytest.fixture

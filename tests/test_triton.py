@@ -12,8 +12,8 @@ import torch
 from test_ops import error, oracle
 
 from attnreuse import AttentionMap, ops
-from attnreuse.formats import FORMATS
 from attnreuse.kernels import backend, tiles
+from attnreuse.maps.formats import FORMATS
 
 pytest.importorskip("triton", reason="triton is not installed")
 

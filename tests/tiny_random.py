@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from attnreuse.tiny_shapes import FOLDER
+from attnreuse.demo.tiny_shapes import FOLDER
 
 TOKENS, WIDTH = 7, 32
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # side by side, programs of two threads slow each other

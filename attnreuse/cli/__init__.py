@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from attnreuse.cli import analyze, bench, compare, doctor, plan, sample, search
-from attnreuse.environment import package_version
+from attnreuse.measure.environment import package_version
 
 app = typer.Typer(
     help="Reuse attention maps between diffusion steps.",

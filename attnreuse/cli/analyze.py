@@ -44,8 +44,8 @@ def command(
 ) -> None:
     """Measure how errors grow, maps drift and age costs, and how well that predicts a schedule's error."""
     with clear_errors():
-        from attnreuse import analysis, plots
-        from attnreuse.evaluate import Evaluator
+        from attnreuse.study import analysis, plots
+        from attnreuse.study.evaluate import Evaluator
 
         plots.pyplot()
         writable("--out", out_path, ".json")

@@ -43,8 +43,8 @@ def command(
     Default formats: fp16, u8, u4.
     """
     with clear_errors():
-        from attnreuse import bench as measuring
-        from attnreuse.environment import default_device, environment
+        from attnreuse.measure.environment import default_device, environment
+        from attnreuse.study import bench as measuring
 
         device = default_device()
         dtype = default_dtype(device)

@@ -53,9 +53,9 @@ def command(
 ) -> None:
     """Compare reuse with fewer steps and other caches at equal measured latency, on one page."""
     with clear_errors():
-        from attnreuse import compare as comparing
-        from attnreuse import page, plots
         from attnreuse.policy import load_policy, shipped_policies
+        from attnreuse.study import plots
+        from attnreuse.study.compare import groups, page
 
         plots.pyplot()
         writable("--out", out_path, ".html")
@@ -67,7 +67,7 @@ def command(
         setting = setting_for(model, prompt, images, count, seed, guidance, eta, first, layers, batch, held_out=True)
         pipe = load_pipeline(model, None)
         with progress("runs") as tell:
-            found = comparing.compare(
+            found = groups.compare(
                 pipe, setting, schedulers=scheduler or [None], steps=steps, formats=formats or None, policies=policies,
                 student=student, others=others, judge=judge, rounds=rounds, progress=tell,
             )  # fmt: skip

@@ -22,8 +22,8 @@ def command(as_json: AsJson = False) -> None:
     import torch
 
     from attnreuse import native, ops
-    from attnreuse.environment import default_device, environment, package_version
-    from attnreuse.formats import FORMATS
+    from attnreuse.maps.formats import FORMATS
+    from attnreuse.measure.environment import default_device, environment, package_version
 
     found: dict[str, Any] = dict(environment(default_device()))
     found["cuda"] = torch.version.cuda if torch.cuda.is_available() else "no CUDA device"

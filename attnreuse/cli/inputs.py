@@ -33,9 +33,9 @@ def load_pipeline(model: str, scheduler: str | None) -> Any:
     import transformers
     from diffusers import DiffusionPipeline
 
-    from attnreuse.environment import default_device
     from attnreuse.hub import is_online
-    from attnreuse.samplers import make_scheduler
+    from attnreuse.measure.environment import default_device
+    from attnreuse.planning.samplers import make_scheduler
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -66,10 +66,10 @@ def policy_for(
     file: str | None, fit: str, model: str, scheduler: Any, steps: int, reuse: float, max_age: int | None
 ) -> Any:
     """The policy for a run: of the file; else, for the shipped model, the shipped one that fits; else HURRY."""
-    from attnreuse.clock import executed_steps
-    from attnreuse.levels import resolved
+    from attnreuse.binding.clock import executed_steps
+    from attnreuse.planning.levels import resolved
+    from attnreuse.planning.rows import count_of
     from attnreuse.policy import Policy, Stretched, hurry, load_policy, shipped_policies
-    from attnreuse.rows import count_of
 
     executed = executed_steps(scheduler, steps)
     if file is not None:
@@ -111,9 +111,10 @@ def setting_for(
     held_out: bool = False,
 ) -> Any:
     """What to sample: the prompts given, or `images` captions of the shipped pipeline's grammar."""
-    from attnreuse import TINY_SHAPES_GUIDANCE, tiny_shapes
-    from attnreuse.environment import default_device
-    from attnreuse.evaluate import Setting
+    from attnreuse import TINY_SHAPES_GUIDANCE
+    from attnreuse.demo import tiny_shapes
+    from attnreuse.measure.environment import default_device
+    from attnreuse.study.evaluate import Setting
 
     if not prompts and model:
         raise ValueError("--model needs --prompt (repeatable): the default captions are those of the shipped pipeline")

@@ -51,19 +51,19 @@ def command(
 ) -> None:
     """Tell the memory of a policy and whether it pays here, before a run, from the model's configs alone."""
     with clear_errors():
-        from attnreuse import forecast
-        from attnreuse.environment import default_device
         from attnreuse.hub import is_online
+        from attnreuse.measure.environment import default_device
+        from attnreuse.study.plan import Blueprint, forecast
 
         if policy is not None:
             refuse_beside(context, "--policy", "reuse", "max_age")
         path = model_path(model)
         local = Path(path).is_dir() or not is_online(path, "model_index.json")
-        blueprint = forecast.Blueprint.load(path, scheduler, local)
+        blueprint = Blueprint.load(path, scheduler, local)
         device = default_device()
         dtype = default_dtype(device)
         chosen = policy_for(policy, fit, model, blueprint.scheduler, steps, reuse, max_age)
-        result = forecast.forecast(
+        result = forecast(
             blueprint,
             chosen,
             asked_steps=steps,

@@ -50,8 +50,8 @@ def command(
 ) -> None:
     """Sample with full steps, with reuse, and with fewer steps of equal measured latency."""
     with clear_errors():
-        from attnreuse import sampling
-        from attnreuse.samplers import step_options
+        from attnreuse.planning.samplers import step_options
+        from attnreuse.study.sample import sample, sheet
 
         json_path = out_path.with_suffix(".json")
         writable("--out", out_path, ".png")
@@ -64,7 +64,7 @@ def command(
         step_options(pipe.scheduler, eta)
         chosen = policy_for(policy, fit, model, pipe.scheduler, steps, reuse, max_age)
         with progress("runs") as tell:
-            result = sampling.sample(
+            result = sample(
                 pipe,
                 prompt or list(PROMPTS),
                 steps=steps,
@@ -77,7 +77,7 @@ def command(
             )
         data = result.to_dict()
         json_path.write_text(json.dumps(data, indent=2) + "\n")
-        sampling.sheet(result).save(out_path)
+        sheet(result).save(out_path)
     if as_json:
         print(json.dumps(data, indent=2))
         return

@@ -149,10 +149,9 @@ def command(
 ) -> None:
     """Search the schedule that keeps the full-step pictures best, or the best one at every time (ladder)."""
     with clear_errors(lambda: f"{_lines(cache)} scores are in {cache}; run the same command again to go on"):
-        from attnreuse import search as searching
-        from attnreuse.evaluate import Evaluator
-        from attnreuse.front import ladder
-        from attnreuse.planner import parse_bytes
+        from attnreuse.binding.shapes import parse_bytes
+        from attnreuse.search import InProcess, Objective, RayEngine, exhaustive, ladder, phast
+        from attnreuse.study.evaluate import Evaluator
 
         refuse_ignored(context, "--method", method, ONLY_FOR_METHOD)
         refuse_ignored(context, "--engine", engine, dict.fromkeys(("address", "workers"), ("ray",)))
@@ -161,24 +160,24 @@ def command(
             raise ValueError(
                 "--method ladder finds a front: say which point to save by --floor (dB) or --time (a share)"
             )
-        objective = searching.Objective(metric, floor, parse_bytes(memory_budget))
+        objective = Objective(metric, floor, parse_bytes(memory_budget))
         writable("--out", out_path, ".json")
         writable("--cache", cache)
         layers, images = layers or ("all" if is_ladder else None), images or (16 if is_ladder else 8)
         setting = setting_for(model, prompt, images, steps, seed, guidance, eta, map_format, layers, batch)
         evaluator = Evaluator(load_pipeline(model, scheduler), setting)
-        chosen = searching.RayEngine(evaluator, workers, address) if engine == "ray" else searching.InProcess(evaluator)
+        chosen = RayEngine(evaluator, workers, address) if engine == "ray" else InProcess(evaluator)
         with progress("schedules", at_most=True) as tell:
             given: dict[str, Any] = {"cache": cache, "progress": tell}
             if method == "phast":
                 starts, rank = _predicted(analysis, evaluator, reuse)
-                found: Any = searching.phast(
+                found: Any = phast(
                     evaluator.pipe, steps, reuse, evaluator.setting.prompts, objective=objective, variant=variant,
                     starts=starts, rank=rank, restarts=restarts, budget=budget, patience=patience, seed=seed,
                     engine=chosen, **given,
                 )  # fmt: skip
             elif method == "exhaustive":
-                found = searching.exhaustive(chosen, reuse, objective=objective, **given)
+                found = exhaustive(chosen, reuse, objective=objective, **given)
             else:
                 seconds = None if budget_time is None else 60 * budget_time
                 found = ladder(
@@ -210,7 +209,7 @@ def _lines(cache: Path) -> int:
 
 def _predicted(analysis: Path | None, evaluator: Any, reuse: int) -> tuple[list[Any], Any]:
     """Where a search starts, and how it ranks: by an analysis; else by noise levels; else from HURRY, unranked."""
-    from attnreuse.rows import best_row, level_error, schedule_error
+    from attnreuse.planning.rows import best_row, level_error, schedule_error
 
     if analysis is None and evaluator.levels is None:
         return [], None
@@ -218,8 +217,8 @@ def _predicted(analysis: Path | None, evaluator: Any, reuse: int) -> tuple[list[
         error, executed = level_error(evaluator.levels, evaluator.influence), evaluator.executed_steps
         row = best_row(executed, reuse, error)
         return [evaluator.policy(row, "start")], lambda policy: schedule_error(policy.reuse, error)
-    from attnreuse.analysis import Analysis, best_predicted, predict
     from attnreuse.policy import hurry
+    from attnreuse.study.analysis import Analysis, best_predicted, predict
 
     found = Analysis.load(analysis)
     made_for, here = (found.scheduler, found.steps), (evaluator.scheduler, evaluator.executed_steps)

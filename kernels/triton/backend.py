@@ -13,7 +13,7 @@ import os
 
 import torch
 
-from attnreuse.formats import AttentionMap, MapFormat
+from attnreuse.maps.formats import AttentionMap, MapFormat
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 160  # above, registers spill in every configuration tried

@@ -19,9 +19,9 @@ import torch
 
 import triton
 import triton.language as tl
-from attnreuse.formats import BLOCK, NO_KEY, AttentionMap
 from attnreuse.kernels import configs
 from attnreuse.kernels.tiles import Launch, alignment, dot, load_tile, pack_u4, pack_u8, split_head_dim, store_tile
+from attnreuse.maps.formats import BLOCK, NO_KEY, AttentionMap
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MASKED = tl.constexpr(NO_KEY)  # score of a masked key: finite, so that no difference is NaN

@@ -12,9 +12,9 @@ import torch
 
 import triton
 import triton.language as tl
-from attnreuse.formats import BLOCK, AttentionMap
 from attnreuse.kernels import configs
 from attnreuse.kernels.tiles import Launch, alignment, dot, load_tile, split_head_dim, squares, store_tile
+from attnreuse.maps.formats import BLOCK, AttentionMap
 
 
 @triton.jit

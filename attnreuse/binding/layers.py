@@ -1,0 +1,244 @@
+"""The attention layers that a policy speaks of: chosen once, told before each denoiser call what to do.
+
+A policy is advice, a map is evidence: a layer reuses only what the branch of this call holds of it, and
+computes exactly otherwise. Its processor stands in for the stock one during the call alone, so that
+whoever reads, sets, saves or copies processors finds their own; what the layer then really did is noted.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+from attnreuse.binding.denoiser import foreign, layer_kinds, never_served, opaque, select_layers
+from attnreuse.binding.processors import (
+    CAPTURE,
+    COMPUTE,
+    OTHER_SHAPE,
+    ReuseAttnProcessor,
+    attention_layers,
+    stock_processors,
+)
+from attnreuse.binding.report import LayerReport
+from attnreuse.binding.run import Branch, Run
+from attnreuse.binding.schedule import CACHED, NOTHING
+from attnreuse.errors import UnsupportedLayerError
+from attnreuse.policy import Action
+
+NOT_CALLED = "it was not called (another tool skipped it)"
+CHANGED = "its weights have changed since its output was kept"
+NO_CONTEXT = "the denoiser was given nothing that it attends over"
+
+
+class Layers:
+    """The layers of one denoiser that `layers` means and that can be served.
+
+    Args:
+        denoiser: the model.
+        layers, named: as in :func:`~attnreuse.binding.denoiser.select_layers`.
+
+    Attributes:
+        all: every attention layer of the denoiser, by name.
+        modules: those to serve, by name.
+        kinds: "self" or "cross", by name.
+        around: the layers and the blocks they lie in.
+        refused: layers that cannot be served, with the reason; those whose processor is another tool's are
+            in `modules` all the same, since it may be taken off again.
+
+    Raises:
+        UnsupportedLayerError: there is none to serve.
+    """
+
+    def __init__(self, denoiser: Any, layers: str | Sequence[str] | None, named: Sequence[str] = ()):
+        modules, kinds = attention_layers(denoiser), layer_kinds(denoiser)
+        wanted = select_layers(kinds, layers, named)
+        never = {name: reason for name in wanted if (reason := never_served(name, modules[name]))}
+        self.refused = never | {n: r for n in wanted if n not in never and (r := foreign(modules[n]))}
+        if len(self.refused) == len(wanted):
+            name, reason = next(iter(self.refused.items()), ("", "it has no attention layer to serve"))
+            count = f"{len(wanted)} of {len(wanted)} layers cannot be served: {name}: " if wanted else ""
+            raise UnsupportedLayerError(f"{type(denoiser).__name__}: {count}{reason}")
+        self.all = modules
+        self.modules = {name: modules[name] for name in wanted if name not in never}
+        self.kinds = {name: kinds[name] for name in self.modules}
+        self._stock = set(stock_processors())
+        self._found = {module: module.processor for module in modules.values() if not foreign(module)}
+        parents = [name.split(".") for name in self.modules]
+        paths = {".".join(parts[:i]) for parts in parents for i in range(1, len(parts) + 1)}
+        self.around = [module for name, module in denoiser.named_modules() if name in paths]
+        self._entries = [(name, module.__dict__, ReuseAttnProcessor()) for name, module in self.modules.items()]
+        self._in_place = False  # our processors
+        # Of this call: whether the output is kept, and what that depends on.
+        self._armed: list[tuple[str, ReuseAttnProcessor, bool, Any]] = []
+        self._others: list[ReuseAttnProcessor] = []  # that another tool's stands in the place of, in this call
+        self._reasons: dict[str, str] = {}  # why layers do not do what the policy says, in this call
+
+    def unmatched(self, patterns: list[str]) -> list[str]:
+        """Those of these layer patterns that match no layer here."""
+        return [p for p in patterns if not fnmatch.filter(self.kinds, p)]
+
+    def foreign(self) -> dict[str, str]:
+        """Layers whose processor is another tool's now, with the reason why they are left alone."""
+        return {name: reason for name, module in self.modules.items() if (reason := foreign(module))}
+
+    def reports(self) -> list[LayerReport]:
+        """Empty reports of the layers."""
+        return [LayerReport(name, kind) for name, kind in self.kinds.items()]
+
+    def put_back(self) -> None:
+        """Every layer that has a stock processor gets the one found at first, bit for bit."""
+        self.disarm()
+        for module, processor in self._found.items():
+            if not foreign(module):
+                module.set_processor(processor)
+
+    # -- a call
+
+    def arm(self, run: Run, branch: Branch | None, given: dict[str, Any], off: str | None = None) -> None:
+        """Before a call with the arguments `given`: tell every layer what to do.
+
+        Without a branch all compute, for the reason `off`.
+        """
+        self._reasons, self._armed, self._others, self._in_place = {}, [], [], True
+        stock = self._stock
+        for (name, attributes, processor), planned in zip(self._entries, run.schedule.at(run.step), strict=True):
+            current = attributes.get("processor")
+            processor.did = processor.why = None
+            action, reason = Action.COMPUTE, off
+            if type(current) not in stock:
+                self._others.append(processor)
+                self._reasons[name] = foreign(self.modules[name])
+                continue
+            processor.original = current
+            attributes["processor"] = processor
+            if branch is not None and planned != NOTHING:
+                action, reason = self._arm_layer(name, processor, *planned, run, branch, given)
+            processor.action = action._value_  # `.value` costs a call a layer
+            if reason is not None:
+                self._reasons[name] = reason
+
+    def _arm_layer(
+        self,
+        name: str,
+        processor: ReuseAttnProcessor,
+        planned: Action,
+        keep: bool,
+        run: Run,
+        branch: Branch,
+        given: dict[str, Any],
+    ) -> tuple[Action, str | None]:
+        """Tell a layer what to do; gives that, and why it is not as planned, if it is not."""
+        ring = branch.ring
+        if name not in ring.plan.requests:
+            return Action.COMPUTE, run.report.skipped.get(name) or branch.why or "it has no memory for a map"
+        context = given.get("encoder_hidden_states") if self.kinds[name] == "cross" else None
+        about, unfit = None, None
+        if keep or planned is Action.HOLD:
+            unfit = NO_CONTEXT if self.kinds[name] == "cross" and context is None else opaque(self.modules[name])
+            about = None if unfit else _Weights(self.modules[name])
+        action, reason = planned, self._missing(name, planned, about, unfit, run, branch)
+        if reason is not None:
+            action = Action.CAPTURE if run.schedule.reuses_after(name, run.step) else Action.COMPUTE
+            keep = run.schedule.planned(name, run.step + 1) is Action.HOLD
+        keep = keep and unfit is None
+        if action in (Action.CAPTURE, Action.REUSE):
+            processor.slot, processor.outline = ring.places[name], ring.outlines[name]
+        if keep or action is Action.HOLD:
+            processor.output, processor.kept = ring.outputs[name], False
+            processor.context = context
+        if keep or action is not Action.COMPUTE:
+            self._armed.append((name, processor, keep, about))
+        return action, reason
+
+    def _missing(
+        self, name: str, planned: Action, about: Any, unfit: str | None, run: Run, branch: Branch
+    ) -> str | None:
+        """Why the branch does not hold what layer `name` is to reuse or hold; None if it does."""
+        if planned not in CACHED:
+            return None
+        if planned is Action.HOLD and unfit is not None:
+            return unfit
+        due = run.schedule.due(name, run.step)
+        if planned is Action.REUSE:
+            lost = f"its map of step {due} was not captured"
+            at = branch.ring.captured_at.get(name, -1)
+        else:
+            lost = f"its output of step {due} was not kept"
+            at, made_with = branch.ring.kept_at.get(name, (-1, about))
+            if made_with != about:
+                return CHANGED
+        return None if at >= due else branch.missed.get(name) or branch.why or lost
+
+    def disarm(self) -> None:
+        """After a call: the layers get their processors back, and let go of the maps."""
+        if not self._in_place:
+            return
+        self._in_place = False
+        for _, attributes, processor in self._entries:
+            if attributes.get("processor") is processor:
+                attributes["processor"] = processor.original
+        for _, processor, *_ in self._armed:
+            processor.slot = processor.outline = processor.output = processor.context = None
+
+    def note(self, run: Run, branch: Branch | None) -> None:
+        """After a call: keep what the layers did, and which maps they wrote.
+
+        Raises:
+            UnsupportedLayerError: every layer with a map attends over other tokens than the map is for.
+        """
+        for name, processor, keep, about in self._armed:
+            if processor.why:
+                self._reasons[name] = processor.why
+            missed = None
+            if processor.action == CAPTURE:
+                wrote = processor.did == CAPTURE
+                branch.ring.captured(name, run.step) if wrote else branch.ring.captured_at.pop(name, None)
+                missed = None if wrote else "map"
+            if keep:
+                branch.ring.kept(name, run.step, about) if processor.kept else branch.ring.kept_at.pop(name, None)
+                missed = missed if processor.kept else "output"
+            if missed is not None:
+                branch.missed[name] = f"it wrote no {missed} at step {run.step}: {processor.why or NOT_CALLED}"
+            elif keep or processor.action == CAPTURE:
+                branch.missed.pop(name, None)
+        for processor in self._others:
+            processor.did = COMPUTE
+        run.calls.append((run.step, [processor.did for _, _, processor in self._entries], self._reasons))
+        first = run.step == run.schedule.first_kept
+        if first and self._armed and all(processor.why is OTHER_SHAPE for _, processor, *_ in self._armed):
+            name, count = self._armed[0][0], len(self._armed)
+            raise UnsupportedLayerError(f"none of the {count} layers can reuse, such as {name}: {OTHER_SHAPE}")
+
+    def report(self, run: Run) -> None:
+        """Bring the run's report up to date."""
+        for step, dids, reasons in run.calls:
+            for layer, did in zip(run.report.layers, dids, strict=True):
+                reason = NOT_CALLED if did is None else reasons.get(layer.name)
+                layer.count(run.schedule.planned(layer.name, step), None if did is None else Action(did), reason)
+        run.calls.clear()
+
+    def deviation(self, run: Run) -> str | None:
+        """The first layer that is to reuse in this call by the policy and does not, with the reason."""
+        for name, reason in self._reasons.items():
+            planned = run.schedule.planned(name, run.step)
+            if planned in CACHED and name not in run.report.skipped:
+                doing = "reusing" if planned is Action.REUSE else "holding"
+                return f"layer {name} computes at step {run.step} instead of {doing}: {reason}"
+        return None
+
+
+class _Weights:
+    """The weights that a layer makes its values and output with, as they are now; equal as long as they are the same.
+
+    They are kept alive, so that no others can come to lie at their addresses.
+    """
+
+    def __init__(self, attn: Any):
+        self._tensors = [p for m in (attn.to_v, attn.to_out[0]) for p in (m.weight, m.bias) if p is not None]
+        self._marks = [(id(p), p.data_ptr(), None if p.is_inference() else p._version) for p in self._tensors]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Weights) and self._marks == other._marks
+
+    __hash__ = None

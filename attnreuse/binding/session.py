@@ -1,0 +1,639 @@
+"""`enable` and `disable`: put a policy to work on a diffusers denoiser, and take it off again.
+
+Before each denoiser call the session places it: which run it belongs to, which step it is, and which
+earlier calls it continues. The layers are then told what to do, and what they did is noted afterwards.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from attnreuse import ops
+from attnreuse.binding import compiled, loops
+from attnreuse.binding import shapes as planner
+from attnreuse.binding.clock import HELP, Place, StepClock
+from attnreuse.binding.denoiser import find_denoiser, holding_layers, model_name, unwrapped
+from attnreuse.binding.guard import ThreadGuard
+from attnreuse.binding.layers import Layers
+from attnreuse.binding.report import Report
+from attnreuse.binding.run import Branch, Call, Found, Run, continued
+from attnreuse.binding.schedule import Schedule
+from attnreuse.errors import (
+    AttnReuseError,
+    MemoryBudgetError,
+    PolicyMismatchError,
+    StaleMapError,
+    UnknownStepError,
+    UnsupportedLayerError,
+)
+from attnreuse.maps.formats import MapFormat, format_named
+from attnreuse.maps.ring import RingPlan, plan_ring
+from attnreuse.planning.levels import check_levels, influences, noise_levels
+from attnreuse.policy import Action, Policy, Rule, Stretched, hurry, load_policy
+
+RUNS = 8  # loops of somebody's own that may be under way at once
+GRADIENT = "a gradient is wanted, and reuse has none (call the denoiser under torch.no_grad())"
+ATTRIBUTE = "_attnreuse_session"  # of an enabled denoiser
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A denoiser call: number `call` within executed step `step` of `steps`."""
+
+    step: int
+    steps: int
+    call: int
+
+
+class Session:
+    """Reuse on one denoiser, from :func:`enable` to :func:`disable`; also a context manager.
+
+    Attributes:
+        denoiser: the model; another one once the pipeline was given another one.
+        pipe: the pipeline, or None where a denoiser alone was enabled.
+        policy, map_format: what it was enabled with; the policy may be a rule.
+    """
+
+    def __init__(
+        self,
+        denoiser: Any,
+        pipe: Any,
+        scheduler: Any,
+        policy: Policy | Rule,
+        map_format: MapFormat,
+        memory_budget: int | None,
+        layers: str | Sequence[str] | None,
+        strict: bool,
+        given_compiled: bool,
+    ):
+        self.policy, self.map_format = policy, map_format
+        self.pipe, self._scheduler = pipe, scheduler
+        self._budget, self._chosen, self._strict, self._given_compiled = memory_budget, layers, strict, given_compiled
+        self._clock, self._guard = StepClock(), ThreadGuard()
+        self._runs: list[Run] = []  # under way; the one called last is last
+        self._heard: weakref.WeakSet[loops.Loop] = weakref.WeakSet()  # entered since the session began
+        self._walks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loop to the walk it announced
+        self._now: tuple[Run, Branch | None] | None = None  # of the denoiser call in progress
+        self._bind(denoiser)
+        self._shown: Run | Report = self._empty_report()
+
+    # -- binding
+
+    def _bind(self, denoiser: Any) -> None:
+        """Choose the layers of `denoiser` to serve."""
+        self.denoiser = denoiser
+        self._parameters = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+        self._layers = Layers(denoiser, self._chosen, self.policy.patterns)
+        self._schedule: Schedule | None = None  # of the latest run
+        if isinstance(self.policy, Policy):
+            self._schedule_of(self.policy)
+        refused = self._layers.refused
+        if refused:
+            name, reason = next(iter(refused.items()))
+            message = f"leaves {len(refused)} of the chosen layers alone, such as {name}: {reason}"
+            self._object(UnsupportedLayerError(message), " (session.report().skipped lists them)")
+        unmatched = self._layers.unmatched(self.policy.patterns)
+        if unmatched:
+            message = f"policy {self.policy.name!r} names layers that are not served here: {', '.join(unmatched)}"
+            self._object(PolicyMismatchError(message))
+
+    def _attach(self) -> None:
+        before, after = _Hook.of(self, "_before"), _Hook.of(self, "_after")
+        self._hooks = [
+            self.denoiser.register_forward_pre_hook(before, with_kwargs=True),
+            self.denoiser.register_forward_hook(after, always_call=True),
+        ]
+        setattr(self.denoiser, ATTRIBUTE, self)
+        loops.listen(self, self.pipe)
+
+    def disable(self) -> None:
+        """Take the session off its denoiser, bit for bit.
+
+        Layers that have a stock processor get the one found at :func:`enable`; those of other tools stay.
+        """
+        if getattr(self.denoiser, ATTRIBUTE, None) is not self:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        delattr(self.denoiser, ATTRIBUTE)
+        loops.stop(self)
+        compiled.give_back(self)
+        self._end(self._runs)
+        self._layers.put_back()
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copied denoiser has no session."""
+
+    def __reduce__(self) -> tuple:
+        """A pickled denoiser has no session either."""
+        return _nothing, ()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.disable()
+
+    def loop_entered(self, loop: loops.Loop) -> None:
+        """A pipeline enters its loop: if it is the enabled one and has another denoiser now, go over to that."""
+        self._heard.add(loop)
+        if self.pipe is None or loop.pipe is not self.pipe or unwrapped(self.pipe) is self.denoiser:
+            return
+        try:
+            denoiser = find_denoiser(self.pipe)
+            if getattr(denoiser, ATTRIBUTE, None) is not None:
+                self._warn("the pipeline has another denoiser now, which another session serves: this session ends")
+                self.disable()
+                return
+        except UnsupportedLayerError:  # a wrapper, it may be
+            self._warn(f"the pipeline's unet is a {type(self.pipe.unet).__name__} now; reuse stays on the model it had")
+            return
+        self._shown = self.report()
+        self.disable()
+        try:
+            self._bind(denoiser)
+        except (AttnReuseError, ValueError) as error:
+            self._warn(f"the pipeline has another denoiser now, which cannot be served: {error}; nothing reuses")
+            return
+        self._attach()
+        self._warn("the pipeline has another denoiser now: reuse goes over to it, and the old one is stock again")
+
+    # -- the run
+
+    @property
+    def actions(self) -> dict[str, list]:
+        """Per step, what each served layer does by the policy of the latest run, by layer name."""
+        return {} if self._schedule is None else self._schedule.actions
+
+    def step(self, step: int, steps: int) -> None:
+        """For custom loops: say before the denoiser calls of each step that they are step `step` of `steps`."""
+        self._clock.set(step, steps, loops.current(self.denoiser, self.pipe))
+
+    @property
+    def tick(self) -> Tick | None:
+        """Where the denoiser call in progress stands in its run; None outside of one."""
+        run = self._now[0] if self._now else None
+        return run and Tick(run.step, run.steps, run.call)
+
+    def report(self) -> Report:
+        """What the run in progress, or else the last one, did."""
+        if isinstance(self._shown, Run):
+            self._layers.report(self._shown)
+            return self._shown.report
+        return self._shown
+
+    @property
+    def _branches(self) -> dict[int, Branch]:
+        """Branches that have memory or wait for it, of all runs under way."""
+        return dict(enumerate(b for run in self._runs for b in run.branches if b.ring.nbytes or not b.released))
+
+    def _before(self, args: tuple, kwargs: dict) -> None:
+        """Runs before each denoiser call: place it, and tell the layers what to do."""
+        self._guard.enter(self.denoiser)
+        try:
+            self._layers.disarm()  # after an interrupt that no hook heard
+            self._now = None
+            given = dict(zip(self._parameters, args, strict=False)) | kwargs
+            if not given.keys() >= {"sample", "timestep"}:
+                return  # the denoiser itself says what is missing
+            loop = loops.current(self.denoiser, self.pipe)
+            try:
+                place = self._clock.place(given["timestep"], lambda: self._schedulers(loop), loop)
+            except UnknownStepError as error:
+                self._not_placed(error)
+            else:
+                self._placed(place, loop, given)
+        except BaseException:
+            self._failed()
+            raise
+
+    def _after(self, args: tuple, output: Any) -> None:
+        """Runs after each denoiser call, also when it raised (then without output)."""
+        if not self._guard.inside():
+            return  # a call that `_before` refused
+        try:
+            self._layers.disarm()
+            if output is None:
+                self._failed()
+            elif self._now is not None:
+                self._done(*self._now)
+            self._now = None
+            self._guard.leave()
+        except BaseException:
+            self._failed()
+            raise
+
+    def _failed(self) -> None:
+        """The call raised: nothing that its run holds is to be trusted."""
+        self._layers.disarm()
+        if self._now is not None:
+            self._now[0].branches.clear()
+        self._now = None
+        self._clock.reset()
+        self._guard.leave()
+
+    def _schedulers(self, loop: loops.Loop | None) -> Iterator[Any]:
+        """Those that may have made the timestep of this call, likeliest first."""
+        pipes = [pipe for pipe in (None if loop is None else loop.pipe, self.pipe) if pipe is not None]
+        yield self._scheduler
+        for pipe in pipes:
+            yield getattr(pipe, "scheduler", None)
+        for pipe in pipes:
+            yield from (part for name, part in loops.components(pipe).items() if "scheduler" in name)
+
+    def _not_placed(self, error: UnknownStepError) -> None:
+        """Nothing is known of this call: every layer computes."""
+        if self._strict:
+            raise error
+        if not isinstance(self._shown, Report) or not self._shown.layers[0].computed:  # the first such call
+            self._warn(f"{error}; until then every layer computes")
+            self._shown = self._empty_report()
+            self._shown.skipped.update(dict.fromkeys(self._layers.modules, str(error)))
+        for layer in self._shown.layers:
+            layer.count(Action.COMPUTE, Action.COMPUTE, None)
+
+    def _placed(self, place: Place, loop: loops.Loop | None, given: dict[str, Any]) -> None:
+        """Find the run and the branch of this call, and arm the layers."""
+        # A loop of somebody's own may run within a pipeline's, in a callback: that announced its own walk alone.
+        announced = loop is not None and self._walks.setdefault(loop, place.walk) == place.walk
+        call = None if self._wants_gradient(given) else Call(given, keep=not announced)
+        found = self._find(place, loop, announced, call, given["timestep"])
+        run, branch = found.run, found.branch
+        self._runs = [other for other in self._runs if other is not run] + [run]
+        run.advance(found.step)
+        self._now, self._shown = (run, None), run
+        if call is not None and run.off is None:
+            if branch is None:
+                branch = run.begin_branch(call, self.map_format)
+            elif branch.is_whole(found.rows):
+                call.conditions.join(branch.call.conditions)
+            else:
+                branch.ring.keep_rows(found.rows)
+            branch.call, branch.step = call, run.step
+            if branch.waits and run.step < run.schedule.last_reuse:
+                self._give_memory(run, branch, given)
+            self._now = (run, branch)
+        self._layers.arm(run, branch if run.off is None else None, given, run.off or GRADIENT)
+        self._complain(run)
+
+    def _done(self, run: Run, branch: Branch | None) -> None:
+        """The call is over: note what it did."""
+        self._layers.note(run, branch)
+        run.report.steps = max(run.report.steps, run.step + 1)
+        self._complain(run)
+        if branch is not None and run.step >= run.schedule.last_reuse:
+            branch.release("the policy reuses no more")
+        if run.loop is None and run.complete:
+            self._clock.reset()
+
+    def _complain(self, run: Run) -> None:
+        """Name the first layer of the run that does not reuse as planned."""
+        message = None if run.off or (run.warned and not self._strict) else self._layers.deviation(run)
+        if message is not None:
+            run.warned = True
+            self._object(StaleMapError(message), " (session.report() counts such calls)")
+
+    def _wants_gradient(self, given: dict[str, Any]) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+        return any(t.requires_grad for t in (*tensors, *self.denoiser.parameters()))
+
+    def _find(self, place: Place, loop: loops.Loop | None, announced: bool, call: Call | None, timestep: Any) -> Found:
+        """The run this call belongs to, its step, and the branch it continues, if it does."""
+        walks = [run for run in reversed(self._runs) if run.begin.walk == place.walk and run.loop is loop]
+        walks = [(run, step) for run in walks if (step := run.step_of(place)) >= 0]
+        found = None if call is None else continued(call, walks, announced)
+        if found is not None:
+            return found
+        for run, step in walks:
+            more = announced or step > 0  # calls of step 0 that nobody announced may begin a run
+            if call is None or step > run.step or (step == run.step and (more or not run.crowded)):
+                return Found(run, step)
+            if more:  # the loop goes back: what it holds is not of this step's past
+                run.rewind(step)
+                return continued(call, [(run, step)], announced) or Found(run, step)
+        run = self._new_run(place, loop, timestep)
+        return Found(run, run.step_of(place))
+
+    def _new_run(self, place: Place, loop: loops.Loop | None, timestep: Any) -> Run:
+        first = loop in self._heard and all(run.loop is not loop for run in self._runs)
+        if loop is not None and all(run.loop is not loop for run in self._runs):
+            loop.on_exit(lambda: self._loop_left(loop))
+        own = [run for run in self._runs if run.loop is None]
+        for branch in (branch for run in own for branch in run.branches):  # their loops may have been given up
+            branch.release("its memory went to another run")
+        if loop is None:
+            self._end(own[: 1 - RUNS])
+        backward = loop is None and place.is_read and place.position == place.length - 1 > 0
+        steps = place.length if backward or not place.is_read else _executed(place, loop)
+        begin = place if place.is_read else replace(place, position=0)  # what was told holds from the first step on
+        schedule, off = self._scheduled(place if place.is_read else None, steps, backward, timestep, loop)
+        run = Run(begin, steps, schedule, loop, backward, self._empty_report(str(schedule.policy)))
+        run.off = off
+        self._only_compute(run, self._layers.foreign())
+        if len(self._layers.foreign()) < len(self._layers.modules):
+            run.off = run.off or self._mismatch(run, first if loop is not None else place.position == 0)
+        whole = self._given_compiled or hasattr(getattr(self.pipe, "unet", None), "_orig_mod")
+        compiled.make_room(self, self.denoiser, whole, self._layers, schedule, self._warn)
+        return run
+
+    def _scheduled(
+        self, place: Place | None, steps: int, backward: bool, timestep: Any, loop: loops.Loop | None
+    ) -> tuple[Schedule, str | None]:
+        """The schedule of a run, and why all its layers only compute, if they do."""
+        policy, off = self.policy, None
+        if isinstance(policy, Rule):
+            try:
+                told = self._levels(place, steps, backward, timestep, loop) if policy.uses_levels else (None, None)
+                policy = policy.resolve(steps, *told)
+            except ValueError as error:
+                off = f"{self.policy} cannot be resolved: {error}"
+                self._object(PolicyMismatchError(off), "; every layer computes")
+                policy = Policy(steps=steps, reuse=(False,) * steps, name=str(self.policy))
+        return self._schedule_of(policy), off
+
+    def _schedule_of(self, policy: Policy) -> Schedule:
+        holding = holding_layers(self.denoiser, self._layers.modules)
+        if self._schedule is None or (self._schedule.policy, self._schedule.holding) != (policy, holding):
+            self._schedule = Schedule(policy, self._layers.modules, holding)
+        return self._schedule
+
+    def _levels(
+        self, place: Place | None, steps: int, backward: bool, timestep: Any, loop: loops.Loop | None
+    ) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
+        """Noise levels of the steps of a run that begins at `place`, None where its steps are told; and influences.
+
+        Raises:
+            ValueError: they cannot be told.
+        """
+        told = place is None
+        try:
+            place = self._clock.read(timestep, lambda: self._schedulers(loop)) if place is None else place
+        except UnknownStepError as error:
+            raise ValueError(
+                "told steps have noise levels where their timesteps are those of a scheduler: pass scheduler= to "
+                "attnreuse.enable, or give a policy with a step count"
+            ) from error
+        if told:
+            backward = place.position == steps - 1 > 0
+            if not backward and place.length - place.position != steps:
+                raise ValueError(
+                    f"the timestep of the first of {steps} told steps is number {place.position} of {place.length}, so "
+                    "the noise levels of the others cannot be told: give a policy with a step count"
+                )
+        levels = self._levels_of_walk(place, loop)
+        levels = levels[: place.position + 1][::-1] if backward else levels[place.position :]
+        if len(levels) < steps:
+            raise ValueError(f"the run has {steps} steps, its timesteps have {len(levels)} noise levels")
+        influence = None if backward or place.scheduler is None else influences(place.scheduler)
+        if influence is not None:
+            influence = tuple(influence[place.position :][:steps])
+        return tuple(levels[:steps]), influence
+
+    def _levels_of_walk(self, place: Place, loop: loops.Loop | None) -> list[float]:
+        if place.scheduler is not None:
+            return noise_levels(place.scheduler)
+        scheduler = next(filter(None, self._schedulers(loop)), None)  # the likeliest for timesteps of one's own
+        if scheduler is None:
+            raise ValueError("no scheduler to read the noise levels from: pass scheduler= to attnreuse.enable")
+        return noise_levels(scheduler, place.values)
+
+    def _end(self, runs: list[Run]) -> None:
+        """These runs are over: their maps are let go of."""
+        self._runs = [run for run in self._runs if run not in runs]
+        for run in runs:
+            run.branches.clear()
+
+    def _loop_left(self, loop: loops.Loop) -> None:
+        """The pipeline is done, or failed: nothing of its runs is needed any more."""
+        if self._guard.inside():  # an interrupt within the denoiser, which no hook hears
+            self._failed()
+        self._end([run for run in self._runs if run.loop is loop])
+        self._clock.reset()
+        outer = [run for run in self._runs if run.loop is not None]
+        if outer:
+            self._shown = outer[-1]
+
+    def _mismatch(self, run: Run, certain: bool) -> str | None:
+        """Why the policy does not fit this run, so that every layer computes; or None.
+
+        Raises:
+            PolicyMismatchError: it is for as many steps as were asked for, but not as are executed; or
+                under `strict`, whatever differs.
+        """
+        policy, scheduler = run.schedule.policy, run.begin.scheduler
+        made_with = None if scheduler is None else type(scheduler).__name__
+        if policy.steps != run.steps:
+            message = (
+                f"policy {policy.name!r} is for {policy.steps} executed steps, this run executes {run.steps} "
+                f"({made_with or 'unknown scheduler'}; Heun executes 2 N - 1, PNDM N + 1, img2img N * strength; "
+                f"if that is not so, {HELP}): make the policy for {run.steps}"
+            )
+            if certain and policy.steps == getattr(scheduler, "num_inference_steps", None):
+                raise PolicyMismatchError(message)
+            self._object(PolicyMismatchError(message), "; every layer computes")
+            return f"the policy is for {policy.steps} executed steps, this run executes {run.steps}"
+        differences = [
+            f"{what}: policy {made_for!r}, run {here!r}"
+            for what, made_for, here in (
+                ("scheduler", policy.scheduler, made_with),
+                ("model", policy.model, model_name(self.pipe or self.denoiser)),
+            )
+            if None not in (made_for, here) and made_for != here
+        ]
+        if differences:
+            message = f"policy {policy.name!r} was made for something else: {'; '.join(differences)}"
+            self._object(PolicyMismatchError(message))
+        return None
+
+    # -- maps
+
+    def _give_memory(self, run: Run, branch: Branch, given: dict[str, Any]) -> None:
+        """Allocate the maps of a branch; a branch that this step has not called gives up its own for a new one."""
+        waiting = [other for other in run.branches if other.step < run.step]
+        if waiting and not branch.released:  # whose turn may not come: memory stays what the plan says
+            min(waiting, key=lambda other: other.step).release("its memory went to another call of the step")
+        run.allocate(branch, self._plan(run, given))
+
+    def _plan(self, run: Run, given: dict[str, Any]) -> RingPlan | None:
+        """Plan the maps of a branch for inputs of these shapes; layers left out are reported."""
+        names, sample = [n for n in self._layers.modules if n not in run.report.skipped], given["sample"]
+        try:
+            shapes = planner.map_shapes(self.denoiser, given, self._layers.all)
+        except UnsupportedLayerError as error:
+            self._only_compute(run, dict.fromkeys(names, str(error)))
+            return None
+        dtype = ops.unserved_dtype(sample.dtype)
+        unserved = {n: dtype or "the model does not call it" for n in names if dtype or n not in shapes}
+        self._only_compute(run, unserved)
+        names = [n for n in names if n not in unserved]
+        for name in names if self._strict else []:
+            reason = ops.fallback_reason(self.map_format, sample.device, sample.dtype, shapes[name].head_dim)
+            if reason:
+                raise UnsupportedLayerError(f"layer {name} would run through plain torch: {reason}")
+        try:
+            requests = planner.map_requests(run.schedule, names, shapes, _compute_dtype(sample))
+            plan = plan_ring(requests, self.map_format, self._budget)
+        except MemoryBudgetError as error:
+            self._only_compute(run, dict.fromkeys(names, str(error)))
+            return None
+        for layer in run.report.layers:
+            sizes = shapes.get(layer.name)
+            layer.shape, layer.head_dim = (None, None) if sizes is None else sizes[:2]
+        unfit = "its map of {:,} bytes does not fit the memory budget of {:,}"
+        dropped = {name: unfit.format(nbytes, self._budget) for name, nbytes in plan.dropped.items()}
+        self._only_compute(run, dropped, asked_for=True)
+        return plan
+
+    def _only_compute(self, run: Run, reasons: dict[str, str], asked_for: bool = False) -> None:
+        """Report layers that will not reuse in this run, and warn; an error under `strict` unless `asked_for`."""
+        new = {name: reason for name, reason in reasons.items() if run.report.skipped.get(name) != reason}
+        if new:
+            name, reason = next(iter(new.items()))
+            message = f"{len(new)} layers only compute, such as {name}: {reason}"
+            self._warn(message) if asked_for else self._object(UnsupportedLayerError(message))
+        run.report.skipped.update(new)
+
+    def _object(self, error: AttnReuseError, more: str = "") -> None:
+        """Something does not go as the policy says: an error under `strict`, else a warning, which says `more`."""
+        if self._strict:
+            raise error
+        self._warn(f"{error}{more}")
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(f"attnreuse: {message}", stacklevel=2)
+
+    def _empty_report(self, policy: str = "") -> Report:
+        skipped = {name: reason for name, reason in self._layers.refused.items() if name not in self._layers.modules}
+        skipped |= {n: r for n, r in self._layers.foreign().items() if self._layers.refused.get(n) == r}
+        return Report(policy or str(self.policy), self.map_format.name, layers=self._layers.reports(), skipped=skipped)
+
+
+class _Hook:
+    """A method of the session, called around its denoiser; nothing on a copied or unpickled denoiser."""
+
+    def __init__(self, session: Session, method: str):
+        self._session, self._method = weakref.ref(session), method
+
+    def _call(self, module: Any, *args: Any) -> None:
+        session = self._session()
+        if session is not None and module is session.denoiser:
+            getattr(session, self._method)(*args)
+
+    def __reduce__(self) -> tuple:
+        return _inert_hook, ()
+
+    @classmethod
+    def of(cls, session: Session, method: str) -> _Hook:
+        if "__call__" not in cls.__dict__:  # not sooner: it imports the compiler
+            cls.__call__ = torch.compiler.disable(cls._call)
+        return cls(session, method)
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+def _inert_hook() -> Callable[..., None]:
+    return _nothing
+
+
+def _compute_dtype(sample: torch.Tensor) -> torch.dtype:
+    """What layers give for this sample."""
+    device = sample.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else sample.dtype
+
+
+def _executed(place: Place, loop: loops.Loop | None) -> int:
+    """Denoiser steps that a run beginning at `place` will make."""
+    remaining = place.length - place.position
+    if loop is None or loop.total is None:
+        return remaining if loop is None or loop.timesteps is None else len(loop.timesteps)
+    if isinstance(getattr(loop.pipe, "denoising_end", None), float):
+        return min(loop.total, remaining)
+    asked = getattr(place.scheduler, "num_inference_steps", None)
+    order = getattr(place.scheduler, "order", 1)
+    cut = asked is not None and loop.total < remaining and loop.total != asked - place.position // order
+    return loop.total if cut else remaining
+
+
+def enable(
+    pipe: Any,
+    policy: Policy | Rule | str | Path | None = None,
+    *,
+    fit: Literal["exact", "stretch"] = "exact",
+    map_format: str = "u8",
+    memory_budget: int | str | None = None,
+    layers: str | Sequence[str] | None = None,
+    scheduler: Any = None,
+    strict: bool = False,
+) -> Session:
+    """Reuse attention maps in `pipe` as `policy` says, until :func:`disable`.
+
+    A layer reuses only a map that it wrote in the same run, for the same conditions and shapes. Otherwise
+    it computes exactly; the report counts such calls with the reason, and a warning names the first.
+
+    Args:
+        pipe: a diffusers pipeline with a ``UNet2DConditionModel``, or such a denoiser.
+        policy: which executed steps reuse: a :class:`Policy` for one number of steps; a rule for any, such as
+            ``hurry(reuse=0.5)``; a file of either, or ``"user/name"`` on the Hugging Face Hub.
+            None: ``hurry(reuse=0.5)``.
+        fit: "exact": a policy for another number of steps than a run executes does not reuse in it.
+            "stretch": it is stretched to the run, by noise level (:meth:`Policy.stretch`).
+        map_format: "fp32", "fp16", "bf16", "u8", "u7" or "u4".
+        memory_budget: most bytes the maps of a denoiser call may take, a number or like "4GiB"; layers
+            that do not fit only compute, and are reported. None: whatever the policy needs.
+        layers: "self", "cross", "all", or ``fnmatch`` patterns of layer names. None: self-attention, and the
+            layers that the policy speaks of by their full names.
+        scheduler: for a denoiser without its pipeline whose timesteps are not taken from a tensor; or
+            call :meth:`Session.step` in your loop.
+        strict: whatever keeps a layer from doing what the policy says is an error instead of a warning, but for
+            the memory budget, and layers that another tool does not call.
+
+    Returns:
+        The session: ``.report()`` after a run, ``.disable()``, usable in ``with``. A session already
+        on this denoiser is disabled first.
+
+    Raises:
+        UnsupportedLayerError: no layer can be served, or under `strict` one cannot.
+        ValueError: unknown format, fit, layer pattern or budget, a broken policy file, or a rule that needs noise
+            levels where the scheduler has none.
+    """
+    denoiser = find_denoiser(pipe)
+    is_pipe = hasattr(pipe, "unet")
+    chosen = (format_named(map_format), planner.parse_bytes(memory_budget), layers, strict, hasattr(pipe, "_orig_mod"))
+    session = Session(denoiser, pipe if is_pipe else None, scheduler, _fitted(policy, fit, pipe, scheduler), *chosen)
+    disable(pipe)
+    session._attach()
+    return session
+
+
+def _fitted(policy: Policy | Rule | str | Path | None, fit: str, pipe: Any, scheduler: Any) -> Policy | Rule:
+    if fit not in ("exact", "stretch"):
+        raise ValueError(f"fit must be 'exact' or 'stretch', got {fit!r}")
+    found = hurry(reuse=0.5) if policy is None else load_policy(policy)
+    if fit == "stretch" and isinstance(found, Policy):
+        found = Stretched(policy=found)
+    scheduler = scheduler or getattr(pipe, "scheduler", None)
+    if isinstance(found, Rule) and found.uses_levels and scheduler is not None:
+        check_levels(scheduler)
+    return found
+
+
+def disable(pipe: Any) -> None:
+    """Undo :func:`enable` on a pipeline or denoiser; nothing happens where nothing was enabled."""
+    sessions = [getattr(find_denoiser(pipe), ATTRIBUTE, None)]
+    sessions += [session for session in loops.listeners() if session.pipe is pipe]  # of a denoiser it had before
+    for session in sessions:
+        if session is not None:
+            session.disable()

@@ -1,0 +1,1 @@
+"""The trained pipeline that comes along, and what judges its pictures."""

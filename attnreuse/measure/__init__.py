@@ -1,0 +1,1 @@
+"""Times and what they were measured on."""

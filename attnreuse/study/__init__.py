@@ -1,0 +1,1 @@
+"""What samples pictures to learn from them: searches, analysis, comparison, plans, benchmarks of ops."""

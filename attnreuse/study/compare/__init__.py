@@ -1,0 +1,1 @@
+"""Reuse beside fewer steps and other caches, at equal measured latency."""

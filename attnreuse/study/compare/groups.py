@@ -1,0 +1,122 @@
+"""The paper's comparison, at equal measured latency: reuse, fewer steps, and other caches, in one run.
+
+Every way to sample is judged by the same prompts and seeds against the full-step pictures of the same scheduler and
+step count, and timed in turns with all others. "Plain steps at equal latency" are read off the measured plain steps, by
+interpolation; "at equal cost" counts as the paper does, by attention maps computed. A stochastic sampler draws other
+noise when it makes other steps: "same noise" holds it fixed (:mod:`attnreuse.study.noise`). Users get no such run, but
+plain steps are not to be beaten by bad luck alone, so it counts among them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from attnreuse.measure.environment import environment, package_version
+from attnreuse.planning.samplers import make_scheduler, step_options
+from attnreuse.policy import Policy, Rule
+from attnreuse.progress import Progress, silent
+from attnreuse.study.compare.measure import Measured, measure, runs
+from attnreuse.study.compare.methods import methods
+from attnreuse.study.evaluate import Setting
+
+
+@dataclass
+class Group:
+    """All methods under one scheduler, step count and map format; the full run first."""
+
+    scheduler: str
+    steps: int
+    map_format: str
+    rows: list[Measured]
+    notes: list[str]
+
+    @property
+    def full(self) -> Measured:
+        return self.rows[0]
+
+
+@dataclass
+class Comparison:
+    """What :func:`compare` measured."""
+
+    setting: Setting
+    groups: list[Group]
+    environment: dict[str, Any]
+    rounds: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        groups = [
+            {"scheduler": g.scheduler, "steps": g.steps, "map_format": g.map_format, "notes": g.notes,
+             "rows": [r.row() for r in g.rows]}
+            for g in self.groups
+        ]  # fmt: skip
+        return {"setting": asdict(self.setting), "groups": groups, "environment": self.environment}
+
+
+def compare(
+    pipe: Any,
+    setting: Setting,
+    *,
+    schedulers: list[str | None] = [None],  # noqa: B006 (never written to)
+    steps: list[int] | None = None,
+    formats: list[str] | None = None,
+    policies: list[Policy | Rule] = [],  # noqa: B006
+    student: Path | None = None,
+    others: bool = True,
+    judge: tuple[str, ...] = ("ssim",),
+    rounds: int = 3,
+    progress: Progress = silent,
+) -> Comparison:
+    """Measure every method under every scheduler, step count and format.
+
+    Args:
+        pipe: its scheduler is replaced meanwhile.
+        schedulers: as in :func:`samplers.make_scheduler`; None: the pipeline's own.
+        steps, formats: default: the setting's.
+        policies: more schedules; each runs where its step count and scheduler fit.
+        student: folder of a distilled UNet (`benchmarks/distill_tiny_shapes.py`).
+        others: also DeepCache, tomesd and diffusers' PAB, where installed.
+        judge: metrics besides PSNR: "ssim", "lpips", "fid", "clip". For captions of the shipped pipeline, FID
+            and CLIP score are those of its own CLIP pair, and its caption oracle judges, too.
+        rounds: timed rounds of one batch each, all methods in turns.
+        progress: called before each method is judged and each batch is timed, with the number of these done, of all.
+
+    Raises:
+        AttnReuseError: a metric needs what is not installed.
+        ValueError: an unknown sampler, eta for one that has none, or a rule for a scheduler without noise levels.
+    """
+    own, groups = pipe.scheduler, []
+    made = {name: own if name is None else make_scheduler(own.config, name) for name in schedulers}
+    for scheduler in made.values():
+        step_options(scheduler, setting.eta)
+    wanted = []
+    try:
+        for scheduler, count, name in itertools.product(
+            schedulers, steps or [setting.steps], formats or [setting.map_format]
+        ):
+            pipe.scheduler = made[scheduler]
+            at = replace(setting, steps=count, map_format=name)
+            same = type(pipe.scheduler) is type(own)  # a student is made for one scheduler
+            wanted.append((scheduler, at, *methods(pipe, at, policies, student if same else None, others)))
+        of, done = sum(runs(found, rounds) for _, _, found, _ in wanted), 0
+        for scheduler, at, found, notes in wanted:
+            pipe.scheduler = made[scheduler]
+            label = scheduler or type(own).__name__  # as asked for: samplers share classes
+
+            def tell(part: int, _: int, now: str, before: int = done, label: str = label) -> None:
+                progress(before + part, of, f"{label}: {now}")
+
+            rows = measure(pipe, at, found, notes, judge, rounds, tell)
+            done += runs(found, rounds)
+            for row in rows:
+                row.scheduler = label
+            groups.append(Group(label, at.steps, at.map_format, rows, notes))
+    finally:
+        pipe.scheduler = own
+    about = {**environment(pipe.unet.device), "dtype": str(pipe.unet.dtype)}
+    about |= {name: found for name in ("DeepCache", "tomesd") if (found := package_version(name))}
+    return Comparison(setting, groups, about, rounds)

@@ -1,0 +1,248 @@
+"""Methods judged by their pictures and timed in turns, and the plain steps that each is read against."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from attnreuse.binding.session import enable
+from attnreuse.demo import tiny_shapes
+from attnreuse.errors import AttnReuseError
+from attnreuse.planning.rows import strip
+from attnreuse.progress import Progress, silent
+from attnreuse.study import metrics
+from attnreuse.study.compare.methods import PLAIN, SAME_NOISE, Method
+from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.noise import NoisePath
+
+SHOWN = 4  # pictures that are kept of each method
+
+
+@dataclass
+class Measured:
+    """What one method did.
+
+    Attributes:
+        map_bytes: of the buffer of one batch, in bytes.
+        scores: by metric: the mean, and for "psnr" the half-width of its 95 % confidence interval ("psnr_ci").
+        pictures: the first ``SHOWN``, ``[P, S, S, 3]`` in [0, 1].
+        latencies_s: of one batch of pictures, one per round.
+        maps_computed: share of the full run's attention-map elements that it computed; None where unknown.
+        plain_psnr: of plain steps at its latency; None below all that were measured.
+        equal_cost_psnr: of the plain steps that compute as many maps, as near as step counts allow.
+    """
+
+    method: Method
+    executed_steps: int
+    map_bytes: int
+    scores: dict[str, float]
+    pictures: np.ndarray = field(repr=False)
+    scheduler: str = ""
+    latencies_s: list[float] = field(default_factory=list)
+    maps_computed: float | None = None
+    plain_psnr: float | None = None
+    equal_cost_psnr: float | None = None
+
+    @property
+    def latency_s(self) -> float:
+        return float(np.median(self.latencies_s))
+
+    def row(self) -> dict[str, Any]:
+        """Flat, ready for CSV."""
+        m, low_high = self.method, np.percentile(self.latencies_s, [20, 80])
+        row = strip(m.policy.reuse) if m.policy and not isinstance(m.policy.reuse, dict) else ""
+        return {
+            "method": m.name, "family": m.family, "scheduler": self.scheduler, "steps": m.steps,
+            "executed_steps": self.executed_steps, "reuse": row, "format": m.map_format,
+            "map_bytes": self.map_bytes, "maps_computed": _short(self.maps_computed),
+            "latency_s": _short(self.latency_s), "latency_p20_s": _short(low_high[0]),
+            "latency_p80_s": _short(low_high[1]),
+            **{key: _short(self.scores.get(key)) for key in SCORES},
+            "plain_psnr_at_equal_latency": _short(self.plain_psnr),
+            "plain_psnr_at_equal_cost": _short(self.equal_cost_psnr),
+        }  # fmt: skip
+
+
+SCORES = (
+    "psnr", "psnr_ci", "ssim", "lpips", "fid", "clip_score", "background", "color", "shape", "relation",
+)  # fmt: skip
+
+
+def measure(
+    pipe: Any,
+    setting: Setting,
+    wanted: list[Method],
+    notes: list[str],
+    judge: tuple[str, ...],
+    rounds: int,
+    progress: Progress = silent,
+) -> list[Measured]:
+    """Judge and time methods in turns, the full run first; `notes` gets what had to be left out."""
+    count, of = len(wanted), runs(wanted, rounds)
+    rows = judged(pipe, setting, wanted, notes, judge, lambda done, _, now: progress(done, of, now))
+    timed(pipe, setting, rows, rounds, lambda done, _, now: progress(count + done, of, now))
+    one = Evaluator(pipe, replace(setting, prompts=setting.prompts[:1], steps=1))
+    for row in rows:
+        row.maps_computed = _maps_computed(one, rows[0], row)
+    _at_equal(rows)
+    return rows
+
+
+def runs(wanted: list[Method], rounds: int) -> int:
+    """Runs that are judged or timed; plain steps of the same noise are not timed by themselves."""
+    return len(wanted) + rounds * sum(method.family != SAME_NOISE for method in wanted)
+
+
+def judged(
+    pipe: Any,
+    setting: Setting,
+    wanted: list[Method],
+    notes: list[str],
+    judge: tuple[str, ...],
+    progress: Progress = silent,
+) -> list[Measured]:
+    """The pictures of methods and their scores, the full run first, without times; see :func:`measure`.
+
+    Raises:
+        AttnReuseError: a metric needs what is not installed; said before a picture is sampled.
+    """
+    prompts, path, rows = list(setting.prompts), NoisePath(pipe.scheduler), []
+    blank = np.zeros((min(2, len(prompts)), 64, 64, 3), np.float32)
+    _scores(blank, blank, prompts[:2], judge)
+    full: np.ndarray | None = None
+    for i, method in enumerate(wanted):
+        if method.family == SAME_NOISE and not path.is_noisy:
+            continue
+        progress(i, len(wanted), f"judging {method.name}")
+        try:
+            row, pictures = _sampled(pipe, setting, method, path)
+        except AttnReuseError as error:
+            if full is None:
+                raise
+            notes.append(f"{method.name} was left out: {error}")
+            continue
+        row.scores = _scores(pictures, full, prompts, judge)
+        full = pictures if full is None else full
+        rows.append(row)
+    return rows
+
+
+def timed(pipe: Any, setting: Setting, rows: list[Measured], rounds: int, progress: Progress = silent) -> None:
+    """Add the seconds of one batch in each of `rounds`, all in turns; same noise takes what plain steps take."""
+    one_batch = replace(setting, prompts=setting.prompts[: setting.batch])
+    called = [row for row in rows if row.method.family != SAME_NOISE]
+    order = random.Random(0)
+    for i in range(rounds):
+        for j, row in enumerate(order.sample(called, len(called))):  # none always follows the same, which may slow it
+            progress(i * len(called) + j, rounds * len(called), f"timing {row.method.name}, round {i + 1} of {rounds}")
+            row.latencies_s.append(_timed(pipe, one_batch, row.method))
+    taken = {row.method.steps: row.latencies_s for row in rows if row.method.family == "plain steps"}
+    for row in rows:
+        row.latencies_s = taken[row.method.steps] if row.method.family == SAME_NOISE else row.latencies_s
+
+
+def _sampled(pipe: Any, setting: Setting, method: Method, path: NoisePath) -> tuple[Measured, np.ndarray]:
+    """A method not yet scored, and all its pictures; `path` keeps the full run's noise."""
+    evaluator = Evaluator(pipe, _setting_of(setting, method), memo_bytes=0)
+    held = [0]
+
+    @contextmanager
+    def around(start: int) -> Iterator[None]:
+        noise = path.recorded(start, method.steps) if method.family == "full" else nullcontext()
+        if method.family == SAME_NOISE:
+            noise = path.followed(start, method.steps)
+        with _applied(pipe, setting, method) as session, noise:
+            yield
+            held[0] = max(held[0], session.report().allocated_bytes if session else 0)
+
+    pictures = evaluator.run(around).pictures
+    row = Measured(method, evaluator.executed_steps, held[0], {}, pictures[:SHOWN].copy(), evaluator.scheduler)
+    return row, pictures
+
+
+def _scores(
+    pictures: np.ndarray, full: np.ndarray | None, prompts: list[str], judge: tuple[str, ...]
+) -> dict[str, float]:
+    tiny, scores = tiny_shapes.all_known(prompts), {}
+    if full is not None:
+        psnr = metrics.psnr_each(pictures, full)
+        scores = {"psnr": float(psnr.mean()), "psnr_ci": metrics.half_width(psnr)}
+        for name in {"ssim", "lpips"} & set(judge):
+            scores[name] = float(metrics.PAIRED[name](pictures, full).mean())
+        if "fid" in judge and len(pictures) > 1:
+            scores["fid"] = metrics.fid(pictures, full, tiny=tiny)
+    if "clip" in judge:
+        scores["clip_score"] = float(metrics.clip_scores(pictures, prompts, tiny=tiny).mean())
+    return scores | (metrics.obedience(pictures, prompts) if tiny else {})
+
+
+def _timed(pipe: Any, setting: Setting, method: Method) -> float:
+    evaluator = Evaluator(pipe, _setting_of(setting, method), memo_bytes=0)
+    return evaluator.run(lambda start: _applied(pipe, setting, method)).seconds
+
+
+def _setting_of(setting: Setting, method: Method) -> Setting:
+    guidance = setting.guidance if method.guidance is None else method.guidance
+    return replace(setting, steps=method.steps, guidance=guidance)
+
+
+@contextmanager
+def _applied(pipe: Any, setting: Setting, method: Method) -> Iterator[Any]:
+    """The pipeline as the method wants it; gives the reuse session, if any."""
+    with nullcontext() if method.around is None else method.around(pipe):
+        if method.policy is None:
+            yield None
+            return
+        with enable(pipe, method.policy, map_format=method.map_format, layers=setting.layers) as session:
+            yield session
+
+
+def _maps_computed(one: Evaluator, full: Measured, row: Measured) -> float | None:
+    """Share of the full run's map elements; None for methods that do not say. `one` knows the layers."""
+    if row.method.around is not None:
+        return None
+    share, policy = row.executed_steps / full.executed_steps, row.method.policy
+    if policy is None:
+        return share
+    sizes = one.map_sizes(policy)
+    reused = sum(size * sum(map(bool, policy.row(name))) for name, size in sizes.items())
+    return share * (1 - reused / (sum(sizes.values()) * policy.steps))
+
+
+def at_time(measured: Iterable[tuple[float, float]], time: float) -> float | None:
+    """The PSNR of plain steps at a time, by interpolation of (time, PSNR) pairs; None below all of them.
+
+    More steps can be worse or, by noise, faster: up to each pair the best so far counts.
+    """
+    pairs = sorted(measured)
+    if not pairs or time < pairs[0][0]:
+        return None
+    times, psnrs = zip(*pairs, strict=True)
+    return float(np.interp(time, times, np.maximum.accumulate(psnrs)))
+
+
+def _at_equal(rows: list[Measured]) -> None:
+    """Tell each row the plain steps' PSNR at its latency and at its count of maps."""
+    plain = [r for r in rows if r.method.family in PLAIN]
+    if len(plain) < 2:
+        return
+    calls = rows[0].executed_steps
+    for row in rows[1:]:
+        if row.method.family in PLAIN:
+            continue
+        if row.latency_s <= rows[0].latency_s:
+            row.plain_psnr = at_time([(r.latency_s, r.scores["psnr"]) for r in plain], row.latency_s)
+        if row.maps_computed is not None:
+            off = {id(r): abs(r.executed_steps - calls * row.maps_computed) for r in plain}
+            as_costly = [r.scores["psnr"] for r in plain if off[id(r)] == min(off.values()) <= 1]
+            row.equal_cost_psnr = max(as_costly, default=None)
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.4g}"

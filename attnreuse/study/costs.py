@@ -1,0 +1,173 @@
+"""What a run takes on this machine: layers timed in their place, within runs of the pipeline.
+
+Timed alone, in a warm cache and without what a session does around them, layers seem to save more than they do.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch.nn import Module
+
+from attnreuse.binding.processors import attention_layers
+from attnreuse.binding.report import Report
+from attnreuse.binding.schedule import CACHED, Schedule
+from attnreuse.binding.session import enable
+from attnreuse.binding.shapes import LayerCost
+from attnreuse.errors import AttnReuseError
+from attnreuse.measure.timing import stopwatch
+from attnreuse.policy import Action, Policy
+from attnreuse.study.evaluate import Evaluator
+
+ROUNDS = 3
+Taken = dict[tuple[str, Action], list[float]]  # seconds of each step of a layer, by what it did
+
+
+@dataclass(frozen=True)
+class RunCosts:
+    """Seconds that one batch of pictures takes.
+
+    Attributes:
+        fixed: once a run, before the first step and after the last.
+        step: each executed step outside of the served layers, the scheduler's work included.
+        session: what each executed step takes longer where maps or outputs are kept.
+        layers: each served layer at one step, by action, with its projections.
+    """
+
+    fixed: float
+    step: float
+    session: float
+    layers: dict[str, LayerCost]
+
+    def seconds(self, schedule: Schedule) -> float:
+        """Of a run with this schedule of the same layers.
+
+        Raises:
+            AttnReuseError: it serves layers whose costs are not known.
+        """
+        if unknown := schedule.actions.keys() - self.layers.keys():
+            raise AttnReuseError(f"no costs were measured of {sorted(unknown)[0]}: name it by layers")
+        attention = sum(self.layers[name].total(row) for name, row in schedule.actions.items())
+        caches = any(action in CACHED for row in schedule.actions.values() for action in row)
+        step = self.step + (self.session if caches else 0)
+        return self.fixed + step * schedule.policy.steps + attention
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Seconds of one run: of its steps, of what lies outside of them, and of each layer's steps."""
+
+    steps: float
+    outside: float
+    taken: Taken
+
+    @property
+    def layers(self) -> float:
+        return sum(map(sum, self.taken.values()))
+
+
+def measure(evaluator: Evaluator, rounds: int = ROUNDS) -> RunCosts:
+    """Costs of the evaluator's layers, at its setting and map format.
+
+    Medians over `rounds` runs of one batch, in turns of random order: stock, every other step reused, every other held.
+
+    Raises:
+        AttnReuseError: a layer is not called as often in each step, or does not do what its policy says.
+    """
+    setting = evaluator.setting
+    one = Evaluator(evaluator.pipe, replace(setting, prompts=setting.prompts[: setting.batch]), memo_bytes=0)
+    steps = one.executed_steps
+    kinds = [None, *(Policy(steps=steps, reuse=[i % 2 and letter for i in range(steps)]) for letter in (True, "H"))]
+    runs: dict[bool, list[_Run]] = {True: [], False: []}  # by whether a session serves them
+    order = random.Random(0)
+    _ = one.full  # warms up
+    for _ in range(rounds):
+        for policy in order.sample(kinds, len(kinds)):
+            runs[policy is not None].append(_timed(one, policy))
+    taken: Taken = defaultdict(list)
+    for run in runs[True] + runs[False]:
+        for key, seconds in run.taken.items():
+            taken[key] += seconds
+    step, served = (statistics.median((r.steps - r.layers) / steps for r in runs[key]) for key in (False, True))
+    fixed, begun = (statistics.median(r.outside for r in runs[key]) for key in (False, True))
+    session = max(0.0, served - step + (begun - fixed) / steps)
+    return RunCosts(fixed, step, session, {name: _cost(taken, name) for name in one.served()})
+
+
+def attention(evaluator: Evaluator) -> dict[str, float]:
+    """Seconds of each served layer at one step of a stock run of one batch, with its projections: medians."""
+    taken = _timed(evaluator, None).taken
+    return {name: statistics.median(seconds) for (name, _), seconds in taken.items()}
+
+
+def _timed(evaluator: Evaluator, policy: Policy | None) -> _Run:
+    """A run of one batch, stock or with `policy`, and what took how long in it."""
+    setting, unet = evaluator.setting, evaluator.pipe.unet
+    schedule = evaluator.schedule(policy or evaluator.policy([False] * evaluator.executed_steps, "stock"))
+    mark, between = stopwatch(unet.device)
+    layers, whole, within = attention_layers(unet), [], []
+    marks: dict[str, list[Any]] = {name: [] for name in schedule.actions}
+    timed = [(unet, within), *((layers[name], found) for name, found in marks.items())]
+
+    @contextmanager
+    def around(start: int) -> Iterator[None]:
+        whole.append(mark())
+        given = {"map_format": setting.map_format, "layers": setting.layers}
+        serving = nullcontext() if policy is None else enable(evaluator.pipe, policy, **given)
+        with serving as session, _marking(timed, mark):
+            yield
+            if session is not None:
+                _check(session.report())
+        whole.append(mark())
+
+    evaluator.run(around)
+    taken: Taken = defaultdict(list)
+    for name, found in marks.items():
+        calls, actions = _pairs(found, between), schedule.actions[name]
+        if not calls or len(calls) % len(actions):
+            raise AttnReuseError(
+                f"{name} was called {len(calls)} times in {len(actions)} steps: its costs cannot be told by step"
+            )
+        per_step = len(calls) // len(actions)
+        for i, action in enumerate(actions):
+            taken[name, action].append(sum(calls[i * per_step : (i + 1) * per_step]))
+    loop, called = between(within[0], within[-1]), sum(_pairs(within, between))
+    last = (loop - called) / max(1, len(within) // 2 - 1)  # the scheduler's last step, as long as those between calls
+    return _Run(loop + last, between(*whole) - loop - last, taken)
+
+
+def _check(report: Report) -> None:
+    """A layer that did not do what was planned would be timed as if it had."""
+    for layer in report.layers:
+        for reason in layer.reasons:
+            raise AttnReuseError(f"costs cannot be told: {layer.name} does not do what the policy says: {reason}")
+
+
+@contextmanager
+def _marking(timed: list[tuple[Module, list[Any]]], mark: Callable[[], Any]) -> Iterator[None]:
+    """Within, each module's list gets two marks of each of its calls: where it begins and where it ends."""
+    hooks = []
+    for module, found in timed:
+        hooks.append(module.register_forward_pre_hook(lambda *_, found=found: found.append(mark())))
+        hooks.append(module.register_forward_hook(lambda *_, found=found: found.append(mark())))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _pairs(marks: list[Any], between: Callable[[Any, Any], float]) -> list[float]:
+    return [between(begin, end) for begin, end in zip(marks[::2], marks[1::2], strict=True)]
+
+
+def _cost(taken: Taken, name: str) -> LayerCost:
+    """Medians by action; what a layer never did costs what computing does."""
+    computed = taken[name, Action.COMPUTE]
+    return LayerCost(*(statistics.median(taken[name, Action(f.name)] or computed) for f in fields(LayerCost)))

@@ -1,0 +1,380 @@
+"""Schedules judged by their pictures: the same prompts and seeds for all, shared beginnings computed once.
+
+Two schedules whose layers do the same up to a step give the denoiser the same inputs up to there, so
+its outputs are kept and replayed: only from the step where they part is the denoiser called. The
+pipeline itself runs in full (its scheduler is cheap), so any scheduler and pipeline branches rightly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+import re
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnreuse.binding import shapes as planner
+from attnreuse.binding.clock import executed_steps
+from attnreuse.binding.denoiser import (
+    find_denoiser,
+    holding_layers,
+    layer_kinds,
+    model_name,
+    select_layers,
+    unsupported,
+)
+from attnreuse.binding.layers import NOT_CALLED
+from attnreuse.binding.processors import attention_layers
+from attnreuse.binding.schedule import CACHED, Schedule
+from attnreuse.binding.session import Session, enable
+from attnreuse.errors import AttnReuseError, PolicyMismatchError
+from attnreuse.maps.formats import format_named
+from attnreuse.maps.ring import plan_ring
+from attnreuse.planning.levels import influences, noise_levels
+from attnreuse.planning.samplers import step_options
+from attnreuse.policy import Action, Policy
+from attnreuse.study.metrics import PAIRED
+
+Key = tuple[int, str, int]  # first picture of the batch, what all layers did so far, call within the step
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is sampled, and how; two schedules are comparable only under one setting.
+
+    Attributes:
+        prompts: one picture each.
+        steps: ``num_inference_steps``.
+        seed: of the first picture; the next ones count up.
+        guidance: ``guidance_scale``; None: the pipeline's default.
+        eta: share of the noise that the scheduler adds anew (DDIM, TCD); None: the pipeline's default.
+        size: (height, width) in pixels; None: the pipeline's default.
+        map_format, layers: as in :func:`attnreuse.enable`.
+        batch: pictures sampled at once.
+    """
+
+    prompts: tuple[str, ...]
+    steps: int = 20
+    seed: int = 0
+    guidance: float | None = None
+    eta: float | None = None
+    size: tuple[int, int] | None = None
+    map_format: str = "u8"
+    layers: str | tuple[str, ...] | None = None
+    batch: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("prompts must hold at least one prompt")
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def batches(self) -> Iterator[tuple[int, list[str]]]:
+        """First picture and prompts of each batch."""
+        for start in range(0, len(self.prompts), self.batch):
+            yield start, list(self.prompts[start : start + self.batch])
+
+    def call(self, start: int, count: int) -> dict[str, Any]:
+        """Arguments of the pipeline for `count` pictures from `start` on, but for the prompts."""
+        generators = [torch.Generator().manual_seed(self.seed + start + i) for i in range(count)]
+        given: dict[str, Any] = {"num_inference_steps": self.steps, "generator": generators, "output_type": "np"}
+        if self.guidance is not None:
+            given["guidance_scale"] = self.guidance
+        if self.eta is not None:
+            given["eta"] = self.eta
+        if self.size is not None:
+            given["height"], given["width"] = self.size
+        return given
+
+
+@dataclass
+class Calls:
+    """Schedules judged; denoiser calls that their pictures asked for, and those really made, in this process."""
+
+    schedules: int = 0
+    asked: int = 0
+    made: int = 0
+
+    @property
+    def saved(self) -> float:
+        """Share of the calls that was replayed instead."""
+        return 1 - self.made / self.asked if self.asked else 0.0
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """`pictures` ``[P, S, S, 3]`` in [0, 1], final `latents` ``[P, C, S, S]``, `seconds` of the pipeline's calls."""
+
+    pictures: np.ndarray
+    latents: Tensor
+    seconds: float
+
+
+class Evaluator:
+    """Samples and scores schedules on one pipeline under one :class:`Setting`.
+
+    Args:
+        pipe: a pipeline that :func:`attnreuse.enable` serves.
+        setting: what to sample.
+        memo_bytes: most memory for denoiser outputs kept to be replayed; 0 shares nothing.
+
+    Attributes:
+        executed_steps: denoiser steps of a run; policies must have this many.
+        levels: noise levels (log-SNR) of the executed steps, or None where the scheduler has none.
+        influence: how far an error of each moves the final sample, or None: see
+            :func:`~attnreuse.planning.levels.influences`.
+        reference: whose full-step pictures those of schedules are judged against: this one's, or see :meth:`at`.
+        calls: denoiser calls asked for and made so far.
+    """
+
+    def __init__(self, pipe: Any, setting: Setting, memo_bytes: int = 1 << 30):
+        self.pipe, self.setting, self.calls = pipe, setting, Calls()
+        step_options(pipe.scheduler, setting.eta)
+        self.executed_steps = executed_steps(pipe.scheduler, setting.steps)
+        self.levels = _levels(pipe.scheduler)
+        self.influence = None if self.levels is None else influences(pipe.scheduler)
+        self.scheduler, self.model = type(pipe.scheduler).__name__, model_name(pipe)
+        self._memo = _Memo(memo_bytes)
+        self._inputs: dict[str, Any] = {}  # the denoiser's, of the first call
+        self._full: Sampled | None = None
+        self._others: dict[int, Evaluator] = {}
+        self.reference = self
+
+    def at(self, steps: int) -> Evaluator:
+        """The same for runs of other `steps` (``num_inference_steps``), judged against the reference's full steps."""
+        root = self.reference
+        if steps == root.setting.steps:
+            return root
+        if steps not in root._others:
+            other = Evaluator(root.pipe, replace(root.setting, steps=steps))
+            other.reference, other.calls, other._memo = root, root.calls, root._memo
+            root._others[steps] = other
+        return root._others[steps]
+
+    def key(self) -> str:
+        """Digest of everything that decides a score besides the schedule: names a cache's rows."""
+        about = {**asdict(self.setting), "model": self.model, "scheduler": self.scheduler}
+        about["layers"] = self.setting.layers or "self"
+        about |= {"dtype": str(self.pipe.unet.dtype), "device": self.pipe.unet.device.type}
+        about |= {"config": {k: v for k, v in self.pipe.scheduler.config.items() if not k.startswith("_")}}
+        about |= {"weights": _some_weights(self.pipe)}
+        return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def policy(self, reuse: Any, name: str) -> Policy:
+        """A policy that remembers what it was made for."""
+        return Policy(
+            steps=self.executed_steps,
+            reuse=reuse,
+            name=name,
+            model=self.model,
+            scheduler=self.scheduler,
+            resolution=self.setting.size,
+            map_format=self.setting.map_format,
+            levels=self.levels,
+        )
+
+    @property
+    def full(self) -> Sampled:
+        """With every step computed; sampled once."""
+        if self._full is None:
+            self._full = self.sample(Policy(steps=self.executed_steps, reuse=[False] * self.executed_steps))
+        return self._full
+
+    def sample(self, policy: Policy) -> Sampled:
+        """Pictures and final latents with `policy`.
+
+        Raises:
+            PolicyMismatchError: a policy for another number of executed steps.
+        """
+        if policy.steps != self.executed_steps:
+            raise PolicyMismatchError(
+                f"policy {policy.name!r} is for {policy.steps} executed steps, this run executes {self.executed_steps}"
+            )
+
+        @contextmanager
+        def enabled(start: int) -> Iterator[None]:
+            given = {"map_format": self.setting.map_format, "layers": self.setting.layers}
+            with enable(self.pipe, policy, **given) as session, self._replaying(session, start):
+                yield
+
+        return self.run(enabled)
+
+    def run(self, around: Callable[[int], AbstractContextManager]) -> Sampled:
+        """Pictures and final latents of the setting, the pipeline called within ``around(first picture)``."""
+        pictures, latents, seconds = [], [], 0.0
+
+        def keep_latents(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            last["latents"] = given["latents"]
+            return given
+
+        for start, prompts in self.setting.batches():
+            last: dict[str, Tensor] = {}
+            with around(start):
+                call = self.setting.call(start, len(prompts)) | {"callback_on_step_end": keep_latents}
+                begin = time.perf_counter()
+                pictures.append(self.pipe(prompts, **call).images)
+                seconds += time.perf_counter() - begin
+            latents.append(last["latents"].float().cpu())
+        return Sampled(np.concatenate(pictures), torch.cat(latents), seconds)
+
+    def scores(self, policy: Policy, metrics: tuple[str, ...] = ("psnr",)) -> dict[str, float]:
+        """Mean over the pictures of each metric (``metrics.PAIRED``) against the reference's full-step pictures."""
+        sampled, full = self.sample(policy), self.reference.full
+        return {name: float(np.mean(PAIRED[name](sampled.pictures, full.pictures))) for name in metrics}
+
+    def shapes(self) -> planner.Shapes:
+        """Map shape and head dim of every layer at this setting's batch, guidance and size."""
+        root = self.reference
+        if not root._inputs:
+            _ = root.full
+        return planner.map_shapes(find_denoiser(self.pipe), root._inputs)
+
+    def served(self, policy: Policy | None = None) -> list[str]:
+        """Names of the layers that the setting (or else `policy`) means and that can be served, as they are called."""
+        denoiser = find_denoiser(self.pipe)
+        modules = attention_layers(denoiser)
+        named = policy.patterns if policy else ()
+        wanted = set(select_layers(layer_kinds(denoiser), self.setting.layers, named))
+        return [name for name in self.shapes() if name in wanted and unsupported(name, modules[name]) is None]
+
+    def map_sizes(self, policy: Policy | None = None) -> dict[str, int]:
+        """Elements of the map of each layer served, see :meth:`served`."""
+        return {name: math.prod(self.shapes()[name].map) for name in self.served(policy)}
+
+    def schedule(self, policy: Policy) -> Schedule:
+        """What the served layers do under `policy`."""
+        return Schedule(policy, self.served(policy), holding_layers(find_denoiser(self.pipe)))
+
+    def map_bytes(self, policy: Policy) -> int:
+        """Bytes of the buffer that `policy` needs here."""
+        served, dtype = self.served(policy), self.pipe.unet.dtype
+        requests = planner.map_requests(self.schedule(policy), served, self.shapes(), dtype)
+        return plan_ring(requests, format_named(self.setting.map_format)).nbytes
+
+    @contextmanager
+    def _replaying(self, session: Session, batch: int) -> Iterator[None]:
+        """Within, the denoiser's forward answers from the memo as long as the schedule agrees with it."""
+        denoiser = session.denoiser
+        if denoiser is not self.pipe.unet:
+            raise AttnReuseError("a compiled denoiser cannot be replayed: search and analyse before torch.compile")
+        digests, inputs = _digests(session.actions, self.setting.steps), self.reference._inputs
+        first_live = self._memo.first_live(batch, digests, session.actions)
+        forward, bound = denoiser.forward, denoiser.__dict__.get("forward")  # bound: by offloading, such
+        signature = inspect.signature(type(denoiser).forward)
+
+        def replay(*args: Any, **kwargs: Any) -> Any:
+            tick = session.tick
+            key = (batch, digests[tick.step], tick.call)
+            self.calls.asked += 1
+            if tick.step < first_live:
+                return self._memo.get(key)
+            if not inputs:
+                inputs.update(signature.bind(denoiser, *args, **kwargs).arguments)
+                inputs.pop("self")
+            self.calls.made += 1
+            output = forward(*args, **kwargs)
+            self._memo.put(key, output)
+            return output
+
+        denoiser.forward = replay
+        try:
+            with warnings.catch_warnings():  # what is replayed calls no layer
+                warnings.filterwarnings("ignore", f".*{re.escape(NOT_CALLED)}")
+                yield
+        finally:
+            del denoiser.forward
+            if bound is not None:
+                denoiser.forward = bound
+
+
+def _some_weights(pipe: Any) -> str:
+    """Digest of the names, shapes and a few values of all weights: another training or adapter has another."""
+    running = hashlib.sha256()
+    parts = [(name, part) for name, part in sorted(pipe.components.items()) if isinstance(part, torch.nn.Module)]
+    for part_name, part in parts:
+        for name, weight in part.named_parameters():
+            some = weight.detach().flatten()[:: max(1, weight.numel() // 16)]
+            values = [] if some.is_meta else some.float().tolist()  # meta: offloaded
+            running.update(f"{part_name}.{name} {tuple(weight.shape)} {values};".encode())
+    return running.hexdigest()
+
+
+def _levels(scheduler: Any) -> tuple[float, ...] | None:
+    try:
+        return tuple(round(level, 4) for level in noise_levels(scheduler))
+    except ValueError:
+        return None
+
+
+@dataclass
+class _Memo:
+    """Denoiser outputs by key, the least recently used dropped beyond `limit` bytes."""
+
+    limit: int
+    held: OrderedDict[Key, Any] = field(default_factory=OrderedDict)
+    nbytes: int = 0
+    calls_per_step: int = 1
+
+    def get(self, key: Key) -> Any:
+        self.held.move_to_end(key)
+        return _map_tensors(self.held[key], Tensor.clone)  # the caller may write to it
+
+    def put(self, key: Key, output: Any) -> None:
+        self.calls_per_step = max(self.calls_per_step, key[2] + 1)
+        if key in self.held:
+            return
+        size = sum(t.numel() * t.element_size() for t in _tensors(output))
+        if size > self.limit:
+            return
+        self.held[key] = _map_tensors(output, Tensor.clone)
+        self.nbytes += size
+        while self.nbytes > self.limit:
+            _, dropped = self.held.popitem(last=False)
+            self.nbytes -= sum(t.numel() * t.element_size() for t in _tensors(dropped))
+
+    def first_live(self, batch: int, digests: list[str], actions: dict[str, list[Action]]) -> int:
+        """The first step that must be computed: what is not held, or made the map of a step that is not."""
+        live = 0
+        while live < len(digests) and all(
+            (batch, digests[live], call) in self.held for call in range(self.calls_per_step)
+        ):
+            live += 1
+        while live < len(digests) and any(row[live] in CACHED for row in actions.values()):
+            live -= 1
+        return live
+
+
+def _digests(actions: dict[str, list[Action]], steps: int) -> list[str]:
+    """Per executed step of a run of `steps` (``num_inference_steps``): a digest of what every layer did up to it."""
+    running, found = hashlib.sha256(f"{steps} steps;".encode()), []
+    for step_actions in zip(*actions.values(), strict=True):
+        running.update(",".join(a.value for a in step_actions).encode() + b";")
+        found.append(running.hexdigest())
+    return found
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map_tensors(output, lambda t: found.append(t) or t)
+    return found
+
+
+def _map_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`output` of a denoiser (a tuple, or diffusers' output class) with `change` applied to its tensors."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, tuple):
+        return tuple(_map_tensors(v, change) for v in output)
+    return type(output)(**{k: _map_tensors(v, change) for k, v in output.items()})

@@ -1,0 +1,226 @@
+"""The main job: full steps, reuse, and fewer plain steps of equal measured latency, side by side."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from attnreuse.binding.denoiser import find_denoiser, layer_kinds, model_name, select_layers
+from attnreuse.binding.report import Report
+from attnreuse.binding.session import enable
+from attnreuse.measure.environment import environment
+from attnreuse.policy import Policy
+from attnreuse.progress import Progress, silent
+from attnreuse.study import costs
+from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.metrics import EQUAL_DB, psnr
+
+MIN_SIDE = 256  # pixels; smaller pictures are enlarged in the sheet
+WARM_UP = 4  # steps, in which attention is timed, too
+DIFFERENCE = 20  # times that differences from the full steps' pictures are enlarged
+
+
+@dataclass
+class Way:
+    """One way to sample: its pictures ``[P, S, S, 3]`` in [0, 1], latencies and PSNR to the baseline's."""
+
+    label: str
+    steps: int
+    pictures: np.ndarray | None = None
+    latencies_s: list[float] = field(default_factory=list)
+    psnr_db: list[float] = field(default_factory=list)
+
+    @property
+    def latency_s(self) -> float:
+        """Median seconds for all prompts at once."""
+        return statistics.median(self.latencies_s)
+
+    @property
+    def mean_psnr_db(self) -> float | None:
+        """Mean over the prompts, equal pictures as ``EQUAL_DB``; None where every picture equals the baseline's."""
+        capped = [min(value, EQUAL_DB) for value in self.psnr_db]
+        return None if min(capped) == EQUAL_DB else statistics.mean(capped)
+
+
+@dataclass
+class SampleResult:
+    """What :func:`sample` measured.
+
+    Attributes:
+        attention_s: seconds that the layers with maps spend on attention in the full run, its projections included.
+        at_most_s: those of them that the calls that reuse or hold stand for: no reuse can save more (Amdahl).
+    """
+
+    prompts: list[str]
+    policy: Policy
+    baseline: Way
+    reuse: Way
+    fewer: Way
+    report: Report
+    attention_s: float
+    at_most_s: float
+    environment: dict[str, Any]
+
+    @property
+    def saved_s(self) -> float:
+        """Seconds that reuse took less than full steps; negative where it took more."""
+        return self.baseline.latency_s - self.reuse.latency_s
+
+    @property
+    def ways(self) -> list[Way]:
+        return [self.baseline, self.reuse, self.fewer]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        quality = {
+            way.label: {"psnr_db": way.mean_psnr_db, "psnr_db_by_prompt": [_finite(p) for p in way.psnr_db]}
+            for way in (self.reuse, self.fewer)
+        }
+        return {
+            "prompts": self.prompts,
+            "baseline": {"steps": self.baseline.steps, **_latency(self.baseline)},
+            "reuse": {
+                "policy": self.policy.model_dump(mode="json", exclude_none=True),
+                "map_format": self.report.map_format,
+                "map_bytes": self.report.allocated_bytes,
+                "predicted_map_bytes": self.report.predicted_bytes,
+                **_latency(self.reuse),
+                **quality[self.reuse.label],
+            },
+            "attention": {"seconds": self.attention_s, "at_most_s": self.at_most_s, "saved_s": self.saved_s},
+            "fewer_steps": {"steps": self.fewer.steps, **_latency(self.fewer), **quality[self.fewer.label]},
+            "environment": self.environment,
+        }
+
+
+def sample(
+    pipe: Any,
+    prompts: list[str],
+    *,
+    steps: int,
+    policy: Policy,
+    map_format: str,
+    seed: int,
+    guidance: float | None = None,
+    eta: float | None = None,
+    rounds: int = 2,
+    progress: Progress = silent,
+) -> SampleResult:
+    """Sample `prompts` in one batch with full steps, with `policy`, and with fewer steps.
+
+    After a warm-up full steps and reuse are timed in turns, `rounds` times; then they and as many fewer steps as take
+    the reuse run's median time, `rounds` times more.
+
+    Args:
+        steps: ``num_inference_steps`` of the baseline.
+        policy: for the executed steps of that run.
+        guidance, eta: ``guidance_scale`` and the scheduler's ``eta``; None: the pipeline's default.
+        progress: called before each run, with the number of runs done, of all, and what runs.
+    """
+
+    begun, reports = itertools.count(), []
+
+    setting = Setting(tuple(prompts), steps, seed, guidance, eta, map_format=map_format, batch=len(prompts))
+
+    @contextmanager
+    def reusing(start: int) -> Iterator[None]:
+        with enable(pipe, policy, map_format=map_format) as session:
+            yield
+        reports.append(session.report())
+
+    def run(way: Way) -> None:
+        progress(next(begun), 1 + 5 * rounds, f"{way.label}, {way.steps} steps")
+        evaluator = Evaluator(pipe, replace(setting, steps=way.steps), memo_bytes=0)
+        sampled = evaluator.run(reusing if way is reuse else lambda start: nullcontext())
+        way.pictures = sampled.pictures
+        way.latencies_s.append(sampled.seconds)
+
+    baseline, reuse = Way("full steps", steps), Way("reuse", steps)
+    progress(next(begun), 1 + 5 * rounds, f"warm-up, {min(WARM_UP, steps)} steps")
+    served = tuple(select_layers(layer_kinds(find_denoiser(pipe)), None, policy.patterns))
+    attention = costs.attention(Evaluator(pipe, replace(setting, steps=min(WARM_UP, steps), layers=served)))
+    ways, order = [baseline, reuse], random.Random(0)
+    for turn in range(2 * rounds):
+        if turn == rounds:
+            count = max(1, min(steps - 1, round(steps * reuse.latency_s / baseline.latency_s)))
+            ways.append(Way("fewer steps", count))
+        for way in order.sample(ways, len(ways)):  # none always follows the same one, which may slow it
+            run(way)
+    for way in ways:
+        way.psnr_db = [psnr(picture, target) for picture, target in zip(way.pictures, baseline.pictures, strict=True)]
+    about = {"model": model_name(pipe), "scheduler": type(pipe.scheduler).__name__, "guidance": guidance, "seed": seed}
+    measured_on = {**about, **environment(pipe.unet.device), "dtype": str(pipe.unet.dtype)}
+    return SampleResult(prompts, policy, *ways, reports[-1], *_attention(reports[-1], attention), measured_on)
+
+
+def _attention(report: Report, attention: dict[str, float]) -> tuple[float, float]:
+    """Seconds of computed attention in all calls of the layers with maps, and in those that reused or held."""
+    of_step = [(layer, attention[layer.name]) for layer in report.layers if layer.map_bytes]
+    cached = [(layer.reused + layer.held, seconds) for layer, seconds in of_step]
+    calls = [(sum(layer.planned.values()), seconds) for layer, seconds in of_step]
+    return sum(n * seconds for n, seconds in calls), sum(n * seconds for n, seconds in cached)
+
+
+def sheet(result: SampleResult) -> Image.Image:
+    """One picture: a row per way to sample, and below each but the first its difference; a column per prompt."""
+    height, width = result.baseline.pictures.shape[1:3]
+    scale = max(1, math.ceil(MIN_SIDE / min(height, width)))
+    height, width = height * scale, width * scale
+    font, margin, text, left = ImageFont.load_default(14), 12, 46, 150
+    rows = _sheet_rows(result)
+    size = (left + len(result.prompts) * (width + margin), margin + len(rows) * (height + text))
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (about, pictures, notes) in enumerate(rows):
+        top = margin + i * (height + text)
+        draw.multiline_text((margin, top), about, "black", font, spacing=6)
+        for j, (picture, (line, below)) in enumerate(zip(pictures, notes, strict=True)):
+            at = left + j * (width + margin)
+            image = Image.fromarray((picture * 255).round().astype(np.uint8)).resize((width, height), Image.NEAREST)
+            canvas.paste(image, (at, top))
+            draw.text((at, top + height + 3), _fitted(line, width, font), "black", font)
+            draw.text((at, top + height + 21), below, "#666666", font)
+    return canvas
+
+
+def _sheet_rows(result: SampleResult) -> list[tuple[str, np.ndarray, list[tuple[str, str]]]]:
+    """For each row of the sheet: what is said left of it, its pictures, and two lines below each."""
+    rows, full = [], result.baseline.pictures
+    for way in result.ways:
+        about = f"{way.label}\n{way.steps} steps\n{way.latency_s:.2f} s"
+        if way is result.reuse:
+            about += f"\n{result.policy.reuse_steps} calls reuse\n{result.report.map_format} maps"
+        first = way is result.baseline
+        quality = ["reference" if first else f"{value:.1f} dB" for value in way.psnr_db]
+        rows.append((about, way.pictures, list(zip(result.prompts, quality, strict=True))))
+        if not first:
+            changed = np.clip(np.abs(way.pictures - full) * DIFFERENCE, 0, 1)
+            about = f"{way.label},\ndifference from\nfull steps,\ntimes {DIFFERENCE}"
+            rows.append((about, changed, [("", "")] * len(full)))
+    return rows
+
+
+def _fitted(text: str, width: int, font: Any) -> str:
+    """`text` cut to `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _latency(way: Way) -> dict[str, Any]:
+    return {"latency_s": way.latency_s, "latencies_s": way.latencies_s}

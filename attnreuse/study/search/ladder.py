@@ -1,0 +1,352 @@
+"""The ladder: groups of layers compute, reuse or hold at each of all steps, or of fewer; the front of time and quality.
+
+Fewer steps are judged by themselves, and each group of layers alone under schedules of rising savings. Errors are taken
+to add (as mean squares): so the joint schedules that should be best are known, and these are judged. Then points of the
+front are changed in one place at a time as long as the budget lasts. The front is of judged schedules alone; its times
+follow from costs measured on this machine.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from attnreuse.binding.denoiser import find_denoiser, holding_layers, layer_kinds
+from attnreuse.errors import AttnReuseError
+from attnreuse.planning.rows import Row, best_row, holding, level_error, stretched
+from attnreuse.policy import Policy
+from attnreuse.progress import Progress, silent
+from attnreuse.study.costs import RunCosts
+from attnreuse.study.evaluate import Evaluator
+from attnreuse.study.search.engines import Engine
+from attnreuse.study.search.judge import Judge
+
+FEWER = tuple(i / 20 for i in range(8, 20))  # shares of the steps that fewer steps make
+SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # of the steps that a scanned schedule reuses
+WIDTH = 4  # schedules judged at once; the same with any engine
+BARREN = 50  # times in a row that no change is new before a search ends
+Rows = dict[str, Row]  # by group of layers
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A run of `steps` (``num_inference_steps``), and the rows of the groups of layers that not only compute."""
+
+    steps: int
+    rows: tuple[tuple[str, Row], ...] = ()
+
+    @classmethod
+    def of(cls, steps: int, rows: Rows) -> Candidate:
+        """The one candidate of these rows."""
+        return cls(steps, tuple(sorted((group, row) for group, row in rows.items() if any(row))))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A joint schedule of a run of `steps` (``num_inference_steps``).
+
+    Attributes:
+        time: predicted, as a share of the full run's.
+        psnr_db: measured, the mean, against the full run's pictures.
+    """
+
+    policy: Policy
+    steps: int
+    time: float
+    psnr_db: float
+
+
+@dataclass(frozen=True)
+class Front:
+    """What a search of the ladder found.
+
+    Attributes:
+        points: schedules that no judged one beats in time and PSNR, fastest first.
+        full_s: predicted seconds of one batch with every step computed.
+        evaluations: distinct schedules judged, those read from the cache included.
+        stopped: "budget", "time", or "nothing new" where no change of the front was left to judge.
+    """
+
+    points: list[Point]
+    full_s: float
+    evaluations: int
+    stopped: str
+
+    def pick(self, floor: float | None = None, time: float | None = None) -> Point:
+        """The fastest point of at least `floor` dB; without a floor the best that takes at most `time`.
+
+        Args:
+            floor: dB.
+            time: share of the full run's time, also with a floor.
+
+        Raises:
+            ValueError: neither is given.
+            AttnReuseError: there is none; the message says what there is.
+        """
+        if floor is None and time is None:
+            raise ValueError("say which point to pick: by floor (dB) or time (share of the full run's)")
+        if not self.points:
+            raise AttnReuseError(f"none of {self.evaluations} schedules is predicted to be faster than full steps here")
+        points = [p for p in self.points if (floor is None or p.psnr_db >= floor) and (time is None or p.time <= time)]
+        if not points:
+            first, last = self.points[0], self.points[-1]
+            wanted = [] if floor is None else [f"at least {floor:g} dB"]
+            wanted += [] if time is None else [f"at most {time:g} of the full run's time"]
+            raise AttnReuseError(
+                f"none of {self.evaluations} schedules has {' and '.join(wanted)}: they go from "
+                f"{first.psnr_db:.1f} dB at {first.time:.2f} of the full run's time to {last.psnr_db:.1f} dB at "
+                f"{last.time:.2f}"
+            )
+        return points[-1] if floor is None else points[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        points = [asdict(p) | {"policy": p.policy.model_dump(mode="json", exclude_none=True)} for p in self.points]
+        return asdict(self) | {"points": points}
+
+
+def layer_groups(evaluator: Evaluator, by: Literal["kind", "level", "layer"]) -> dict[str, list[str]]:
+    """Served layers by "kind" (self, cross), by kind and "level" (query tokens), or each "layer" alone.
+
+    Raises:
+        ValueError: another `by`.
+    """
+    if by not in ("kind", "level", "layer"):
+        raise ValueError(f"by must be 'kind', 'level' or 'layer', got {by!r}")
+    kinds, shapes = layer_kinds(evaluator.pipe.unet), evaluator.shapes()
+    groups: dict[str, list[str]] = {}
+    for name in evaluator.served():
+        label = {"kind": kinds[name], "level": f"{kinds[name]}@{shapes[name].map[2]}", "layer": name}[by]
+        groups.setdefault(label, []).append(name)
+    return groups
+
+
+def ladder(
+    engine: Engine,
+    *,
+    by: Literal["kind", "level", "layer"] = "level",
+    budget: int = 200,
+    budget_time: float | None = None,
+    memory_budget: int | None = None,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    run_costs: RunCosts | None = None,
+    progress: Progress = silent,
+) -> Front:
+    """Search joint schedules of groups of layers for the front of time and PSNR.
+
+    Args:
+        engine: judges schedules; its setting says which layers take part ("all": self- and cross-attention).
+        by: groups of layers that share a row: see :func:`layer_groups`.
+        budget: most schedules to judge.
+        budget_time: seconds after which no more are judged; then another run may find others.
+        memory_budget: most bytes of maps and outputs.
+        seed: of the changes that are tried.
+        cache: file of scores and, by machine, costs, appended to; the same search goes on from it.
+        run_costs: of the engine's setting (:func:`attnreuse.study.costs.measure`); None: the cache's, or measured.
+        progress: called with the schedules judged, the budget, and how many points the front has.
+
+    Raises:
+        AttnReuseError: no schedule fits the memory budget, or was judged in time.
+        ValueError: unknown `by`, no budget, or a run of one step.
+    """
+    until = math.inf if budget_time is None else time.monotonic() + budget_time
+    if budget < 1 or engine.evaluator.executed_steps < 2:
+        raise ValueError(
+            f"a ladder needs a budget of at least 1 and a run of at least 2 steps, got {budget} and "
+            f"{engine.evaluator.executed_steps}"
+        )
+    groups = layer_groups(engine.evaluator, by)
+    climb = _Ladder(Judge(engine, cache, run_costs), groups, budget, until, memory_budget, progress)
+    climb.join(climb.scan())
+    climb.change(random.Random(seed))
+    if not climb.points:
+        why = (
+            "was judged in that time"
+            if climb.stopped == "time"
+            else f"fits the memory budget of {memory_budget:,} bytes"
+        )
+        raise AttnReuseError(f"no schedule {why}")
+    return Front(climb.front(), climb.full_s, len(climb.points), climb.stopped)
+
+
+class _Ladder:
+    """The state of the search: what has been judged, and what is left of the budget."""
+
+    def __init__(
+        self,
+        judge: Judge,
+        groups: dict[str, list[str]],
+        budget: int,
+        until: float,
+        memory_budget: int | None,
+        progress: Progress,
+    ):
+        self.evaluator, self.judge_policies, self.groups = judge.engine.evaluator, judge, groups
+        self.budget, self.until, self.memory_budget, self.progress = budget, until, memory_budget, progress
+        self.steps = self.evaluator.setting.steps
+        self.fewer = sorted({max(1, round(share * self.steps)) for share in FEWER} - {self.steps}, reverse=True)
+        holds = set(holding_layers(find_denoiser(self.evaluator.pipe)))
+        self.letters: dict[str, list[bool | Literal["H"]]] = {  # what reuses may hold by itself
+            group: [True] if holds >= set(names) else [True, "H"] for group, names in groups.items()
+        }
+        self.policies: dict[Candidate, Policy] = {}
+        self.points: dict[Candidate, Point] = {}
+        self.full_s = self._seconds(Candidate(self.steps))
+        self.stopped = ""
+
+    # -- the three parts of the search
+
+    def scan(self) -> dict[str, list[Row]]:
+        """Judge fewer steps, each group's rows alone, and one row for all groups of both letters; gives the rows."""
+        rows = self._rows()
+        rungs = {
+            group: [row if letter is True else holding(row) for letter in letters for row in rows]
+            for group, letters in self.letters.items()
+        }
+        both = [group for group, letters in self.letters.items() if len(letters) > 1]
+        self.judge(map(Candidate, self.fewer))
+        self.judge(Candidate.of(self.steps, {group: row}) for group, rows in rungs.items() for row in rows)
+        self.judge(Candidate.of(self.steps, dict.fromkeys(both, row)) for row in (rungs[both[0]] if both else []))
+        return rungs
+
+    def join(self, rungs: dict[str, list[Row]]) -> None:
+        """Judge joint schedules of those rows, of all steps and of fewer, that are predicted to be best."""
+        lost = {count: self._lost(Candidate(count)) for count in self.fewer if Candidate(count) in self.points}
+        predicted = [
+            (self._seconds(candidate), lost_rows + lost_steps, candidate)
+            for lost_rows, rows in self._joint(rungs)
+            for count, lost_steps in [(self.steps, 0.0), *lost.items()]
+            for candidate in [Candidate.of(count, self._carried(rows, count))]
+        ]
+        least, wanted = math.inf, []
+        for _, error, candidate in sorted(predicted, key=lambda p: p[:2]):
+            if error < least:
+                least = error
+                wanted.append(candidate)
+        order = dict.fromkeys(i for stride in (16, 8, 4, 2, 1) for i in range(0, len(wanted), stride))
+        self.judge(wanted[i] for i in order)  # from end to end, then in between, in case the budget ends
+
+    def change(self, rng: random.Random) -> None:
+        """Judge points of the front with one change each, as long as the budget lasts."""
+        barren = 0
+        while not self.stopped and barren < BARREN and (front := self._front()):
+            before = len(self.points)
+            self.judge([self._changed(rng.choice(front), rng) for _ in range(WIDTH)])
+            barren = 0 if len(self.points) > before else barren + 1
+        self.stopped = self.stopped or "nothing new"
+
+    # -- judging
+
+    def judge(self, candidates: Iterable[Candidate]) -> None:
+        """Judge those that are new and fit, as far as the budgets allow."""
+        new = dict.fromkeys(c for c in candidates if c not in self.points and c != Candidate(self.steps))
+        fitting = [c for c in new if self.judge_policies.fits(self._policy(c), c.steps, self.memory_budget)]
+        for at in range(0, len(fitting), WIDTH):
+            room = self.budget - len(self.points)
+            self.stopped = "budget" if room <= 0 else "time" if time.monotonic() >= self.until else ""
+            if self.stopped:
+                return
+            some = fitting[at : at + min(WIDTH, room)]
+            scores = self.judge_policies([self._policy(c) for c in some], steps=[c.steps for c in some])
+            for candidate, score in zip(some, scores, strict=True):
+                seconds = self._seconds(candidate)
+                point = Point(self._policy(candidate), candidate.steps, seconds / self.full_s, score["psnr"])
+                self.points[candidate] = point
+                self.progress(len(self.points), self.budget, f"{len(self._front())} points on the front")
+
+    def front(self) -> list[Point]:
+        """Points that none beats, fastest first, named by their time."""
+        points = [self.points[candidate] for candidate in self._front()]
+        return [replace(p, policy=p.policy.model_copy(update=_about(p))) for p in points]
+
+    def _front(self) -> list[Candidate]:
+        found: list[Candidate] = []
+        best = -math.inf
+        for candidate, point in sorted(self.points.items(), key=lambda p: (p[1].time, -p[1].psnr_db)):
+            if point.time < 1 and point.psnr_db > best:
+                best = point.psnr_db
+                found.append(candidate)
+        return found
+
+    # -- candidates
+
+    def _rows(self) -> list[Row]:
+        """Schedules of rising savings: of least predicted error, and those that compute one step of 2, one of 3."""
+        steps, levels = self.evaluator.executed_steps, self.evaluator.levels
+        error = (
+            (lambda captured, step: step - captured)
+            if levels is None
+            else level_error(levels, self.evaluator.influence)
+        )
+        counts = sorted({max(1, round(share * (steps - 1))) for share in SHARES})
+        rows = [best_row(steps, count, error) for count in counts]
+        return list(dict.fromkeys([*rows, *(tuple(i % k > 0 for i in range(steps)) for k in (2, 3))]))
+
+    def _joint(self, rungs: dict[str, list[Row]]) -> list[tuple[float, Rows]]:
+        """For rising prices of time: each group's rung of least error and time, and the sum of their errors."""
+        alone = {
+            group: [
+                (row, self._lost(one), self._seconds(one) / self.full_s - 1)
+                for row in rows
+                for one in [Candidate.of(self.steps, {group: row})]
+                if one in self.points
+            ]
+            for group, rows in rungs.items()
+        }
+        joint: dict[Candidate, tuple[float, Rows]] = {}
+        for exponent in range(-70, 11):
+            price = 10 ** (exponent / 10)  # mean squared error that a full run's time is worth
+            total, rows = 0.0, {}
+            for group, measured in alone.items():
+                row, lost, saved = min(measured, key=lambda r: r[1] + price * r[2], default=(None, 0.0, 0.0))
+                if row is not None and lost + price * saved < 0:
+                    total, rows[group] = total + lost, row
+            if rows:
+                joint[Candidate.of(self.steps, rows)] = total, rows
+        return list(joint.values())
+
+    def _carried(self, rows: Rows, count: int) -> Rows:
+        """`rows` of all steps for a run of `count`, by noise level."""
+        if count == self.steps:
+            return rows
+        here, there = self.evaluator, self.evaluator.at(count)
+        return {g: stretched(row, there.executed_steps, here.levels, there.levels) for g, row in rows.items()}
+
+    def _changed(self, candidate: Candidate, rng: random.Random) -> Candidate:
+        """One group's row with one step changed, or two steps that trade places."""
+        steps, group = self.evaluator.at(candidate.steps).executed_steps, rng.choice(list(self.groups))
+        rows = dict(candidate.rows)
+        row = list(rows.get(group, (False,) * steps))
+        if steps > 1:
+            step, other = rng.randrange(1, steps), rng.randrange(1, steps)
+            if row[step] != row[other]:
+                row[step], row[other] = row[other], row[step]
+            else:
+                row[step] = rng.choice([letter for letter in (False, *self.letters[group]) if letter != row[step]])
+        return Candidate.of(candidate.steps, rows | {group: tuple(row)})
+
+    def _policy(self, candidate: Candidate) -> Policy:
+        if candidate not in self.policies:
+            evaluator = self.evaluator.at(candidate.steps)
+            by_layer = {name: row for group, row in candidate.rows for name in self.groups[group]}
+            reuse = by_layer or [False] * evaluator.executed_steps
+            self.policies[candidate] = evaluator.policy(reuse, "candidate")
+        return self.policies[candidate]
+
+    def _seconds(self, candidate: Candidate) -> float:
+        return self.judge_policies.seconds(self._policy(candidate), candidate.steps)
+
+    def _lost(self, candidate: Candidate) -> float:
+        """Mean squared error of a judged candidate (its geometric mean over the pictures)."""
+        return 10 ** (-self.points[candidate].psnr_db / 10)
+
+
+def _about(point: Point) -> dict[str, Any]:
+    """What a policy of the front says of itself."""
+    return {"name": f"ladder({point.time:.2f})", "metrics": {"psnr_db": round(point.psnr_db, 4)}}

@@ -1,0 +1,83 @@
+"""What a search seeks, and what it found."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from attnreuse.policy import Policy
+from attnreuse.study.evaluate import Calls
+from attnreuse.study.metrics import HIGHER_IS_BETTER
+
+Scores = dict[str, float]
+Value = tuple[int, float]  # larger is better
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Best mean `metric`; or, with a `floor` for it, the fastest schedule that keeps above.
+
+    Attributes:
+        metric: "psnr" (dB), "ssim" or "lpips".
+        floor: worst acceptable metric; then the predicted seconds of a run are minimised.
+        memory_budget: most bytes of maps.
+    """
+
+    metric: str = "psnr"
+    floor: float | None = None
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.metric not in HIGHER_IS_BETTER:
+            raise ValueError(f"metric must be one of {', '.join(HIGHER_IS_BETTER)}, got {self.metric!r}")
+
+    def quality(self, scores: Scores) -> float:
+        """The metric, signed so that larger is better."""
+        return scores[self.metric] * (1 if HIGHER_IS_BETTER[self.metric] else -1)
+
+    def value(self, scores: Scores, seconds: float) -> Value:
+        """Schedules below the floor rank by quality, below all others."""
+        if self.floor is None:
+            return 1, self.quality(scores)
+        return (1, -seconds) if self.reaches(scores[self.metric]) else (0, self.quality(scores))
+
+    def reaches(self, found: float) -> bool:
+        """Is this metric as good as the floor, if there is one?"""
+        return self.floor is None or self.quality({self.metric: found}) >= self.quality({self.metric: self.floor})
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """An improvement: after how many evaluations, to which row, with which metric."""
+
+    evaluations: int
+    reuse: str
+    metric: float
+
+
+@dataclass
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        policy: the best, with its metrics on the search's pictures.
+        start: metric of the first schedule, where the search began.
+        history: improvements, in order.
+        evaluations: distinct schedules judged, those read from the cache included.
+        stopped: "local optimum", "budget", "patience" or "all evaluated".
+        calls: schedules judged now, not read from the cache, and denoiser calls asked for and made.
+        scores: metric of every schedule judged, by its row ("..RR").
+    """
+
+    policy: Policy
+    start: float
+    history: list[Improvement]
+    evaluations: int
+    stopped: str
+    calls: Calls
+    scores: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        found = asdict(self) | {"policy": self.policy.model_dump(mode="json", exclude_none=True)}
+        return found | {"calls_saved": self.calls.saved}
