@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from attnreuse import ops
+from attnreuse.binding.enabling import disable, enable
 from attnreuse.binding.report import Report
-from attnreuse.binding.session import Session, disable, enable
+from attnreuse.binding.session import Session
 from attnreuse.demo import tiny_shapes
 from attnreuse.errors import (
     AttnReuseError,

@@ -4,7 +4,7 @@
     python -m benchmarks.ladder judge    # 16 held-out captions, all timed in turns on a quiet machine; 20 minutes each
     python -m benchmarks.ladder table    # as Markdown, and what lies above the front
 
-A search goes on from its scores, and samplers whose rows are in the file are left out. Writes
+A search goes on from its scores; samplers whose front, or whose rows, are there are left out. Writes
 `benchmarks/results/ladder-<sampler>.json` (the front, with its policies) and `ladder.csv`.
 """
 
@@ -39,7 +39,7 @@ def front_of(sampler: str) -> Path:
 
 def search(budget: int) -> None:
     """The front of each sampler, on captions of the training set."""
-    for sampler in SAMPLERS:
+    for sampler in (s for s in SAMPLERS if not front_of(s).exists()):
         setting = Setting(tuple(tiny_shapes.search_prompts(CAPTIONS)), STEPS, 1000, GUIDANCE, layers="all")
         engine = InProcess(Evaluator(pipeline(sampler), setting))
         cache = RESULTS / "ladder-scores.jsonl"

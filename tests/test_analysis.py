@@ -10,8 +10,11 @@ from tiny_random import captioned_pipeline
 import attnreuse
 from attnreuse import Policy, hurry, predict
 from attnreuse.study import analysis
-from attnreuse.study.analysis import Analysis, Drift, Growth, Staleness, best_predicted, distance, probing
+from attnreuse.study.analysis import distance
 from attnreuse.study.evaluate import Evaluator, Sampled, Setting
+from attnreuse.study.findings import Analysis, Drift, Growth, Staleness, best_predicted
+from attnreuse.study.probe import noisy as noise_of
+from attnreuse.study.probe import probing
 
 pytest.importorskip("scipy")
 PROMPTS = ("a red circle on gray", "a blue square on white")
@@ -67,7 +70,7 @@ def test_a_probe_restores_after_an_exception(evaluator):
 
 def test_noise_has_its_size_and_keeps_rows_normalised():
     attn_map = torch.rand(2, 3, 5, 7).softmax(-1)
-    noisy = analysis._noisy(0.05, 0)(2, "layer", attn_map)
+    noisy = noise_of(0.05, 0)(2, "layer", attn_map)
     assert (noisy - attn_map).norm() / attn_map.norm() == pytest.approx(0.05, rel=1e-4)
     torch.testing.assert_close(noisy.sum(-1), torch.ones(2, 3, 5))
 

@@ -1,4 +1,4 @@
-"""`enable` and `disable`: put a policy to work on a diffusers denoiser, and take it off again.
+"""The session: reuse on one denoiser, call by call.
 
 Before each denoiser call the session places it: which run it belongs to, which step it is, and which
 earlier calls it continues. The layers are then told what to do, and what they did is noted afterwards.
@@ -9,10 +9,9 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -23,10 +22,12 @@ from attnreuse.binding import shapes as planner
 from attnreuse.binding.clock import HELP, Place, StepClock
 from attnreuse.binding.denoiser import find_denoiser, holding_layers, model_name, unwrapped
 from attnreuse.binding.guard import ThreadGuard
+from attnreuse.binding.hooks import Hook, nothing
 from attnreuse.binding.layers import Layers
 from attnreuse.binding.report import Report
 from attnreuse.binding.run import Branch, Call, Found, Run, continued
 from attnreuse.binding.schedule import Schedule
+from attnreuse.binding.walk import Told, check_told, executed, levels_from
 from attnreuse.errors import (
     AttnReuseError,
     MemoryBudgetError,
@@ -35,10 +36,9 @@ from attnreuse.errors import (
     UnknownStepError,
     UnsupportedLayerError,
 )
-from attnreuse.maps.formats import MapFormat, format_named
+from attnreuse.maps.formats import MapFormat
 from attnreuse.maps.ring import RingPlan, plan_ring
-from attnreuse.planning.levels import check_levels, influences, noise_levels
-from attnreuse.policy import Action, Policy, Rule, Stretched, hurry, load_policy
+from attnreuse.policy import Action, Policy, Rule
 
 RUNS = 8  # loops of somebody's own that may be under way at once
 GRADIENT = "a gradient is wanted, and reuse has none (call the denoiser under torch.no_grad())"
@@ -55,7 +55,7 @@ class Tick:
 
 
 class Session:
-    """Reuse on one denoiser, from :func:`enable` to :func:`disable`; also a context manager.
+    """Reuse on one denoiser, from :func:`attnreuse.enable` to :func:`attnreuse.disable`; also a context manager.
 
     Attributes:
         denoiser: the model; another one once the pipeline was given another one.
@@ -107,7 +107,7 @@ class Session:
             self._object(PolicyMismatchError(message))
 
     def _attach(self) -> None:
-        before, after = _Hook.of(self, "_before"), _Hook.of(self, "_after")
+        before, after = Hook.of(self, "_before"), Hook.of(self, "_after")
         self._hooks = [
             self.denoiser.register_forward_pre_hook(before, with_kwargs=True),
             self.denoiser.register_forward_hook(after, always_call=True),
@@ -118,7 +118,7 @@ class Session:
     def disable(self) -> None:
         """Take the session off its denoiser, bit for bit.
 
-        Layers that have a stock processor get the one found at :func:`enable`; those of other tools stay.
+        Layers that have a stock processor get the one found at :func:`attnreuse.enable`; those of other tools stay.
         """
         if getattr(self.denoiser, ATTRIBUTE, None) is not self:
             return
@@ -135,7 +135,7 @@ class Session:
 
     def __reduce__(self) -> tuple:
         """A pickled denoiser has no session either."""
-        return _nothing, ()
+        return nothing, ()
 
     def __enter__(self) -> Session:
         return self
@@ -335,7 +335,7 @@ class Session:
         if loop is None:
             self._end(own[: 1 - RUNS])
         backward = loop is None and place.is_read and place.position == place.length - 1 > 0
-        steps = place.length if backward or not place.is_read else _executed(place, loop)
+        steps = place.length if backward or not place.is_read else executed(place, loop)
         begin = place if place.is_read else replace(place, position=0)  # what was told holds from the first step on
         schedule, off = self._scheduled(place if place.is_read else None, steps, backward, timestep, loop)
         run = Run(begin, steps, schedule, loop, backward, self._empty_report(str(schedule.policy)))
@@ -368,45 +368,23 @@ class Session:
             self._schedule = Schedule(policy, self._layers.modules, holding)
         return self._schedule
 
-    def _levels(
-        self, place: Place | None, steps: int, backward: bool, timestep: Any, loop: loops.Loop | None
-    ) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
-        """Noise levels of the steps of a run that begins at `place`, None where its steps are told; and influences.
+    def _levels(self, place: Place | None, steps: int, backward: bool, timestep: Any, loop: loops.Loop | None) -> Told:
+        """Noise levels and influences of a run that begins at `place`; None where its steps are told.
 
         Raises:
             ValueError: they cannot be told.
         """
-        told = place is None
-        try:
-            place = self._clock.read(timestep, lambda: self._schedulers(loop)) if place is None else place
-        except UnknownStepError as error:
-            raise ValueError(
-                "told steps have noise levels where their timesteps are those of a scheduler: pass scheduler= to "
-                "attnreuse.enable, or give a policy with a step count"
-            ) from error
-        if told:
-            backward = place.position == steps - 1 > 0
-            if not backward and place.length - place.position != steps:
+        schedulers = lambda: self._schedulers(loop)  # noqa: E731
+        if place is None:
+            try:
+                place = self._clock.read(timestep, schedulers)
+            except UnknownStepError as error:
                 raise ValueError(
-                    f"the timestep of the first of {steps} told steps is number {place.position} of {place.length}, so "
-                    "the noise levels of the others cannot be told: give a policy with a step count"
-                )
-        levels = self._levels_of_walk(place, loop)
-        levels = levels[: place.position + 1][::-1] if backward else levels[place.position :]
-        if len(levels) < steps:
-            raise ValueError(f"the run has {steps} steps, its timesteps have {len(levels)} noise levels")
-        influence = None if backward or place.scheduler is None else influences(place.scheduler)
-        if influence is not None:
-            influence = tuple(influence[place.position :][:steps])
-        return tuple(levels[:steps]), influence
-
-    def _levels_of_walk(self, place: Place, loop: loops.Loop | None) -> list[float]:
-        if place.scheduler is not None:
-            return noise_levels(place.scheduler)
-        scheduler = next(filter(None, self._schedulers(loop)), None)  # the likeliest for timesteps of one's own
-        if scheduler is None:
-            raise ValueError("no scheduler to read the noise levels from: pass scheduler= to attnreuse.enable")
-        return noise_levels(scheduler, place.values)
+                    "told steps have noise levels where their timesteps are those of a scheduler: pass scheduler= to "
+                    "attnreuse.enable, or give a policy with a step count"
+                ) from error
+            backward = check_told(place, steps)
+        return levels_from(place, steps, backward, schedulers)
 
     def _end(self, runs: list[Run]) -> None:
         """These runs are over: their maps are let go of."""
@@ -519,121 +497,7 @@ class Session:
         return Report(policy or str(self.policy), self.map_format.name, layers=self._layers.reports(), skipped=skipped)
 
 
-class _Hook:
-    """A method of the session, called around its denoiser; nothing on a copied or unpickled denoiser."""
-
-    def __init__(self, session: Session, method: str):
-        self._session, self._method = weakref.ref(session), method
-
-    def _call(self, module: Any, *args: Any) -> None:
-        session = self._session()
-        if session is not None and module is session.denoiser:
-            getattr(session, self._method)(*args)
-
-    def __reduce__(self) -> tuple:
-        return _inert_hook, ()
-
-    @classmethod
-    def of(cls, session: Session, method: str) -> _Hook:
-        if "__call__" not in cls.__dict__:  # not sooner: it imports the compiler
-            cls.__call__ = torch.compiler.disable(cls._call)
-        return cls(session, method)
-
-
-def _nothing(*args: Any) -> None:
-    return None
-
-
-def _inert_hook() -> Callable[..., None]:
-    return _nothing
-
-
 def _compute_dtype(sample: torch.Tensor) -> torch.dtype:
     """What layers give for this sample."""
     device = sample.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else sample.dtype
-
-
-def _executed(place: Place, loop: loops.Loop | None) -> int:
-    """Denoiser steps that a run beginning at `place` will make."""
-    remaining = place.length - place.position
-    if loop is None or loop.total is None:
-        return remaining if loop is None or loop.timesteps is None else len(loop.timesteps)
-    if isinstance(getattr(loop.pipe, "denoising_end", None), float):
-        return min(loop.total, remaining)
-    asked = getattr(place.scheduler, "num_inference_steps", None)
-    order = getattr(place.scheduler, "order", 1)
-    cut = asked is not None and loop.total < remaining and loop.total != asked - place.position // order
-    return loop.total if cut else remaining
-
-
-def enable(
-    pipe: Any,
-    policy: Policy | Rule | str | Path | None = None,
-    *,
-    fit: Literal["exact", "stretch"] = "exact",
-    map_format: str = "u8",
-    memory_budget: int | str | None = None,
-    layers: str | Sequence[str] | None = None,
-    scheduler: Any = None,
-    strict: bool = False,
-) -> Session:
-    """Reuse attention maps in `pipe` as `policy` says, until :func:`disable`.
-
-    A layer reuses only a map that it wrote in the same run, for the same conditions and shapes. Otherwise
-    it computes exactly; the report counts such calls with the reason, and a warning names the first.
-
-    Args:
-        pipe: a diffusers pipeline with a ``UNet2DConditionModel``, or such a denoiser.
-        policy: which executed steps reuse: a :class:`Policy` for one number of steps; a rule for any, such as
-            ``hurry(reuse=0.5)``; a file of either, or ``"user/name"`` on the Hugging Face Hub.
-            None: ``hurry(reuse=0.5)``.
-        fit: "exact": a policy for another number of steps than a run executes does not reuse in it.
-            "stretch": it is stretched to the run, by noise level (:meth:`Policy.stretch`).
-        map_format: "fp32", "fp16", "bf16", "u8", "u7" or "u4".
-        memory_budget: most bytes the maps of a denoiser call may take, a number or like "4GiB"; layers
-            that do not fit only compute, and are reported. None: whatever the policy needs.
-        layers: "self", "cross", "all", or ``fnmatch`` patterns of layer names. None: self-attention, and the
-            layers that the policy speaks of by their full names.
-        scheduler: for a denoiser without its pipeline whose timesteps are not taken from a tensor; or
-            call :meth:`Session.step` in your loop.
-        strict: whatever keeps a layer from doing what the policy says is an error instead of a warning, but for
-            the memory budget, and layers that another tool does not call.
-
-    Returns:
-        The session: ``.report()`` after a run, ``.disable()``, usable in ``with``. A session already
-        on this denoiser is disabled first.
-
-    Raises:
-        UnsupportedLayerError: no layer can be served, or under `strict` one cannot.
-        ValueError: unknown format, fit, layer pattern or budget, a broken policy file, or a rule that needs noise
-            levels where the scheduler has none.
-    """
-    denoiser = find_denoiser(pipe)
-    is_pipe = hasattr(pipe, "unet")
-    chosen = (format_named(map_format), planner.parse_bytes(memory_budget), layers, strict, hasattr(pipe, "_orig_mod"))
-    session = Session(denoiser, pipe if is_pipe else None, scheduler, _fitted(policy, fit, pipe, scheduler), *chosen)
-    disable(pipe)
-    session._attach()
-    return session
-
-
-def _fitted(policy: Policy | Rule | str | Path | None, fit: str, pipe: Any, scheduler: Any) -> Policy | Rule:
-    if fit not in ("exact", "stretch"):
-        raise ValueError(f"fit must be 'exact' or 'stretch', got {fit!r}")
-    found = hurry(reuse=0.5) if policy is None else load_policy(policy)
-    if fit == "stretch" and isinstance(found, Policy):
-        found = Stretched(policy=found)
-    scheduler = scheduler or getattr(pipe, "scheduler", None)
-    if isinstance(found, Rule) and found.uses_levels and scheduler is not None:
-        check_levels(scheduler)
-    return found
-
-
-def disable(pipe: Any) -> None:
-    """Undo :func:`enable` on a pipeline or denoiser; nothing happens where nothing was enabled."""
-    sessions = [getattr(find_denoiser(pipe), ATTRIBUTE, None)]
-    sessions += [session for session in loops.listeners() if session.pipe is pipe]  # of a denoiser it had before
-    for session in sessions:
-        if session is not None:
-            session.disable()

@@ -218,7 +218,7 @@ def _predicted(analysis: Path | None, evaluator: Any, reuse: int) -> tuple[list[
         row = best_row(executed, reuse, error)
         return [evaluator.policy(row, "start")], lambda policy: schedule_error(policy.reuse, error)
     from attnreuse.policy import hurry
-    from attnreuse.study.analysis import Analysis, best_predicted, predict
+    from attnreuse.study.findings import Analysis, best_predicted, predict
 
     found = Analysis.load(analysis)
     made_for, here = (found.scheduler, found.steps), (evaluator.scheduler, evaluator.executed_steps)

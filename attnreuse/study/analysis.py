@@ -14,187 +14,24 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from attnreuse.binding.denoiser import find_denoiser
-from attnreuse.binding.processors import ReuseAttnProcessor, attention_layers
-from attnreuse.binding.session import enable
 from attnreuse.errors import AttnReuseError
-from attnreuse.maps.formats import AttentionMap, format_named
-from attnreuse.planning.rows import ReuseError, best_row, call_age_error, level_error, schedule_error, strip
-from attnreuse.policy import Action, Policy
+from attnreuse.planning.rows import call_age_error, level_error, schedule_error, strip
+from attnreuse.policy import Policy
 from attnreuse.progress import Progress, silent
 from attnreuse.study.evaluate import Evaluator, Sampled
+from attnreuse.study.findings import Analysis, Drift, Growth, Prediction, Staleness, predict
 from attnreuse.study.metrics import psnr_each
+from attnreuse.study.probe import noisy, probing, stale
 
 ROWS = 64  # query rows per head at which drift is measured
-Visit = Callable[[int, str, Tensor], Tensor | None]  # (step, layer, map [B, H, M, N]) to the map to apply instead
 Advance = Callable[[str], None]  # called with what was measured
 FEWEST = 3  # executed steps that a growth can be fitted to, and schedules that a rank can be of
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Growth(_Part):
-    """Distance of the final latent after a perturbation at one step, and the fit ``exp(offset + rate (T - t))``.
-
-    Attributes:
-        perturbation: "reuse" (of the map one step older) or "noise" (of relative size `size`).
-        steps: where the perturbation was made.
-        distances: geometric mean over pictures of ``|x - full| / |full|`` of the final latent.
-        psnr_db: of the pictures.
-        rate, rate_low, rate_high: growth per step, with its 95 % confidence interval.
-        offset: of the fit.
-        r2: share of the variance of the logarithm that it explains.
-        misfits: steps that lie more than two standard deviations off the fit.
-    """
-
-    perturbation: Literal["reuse", "noise"]
-    size: float | None
-    steps: list[int]
-    distances: list[float]
-    psnr_db: list[float]
-    rate: float
-    rate_low: float
-    rate_high: float
-    offset: float
-    r2: float
-    misfits: list[int]
-
-    def fitted(self, step: int, steps: int) -> float:
-        """The fit's distance for a perturbation at `step` of `steps`."""
-        return math.exp(self.offset + self.rate * (steps - step))
-
-
-class Drift(_Part):
-    """How far maps of two steps are apart: ``[step][lag - 1]`` for each layer, None before the first step.
-
-    Attributes:
-        frobenius: ``|P_t - P_s| / |P_t|``.
-        variation: total variation per row, ``mean(sum |P_t - P_s|) / 2``.
-    """
-
-    frobenius: dict[str, list[list[float | None]]]
-    variation: dict[str, list[list[float | None]]]
-
-    def between(self, then: int, now: int, layer: str | None = None) -> float:
-        """Relative Frobenius distance of the maps of two steps, of a layer or the mean over all."""
-        tables = [self.frobenius[layer]] if layer else list(self.frobenius.values())
-        return sum(table[now][now - then - 1] or 0.0 for table in tables) / len(tables)
-
-
-class Staleness(_Part):
-    """Distance of the final latent when step `steps[i]` alone applies the maps of `ages[j]` steps before."""
-
-    steps: list[int]
-    ages: list[int]
-    distances: list[list[float | None]]
-
-
-class Prediction(_Part):
-    """Spearman correlation, over random schedules, of predicted with measured distance of the final latent.
-
-    Attributes:
-        schedules: the rows judged.
-        measured, predicted: distances.
-        rank: correlation of :func:`predict`, from measured growth and drift.
-        rank_level: of the rule ``hurry(reuse=...)``, from what the scheduler says alone; None where that is nothing.
-        rank_age: of the same with ages counted in calls.
-        rank_hurry: of "latest is best" (mean reuse step).
-        rank_growth: of the growth fit alone, without drift.
-    """
-
-    schedules: list[str]
-    measured: list[float]
-    predicted: list[float]
-    rank: float
-    rank_level: float | None = None
-    rank_age: float | None = None
-    rank_hurry: float
-    rank_growth: float
-
-
-class Analysis(_Part):
-    """What :func:`analyze` measured on one model, scheduler and step count; a JSON file."""
-
-    model: str
-    scheduler: str
-    steps: int
-    levels: tuple[float, ...] | None = None
-    influence: tuple[float, ...] | None = None
-    images: int
-    growth: Growth
-    noise: Growth
-    drift: Drift
-    staleness: Staleness
-    prediction: Prediction | None = None
-    version: Literal[1] = 1
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> Analysis:
-        """Read an analysis file.
-
-        Raises:
-            ValueError: not such a file.
-        """
-        try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except ValidationError as error:
-            raise ValueError(f"{path} is not an analysis file: {error.errors()[0]['msg']}") from None
-
-
-# -- prediction
-
-
-def predict(policy: Policy, analysis: Analysis) -> float:
-    """Predicted relative distance of the final latent under `policy`, from growth and drift.
-
-    A reuse at step t of the map of step s is taken to do what was measured for a reuse of the map of
-    step t - 1, times the ratio of the two drifts; what several reuses do adds up.
-
-    Raises:
-        ValueError: an analysis of another number of steps.
-    """
-    if policy.steps != analysis.steps:
-        raise ValueError(f"the analysis is of {analysis.steps} executed steps, the policy for {policy.steps}")
-    layers = list(analysis.drift.frobenius) if isinstance(policy.reuse, dict) else [None]
-    errors = [schedule_error(policy.row(layer or ""), measured_error(analysis, layer)) for layer in layers]
-    return sum(errors) / len(layers)
-
-
-def measured_error(analysis: Analysis, layer: str | None = None) -> ReuseError:
-    """The error of a reuse as :func:`predict` takes it, of a layer or the mean over all: growth times drift."""
-    measured = dict(zip(analysis.growth.steps, analysis.growth.distances, strict=True))
-    gains = {step: found / max(analysis.drift.between(step - 1, step), 1e-12) for step, found in measured.items()}
-    known: dict[tuple[int, int], float] = {}
-
-    def error(captured: int, step: int) -> float:
-        if (captured, step) not in known:
-            known[captured, step] = gains[step] * analysis.drift.between(captured, step, layer)
-        return known[captured, step]
-
-    return error
-
-
-def best_predicted(analysis: Analysis, reuse: int) -> Policy:
-    """The schedule with `reuse` reuse steps that is predicted best."""
-    row = best_row(analysis.steps, reuse, measured_error(analysis))
-    return Policy(steps=analysis.steps, reuse=row, name=f"predicted({analysis.steps},{reuse})", levels=analysis.levels)
-
-
-# -- measurements
 
 
 def analyze(
@@ -254,7 +91,7 @@ def growth(evaluator: Evaluator, *, noise: float | None = None, advance: Advance
         if noise is None:
             sampled = evaluator.sample(Policy(steps=steps, reuse=[step == place for step in range(steps)]))
         else:
-            sampled = evaluator.run(lambda start, place=place: probing(evaluator, {place}, _noisy(noise, start)))
+            sampled = evaluator.run(lambda start, place=place: probing(evaluator, {place}, noisy(noise, start)))
         distances.append(distance(sampled, full))
         quality.append(float(np.mean(psnr_each(sampled.pictures, full.pictures))))
         advance(f"{'reuse' if noise is None else 'noise'} at step {place}")
@@ -333,9 +170,7 @@ def staleness(
                 row.append(None)
                 advance(f"no map of age {age} at step {place}")
                 continue
-            sampled = evaluator.run(
-                lambda start, at=place, age=age: probing(evaluator, {at - age, at}, _stale(at, age))
-            )
+            sampled = evaluator.run(lambda start, at=place, age=age: probing(evaluator, {at - age, at}, stale(at, age)))
             row.append(distance(sampled, evaluator.full))
             advance(f"a map of age {age} at step {place}")
         table.append(row)
@@ -393,82 +228,6 @@ def distance(sampled: Sampled, full: Sampled) -> float:
     difference = (sampled.latents - full.latents).flatten(1).double().norm(dim=1)
     relative = difference / full.latents.flatten(1).double().norm(dim=1)  # [P]
     return float(relative.clamp(min=1e-12).log().mean().exp())
-
-
-# -- probes
-
-
-class ProbeAttnProcessor(ReuseAttnProcessor):
-    """Shows `visit` the layer's map at the steps wanted, and applies what it gives back, if anything."""
-
-    def __init__(self, original: Any, visit: Callable[[Tensor], Tensor | None]):
-        super().__init__(original)
-        self.visit = visit
-
-    def _fits(self, attn: Any, hidden_states: Tensor, context: Tensor | None) -> bool:
-        return True  # it makes a map as the layer comes
-
-    def _capture(self, attn: Any, hidden_states: Tensor, context: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        b, h, n, _ = value.shape
-        self.slot = AttentionMap.empty(format_named("fp32"), (b, h, hidden_states.shape[1], n), value.device)
-        output = super()._capture(attn, hidden_states, context, value, mask)
-        instead = self.visit(self.slot.dense())
-        return output if instead is None else instead.to(value.dtype) @ value
-
-
-@contextmanager
-def probing(evaluator: Evaluator, steps: set[int], visit: Visit) -> Iterator[None]:
-    """Within, `visit` sees every served layer's map at these executed steps, and may replace it."""
-    denoiser = find_denoiser(evaluator.pipe)
-    modules = {name: attention_layers(denoiser)[name] for name in evaluator.served()}
-    before = {name: module.processor for name, module in modules.items()}
-    never = Policy(steps=evaluator.executed_steps, reuse=[False] * evaluator.executed_steps)
-
-    def probe(name: str) -> ProbeAttnProcessor:
-        return ProbeAttnProcessor(before[name], lambda attn_map: visit(session.tick.step, name, attn_map))
-
-    probes = {name: probe(name) for name in modules}
-
-    def arm(module: Any, args: tuple) -> None:
-        for processor in probes.values():
-            processor.did = None
-            processor.action = (Action.CAPTURE if session.tick.step in steps else Action.COMPUTE).value
-
-    with enable(evaluator.pipe, never) as session:  # which tells the step, and leaves the probes alone
-        hook = denoiser.register_forward_pre_hook(arm)
-        try:
-            for name, module in modules.items():
-                module.set_processor(probes[name])
-            yield
-        finally:
-            hook.remove()
-            for name, module in modules.items():
-                module.set_processor(before[name])
-
-
-def _noisy(size: float, seed: int) -> Visit:
-    """Adds noise of relative Frobenius `size`, proportional to the map, that keeps the sums of its rows."""
-
-    def visit(step: int, name: str, attn_map: Tensor) -> Tensor:
-        g = torch.Generator().manual_seed(seed * 1_000 + step + sum(map(ord, name)))
-        change = attn_map * torch.randn(attn_map.shape, generator=g).to(attn_map.device)
-        change -= attn_map * change.sum(-1, keepdim=True)
-        return attn_map + change * (size * attn_map.norm() / change.norm())
-
-    return visit
-
-
-def _stale(place: int, age: int) -> Visit:
-    """Keeps the maps of step `place - age`, and applies them at `place`."""
-    held: dict[str, Tensor] = {}
-
-    def visit(step: int, name: str, attn_map: Tensor) -> Tensor | None:
-        if step == place:
-            return held.pop(name)
-        held[name] = attn_map.clone()
-        return None
-
-    return visit
 
 
 def _scipy_fit() -> tuple[Any, Any]:

@@ -15,10 +15,10 @@ from typing import Any
 
 from torch.nn import Module
 
+from attnreuse.binding.enabling import enable
 from attnreuse.binding.processors import attention_layers
 from attnreuse.binding.report import Report
 from attnreuse.binding.schedule import CACHED, Schedule
-from attnreuse.binding.session import enable
 from attnreuse.binding.shapes import LayerCost
 from attnreuse.errors import AttnReuseError
 from attnreuse.measure.timing import stopwatch

@@ -34,10 +34,11 @@ from attnreuse.binding.denoiser import (
     select_layers,
     unsupported,
 )
+from attnreuse.binding.enabling import enable
 from attnreuse.binding.layers import NOT_CALLED
 from attnreuse.binding.processors import attention_layers
 from attnreuse.binding.schedule import CACHED, Schedule
-from attnreuse.binding.session import Session, enable
+from attnreuse.binding.session import Session
 from attnreuse.errors import AttnReuseError, PolicyMismatchError
 from attnreuse.maps.formats import format_named
 from attnreuse.maps.ring import plan_ring

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from attnreuse.errors import AttnReuseError
-from attnreuse.study.analysis import Analysis, Growth
+from attnreuse.study.findings import Analysis, Growth
 
 INK, QUIET = "#1f2933", "#9aa5b1"
 

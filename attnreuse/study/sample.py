@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from attnreuse.binding.denoiser import find_denoiser, layer_kinds, model_name, select_layers
+from attnreuse.binding.enabling import enable
 from attnreuse.binding.report import Report
-from attnreuse.binding.session import enable
 from attnreuse.measure.environment import environment
 from attnreuse.policy import Policy
 from attnreuse.progress import Progress, silent

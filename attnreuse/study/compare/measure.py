@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from attnreuse.binding.session import enable
+from attnreuse.binding.enabling import enable
 from attnreuse.demo import tiny_shapes
 from attnreuse.errors import AttnReuseError
 from attnreuse.planning.rows import strip

@@ -1,0 +1,122 @@
+"""Rules: how a run's policy is made. A rule has no step count: it is resolved at the start of each run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import (
+    Field,
+)
+
+from attnreuse.planning.policy import Policy, Saved, check_steps, library_version_here
+from attnreuse.planning.rows import best_row, count_of, level_error
+
+
+class Rule(Saved, ABC):
+    """A policy for any run: resolved at its start, from its noise levels."""
+
+    library_version: str = Field(default_factory=library_version_here)
+    version: Literal[1] = 1
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What reports call it."""
+
+    @property
+    def patterns(self) -> list[str]:
+        """Layer patterns that it names."""
+        return []
+
+    @property
+    def uses_levels(self) -> bool:
+        """Whether it is resolved from noise levels."""
+        return False
+
+    @abstractmethod
+    def resolve(
+        self, steps: int, levels: Sequence[float] | None = None, influence: Sequence[float] | None = None
+    ) -> Policy:
+        """The policy for a run of `steps` executed steps.
+
+        Args:
+            steps: executed steps.
+            levels, influence: of each, its noise level (log-SNR), and how far an error of its output moves the final
+                sample (:mod:`attnreuse.planning.levels`).
+        """
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Hurry(Rule):
+    """Reuse a share of the steps: those whose map, by noise level and influence, has changed least in effect.
+
+    Attributes:
+        reuse: share of the executed steps that reuse, in [0, 1]; half a step goes down.
+    """
+
+    rule: Literal["hurry"] = "hurry"
+    reuse: float = Field(ge=0, le=1, strict=True)
+
+    @property
+    def name(self) -> str:
+        return f"hurry(reuse={self.reuse:g})"
+
+    @property
+    def uses_levels(self) -> bool:
+        return True
+
+    def resolve(
+        self, steps: int, levels: Sequence[float] | None = None, influence: Sequence[float] | None = None
+    ) -> Policy:
+        if levels is None:
+            raise ValueError(f"{self.name} needs the noise levels of the steps")
+        check_steps(steps, levels)
+        if influence is not None and len(influence) != steps:
+            raise ValueError(f"influence must be {steps} numbers like steps, got {len(influence)}")
+        row = best_row(steps, count_of(self.reuse, steps), level_error(levels, influence))
+        return Policy(steps=steps, reuse=row, name=self.name, levels=levels)
+
+
+class Periodic(Rule):
+    """Compute every `interval`-th step, starting with the first, and reuse at the others."""
+
+    rule: Literal["periodic"] = "periodic"
+    interval: int = Field(ge=1, strict=True)
+
+    @property
+    def name(self) -> str:
+        return f"periodic(interval={self.interval})"
+
+    def resolve(
+        self, steps: int, levels: Sequence[float] | None = None, influence: Sequence[float] | None = None
+    ) -> Policy:
+        row = [step % self.interval != 0 for step in range(steps)]
+        return Policy(steps=steps, reuse=row, name=self.name, levels=levels)
+
+
+class Stretched(Rule):
+    """A policy for one number of steps, stretched to any."""
+
+    rule: Literal["stretch"] = "stretch"
+    policy: Policy
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy.name}, stretched"
+
+    @property
+    def patterns(self) -> list[str]:
+        return self.policy.patterns
+
+    @property
+    def uses_levels(self) -> bool:
+        return self.policy.levels is not None
+
+    def resolve(
+        self, steps: int, levels: Sequence[float] | None = None, influence: Sequence[float] | None = None
+    ) -> Policy:
+        return self.policy.stretch(steps, levels)
