@@ -1,6 +1,6 @@
 """The front of the ladder beside fewer steps and other caches, on captions that no search saw.
 
-    python -m benchmarks.ladder search   # 16 training captions, guidance 7.5; 45 minutes per sampler
+    python -m benchmarks.ladder search   # 16 training captions, guidance 7.5, confirmed by 32; 90 minutes per sampler
     python -m benchmarks.ladder judge    # 16 held-out captions, all timed in turns on a quiet machine; 20 minutes each
     python -m benchmarks.ladder table    # as Markdown, and what lies above the front
 
@@ -11,6 +11,7 @@ A search goes on from its scores; samplers whose front, or whose rows, are there
 import argparse
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from attnreuse.study.evaluate import Evaluator, Setting
 
 SAMPLERS = ("DDIM", "Euler a")
 STEPS, GUIDANCE, ROUNDS = 20, 7.5, 5
-CAPTIONS = 16  # of a search
+CAPTIONS, CONFIRM = 16, 32  # of a search, and those that confirm what it found
 POINTS = 14  # of a front, most that are judged
 JUDGED = RESULTS / "ladder.csv"
 
@@ -40,10 +41,14 @@ def front_of(sampler: str) -> Path:
 def search(budget: int) -> None:
     """The front of each sampler, on captions of the training set."""
     for sampler in (s for s in SAMPLERS if not front_of(s).exists()):
-        setting = Setting(tuple(tiny_shapes.search_prompts(CAPTIONS)), STEPS, 1000, GUIDANCE, layers="all")
+        captions = tiny_shapes.search_prompts(CAPTIONS)
+        others = [c for c in tiny_shapes.search_prompts(2 * (CAPTIONS + CONFIRM)) if c not in captions][:CONFIRM]
+        setting = Setting(tuple(captions), STEPS, 1000, GUIDANCE, layers="all")
+        confirm = replace(setting, prompts=tuple(others), seed=1000 + CAPTIONS)
         engine = InProcess(Evaluator(pipeline(sampler), setting))
         cache = RESULTS / "ladder-scores.jsonl"
-        found = ladder(engine, budget=budget, cache=cache, progress=lambda *told: print(*told, flush=True))
+        tell = lambda *told: print(*told, flush=True)  # noqa: E731
+        found = ladder(engine, budget=budget, cache=cache, confirm=confirm, progress=tell)
         front_of(sampler).write_text(json.dumps(found.to_dict() | provenance()) + "\n")
 
 

@@ -223,6 +223,8 @@ def test_ladder_search_saves_the_point_asked_for(tmp_path):
     steps = load_policy(tmp_path / "p.json").steps
     assert steps < 3
     assert f"Run the saved policy with --steps {steps}." in fewer.output
+    confirmed = run("search", *args, "--floor", 0, "--confirm", 2, "--out", tmp_path / "p.json", "--json")
+    assert json.loads(confirmed.stdout)["pictures"] == 2
     lost = run("search", *args, "--floor", 500, "--out", tmp_path / "p.json")
     assert lost.exit_code == 2
     assert "schedules has at least 500 dB" in lost.output
@@ -253,6 +255,8 @@ def test_analyze_writes_figures_and_seeds_a_search(tmp_path):
         (("search", "--method", "ladder", "--time", "0.9", "--patience", "2"), "--patience is for --method phast, not"),
         (("search", "--method", "exhaustive", "--budget", "9"), "--budget is for --method phast or ladder, not for"),
         (("search", "--budget-time", "9"), "--budget-time is for --method ladder, not for phast"),
+        (("search", "--confirm", "2"), "--confirm is for --method ladder, not for phast"),
+        (("search", "--method", "ladder", "--time", "0.9", "--prompt", "a", "--confirm", "1"), "leaves no picture"),
         (("search", "--workers", "2"), "--workers is for --engine ray, not for local"),
         (("search", "--out", "p.yaml"), "--out must end in .json, got p.yaml"),
         (("search", "--model", "user/model"), "--model needs --prompt"),

@@ -1,6 +1,7 @@
 """The search of the ladder: compute, reuse or hold, per step and group of layers."""
 
 import time
+from dataclasses import replace
 
 import pytest
 from tiny_random import captioned_pipeline
@@ -14,7 +15,8 @@ from attnreuse.study.compare.other_caches import OTHER_CACHES
 from attnreuse.study.costs import RunCosts, measure
 from attnreuse.study.evaluate import Evaluator, Setting
 from attnreuse.study.metrics import PAIRED
-from attnreuse.study.search.ladder import FEWER, Front, Point, layer_groups
+from attnreuse.study.search.front import Front, Point
+from attnreuse.study.search.ladder import FEWER, layer_groups
 
 PROMPTS = ("a red circle on gray", "a blue square on white")
 
@@ -81,12 +83,16 @@ def test_groups_get_rows_of_their_own_with_all_letters(found):
     assert any(len({p.policy.row(name) for name in p.policy.patterns}) > 1 for p in points)
 
 
-def test_no_run_of_fewer_steps_lies_above_the_front(found):
-    made, front, *_ = found
+def assert_no_fewer_steps_lie_above(made, front):
     for count in sorted({round(6 * share) for share in FEWER} - {6}):
         psnr = PAIRED["psnr"](made.at(count).full.pictures, made.full.pictures).mean()
         time = (1.0 + 2 * count * len(made.served())) / (1.0 + 12 * len(made.served()))
         assert any(p.time <= time + 1e-9 and p.psnr_db >= psnr - 1e-3 for p in front.points), count
+
+
+def test_no_run_of_fewer_steps_lies_above_the_front(found):
+    made, front, *_ = found
+    assert_no_fewer_steps_lie_above(made, front)
     assert any(p.steps < 6 for p in front.points)
 
 
@@ -105,7 +111,7 @@ def test_a_point_is_picked_by_quality_or_time():
     points = [
         Point(Policy(steps=2, reuse=".R"), 2, time, psnr) for time, psnr in ((0.6, 30.0), (0.7, 40.0), (0.8, 50.0))
     ]
-    front = Front(points, 1.0, 3, "budget")
+    front = Front(points, 1.0, 3, 2, "budget")
     assert front.pick(floor=35) == points[1]
     assert front.pick(time=0.75) == points[1]
     assert front.pick(floor=45, time=0.9) == points[2]
@@ -158,6 +164,28 @@ def test_where_no_cache_pays_the_front_is_of_fewer_steps(pipe):
     assert not any(p.policy.reuse_steps for p in found.points)
     with pytest.raises(AttnReuseError, match=r"none of \d+ schedules has at most 0\.1 of"):
         found.pick(time=0.1)
+
+
+def test_other_pictures_confirm_the_front(pipe):
+    made = evaluator(pipe)
+    others = replace(made.setting, prompts=("a cyan triangle on black", "a red square on white"), seed=7)
+    plain = search(made, by="kind", budget=40)
+    found = search(made, by="kind", budget=40, confirm=others)
+    assert (found.evaluations, found.pictures, plain.pictures) == (40, 2, 2)
+    judge = Evaluator(pipe, others)
+    for point in found.points:
+        assert judge.at(point.steps).scores(point.policy)["psnr"] == pytest.approx(point.psnr_db)
+    qualities = [p.psnr_db for p in found.points]
+    assert qualities == sorted(qualities)
+    assert qualities != [p.psnr_db for p in plain.points]
+    assert_no_fewer_steps_lie_above(judge, found)
+
+
+@pytest.mark.parametrize("changes", [{"steps": 5}, {"guidance": 2.0}, {}, {"prompts": PROMPTS[:1]}])
+def test_what_confirms_differs_in_its_pictures_alone(pipe, changes):
+    made = evaluator(pipe)
+    with pytest.raises(ValueError, match=r"confirm must (differ|have other pictures)"):
+        search(made, confirm=replace(made.setting, **changes))
 
 
 def test_a_search_ends_where_nothing_new_is_left(pipe):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,7 +37,7 @@ PHAST, LADDER, RAY = "Only for --method phast", "Only for --method ladder", "Onl
 ONLY_FOR_METHOD: dict[str, tuple[str, ...]] = {  # options, by their parameters
     **dict.fromkeys(("variant", "patience", "restarts", "analysis"), ("phast",)),
     **dict.fromkeys(("reuse", "metric"), ("phast", "exhaustive")),
-    **dict.fromkeys(("time", "budget_time", "by"), ("ladder",)),
+    **dict.fromkeys(("time", "budget_time", "by", "confirm"), ("ladder",)),
     "budget": ("phast", "ladder"),
 }
 
@@ -114,6 +115,14 @@ def command(
         int | None,
         typer.Option(min=1, help="How many pictures, where no --prompt is given. Default: 8; ladder: 16."),
     ] = None,
+    confirm: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            rich_help_panel=LADDER,
+            help="Judge the best schedules again by this many other pictures; of --prompt, the last ones.",
+        ),
+    ] = 0,
     seed: Seed = 1000,
     guidance: Guidance = None,
     eta: Eta = None,
@@ -164,7 +173,9 @@ def command(
         writable("--out", out_path, ".json")
         writable("--cache", cache)
         layers, images = layers or ("all" if is_ladder else None), images or (16 if is_ladder else 8)
-        setting = setting_for(model, prompt, images, steps, seed, guidance, eta, map_format, layers, batch)
+        count = images + confirm
+        setting = setting_for(model, prompt, count, steps, seed, guidance, eta, map_format, layers, batch)
+        setting, others = _kept_back(setting, confirm)
         evaluator = Evaluator(load_pipeline(model, scheduler), setting)
         chosen = RayEngine(evaluator, workers, address) if engine == "ray" else InProcess(evaluator)
         with progress("schedules", at_most=True) as tell:
@@ -182,7 +193,7 @@ def command(
                 seconds = None if budget_time is None else 60 * budget_time
                 found = ladder(
                     chosen, by=by, budget=budget, budget_time=seconds, memory_budget=objective.memory_budget,
-                    seed=seed, **given,
+                    seed=seed, confirm=others, **given,
                 )  # fmt: skip
         picked = found.pick(floor, time) if is_ladder else found
         if not is_ladder and not objective.reaches(found.history[-1].metric):
@@ -201,6 +212,19 @@ def command(
     if is_ladder and picked.steps != steps:
         out.print(f"Run the saved policy with --steps {picked.steps}.")
     faint(f"{out_path}; scores in {cache}")
+
+
+def _kept_back(setting: Any, confirm: int) -> tuple[Any, Any]:
+    """The setting without its last pictures, and one with these alone; None where there are none."""
+    if not confirm:
+        return setting, None
+    first = len(setting.prompts) - confirm
+    if first < 1:
+        raise ValueError(
+            f"--confirm {confirm} leaves no picture to search with: there are {len(setting.prompts)} prompts"
+        )
+    kept = replace(setting, prompts=setting.prompts[first:], seed=setting.seed + first)
+    return replace(setting, prompts=setting.prompts[:first]), kept
 
 
 def _lines(cache: Path) -> int:
@@ -231,7 +255,8 @@ def _predicted(analysis: Path | None, evaluator: Any, reuse: int) -> tuple[list[
 
 def _front_table(found: Any, picked: Any) -> Table:
     """The points of a front, and which of them is saved."""
-    table = Table(title=f"stopped at: {found.stopped}; time as a share of {found.full_s:.2f} s, predicted")
+    title = f"stopped at: {found.stopped}; PSNR of {found.pictures} pictures; time, predicted, as a share of "
+    table = Table(title=f"{title}{found.full_s:.2f} s")
     for column in ("time", "PSNR, dB", "steps", "schedule", ""):
         table.add_column(column, justify="right" if column in ("time", "PSNR, dB", "steps") else "left")
     for point in found.points:

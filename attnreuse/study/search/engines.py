@@ -24,6 +24,9 @@ class Engine(Protocol):
 
     def run(self, policies: list[Policy], metrics: tuple[str, ...], steps: list[int]) -> Judged: ...
 
+    def of(self, setting: Setting) -> Engine:
+        """Such an engine for another setting; this one is not used any more."""
+
 
 class InProcess:
     """One schedule after the other, here."""
@@ -34,6 +37,9 @@ class InProcess:
     def run(self, policies: list[Policy], metrics: tuple[str, ...], steps: list[int]) -> Judged:
         for i, (policy, count) in enumerate(zip(policies, steps, strict=True)):
             yield i, self.evaluator.at(count).scores(policy, metrics)
+
+    def of(self, setting: Setting) -> InProcess:
+        return InProcess(Evaluator(self.evaluator.pipe, setting))
 
 
 class RayEngine:
@@ -72,6 +78,10 @@ class RayEngine:
 
         jobs, pool = list(zip(itertools.count(), policies, steps, strict=False)), ActorPool(self.actors)
         yield from pool.map_unordered(lambda actor, job: actor.scores.remote(*job, metrics), jobs)
+
+    def of(self, setting: Setting) -> RayEngine:
+        self.close()
+        return RayEngine(Evaluator(self.evaluator.pipe, setting), self.workers)
 
     def close(self) -> None:
         """Give the workers back."""

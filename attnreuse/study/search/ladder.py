@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +22,15 @@ from attnreuse.planning.rows import Row, best_row, holding, level_error, stretch
 from attnreuse.policy import Policy
 from attnreuse.progress import Progress, silent
 from attnreuse.study.costs import RunCosts
-from attnreuse.study.evaluate import Evaluator
+from attnreuse.study.evaluate import Evaluator, Setting
 from attnreuse.study.search.engines import Engine
+from attnreuse.study.search.front import Front, Point
 from attnreuse.study.search.judge import Judge
 
 FEWER = tuple(i / 20 for i in range(8, 20))  # shares of the steps that fewer steps make
 SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # of the steps that a scanned schedule reuses
 WIDTH = 4  # schedules judged at once; the same with any engine
+CONFIRMED, NEAR = 40, 2.0  # most schedules that are confirmed, and dB below the front from which they are
 BARREN = 50  # times in a row that no change is new before a search ends
 Rows = dict[str, Row]  # by group of layers
 
@@ -44,70 +46,6 @@ class Candidate:
     def of(cls, steps: int, rows: Rows) -> Candidate:
         """The one candidate of these rows."""
         return cls(steps, tuple(sorted((group, row) for group, row in rows.items() if any(row))))
-
-
-@dataclass(frozen=True)
-class Point:
-    """A joint schedule of a run of `steps` (``num_inference_steps``).
-
-    Attributes:
-        time: predicted, as a share of the full run's.
-        psnr_db: measured, the mean, against the full run's pictures.
-    """
-
-    policy: Policy
-    steps: int
-    time: float
-    psnr_db: float
-
-
-@dataclass(frozen=True)
-class Front:
-    """What a search of the ladder found.
-
-    Attributes:
-        points: schedules that no judged one beats in time and PSNR, fastest first.
-        full_s: predicted seconds of one batch with every step computed.
-        evaluations: distinct schedules judged, those read from the cache included.
-        stopped: "budget", "time", or "nothing new" where no change of the front was left to judge.
-    """
-
-    points: list[Point]
-    full_s: float
-    evaluations: int
-    stopped: str
-
-    def pick(self, floor: float | None = None, time: float | None = None) -> Point:
-        """The fastest point of at least `floor` dB; without a floor the best that takes at most `time`.
-
-        Args:
-            floor: dB.
-            time: share of the full run's time, also with a floor.
-
-        Raises:
-            ValueError: neither is given.
-            AttnReuseError: there is none; the message says what there is.
-        """
-        if floor is None and time is None:
-            raise ValueError("say which point to pick: by floor (dB) or time (share of the full run's)")
-        if not self.points:
-            raise AttnReuseError(f"none of {self.evaluations} schedules is predicted to be faster than full steps here")
-        points = [p for p in self.points if (floor is None or p.psnr_db >= floor) and (time is None or p.time <= time)]
-        if not points:
-            first, last = self.points[0], self.points[-1]
-            wanted = [] if floor is None else [f"at least {floor:g} dB"]
-            wanted += [] if time is None else [f"at most {time:g} of the full run's time"]
-            raise AttnReuseError(
-                f"none of {self.evaluations} schedules has {' and '.join(wanted)}: they go from "
-                f"{first.psnr_db:.1f} dB at {first.time:.2f} of the full run's time to {last.psnr_db:.1f} dB at "
-                f"{last.time:.2f}"
-            )
-        return points[-1] if floor is None else points[0]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        points = [asdict(p) | {"policy": p.policy.model_dump(mode="json", exclude_none=True)} for p in self.points]
-        return asdict(self) | {"points": points}
 
 
 def layer_groups(evaluator: Evaluator, by: Literal["kind", "level", "layer"]) -> dict[str, list[str]]:
@@ -136,6 +74,7 @@ def ladder(
     seed: int = 0,
     cache: str | Path | None = None,
     run_costs: RunCosts | None = None,
+    confirm: Setting | None = None,
     progress: Progress = silent,
 ) -> Front:
     """Search joint schedules of groups of layers for the front of time and PSNR.
@@ -149,11 +88,13 @@ def ladder(
         seed: of the changes that are tried.
         cache: file of scores and, by machine, costs, appended to; the same search goes on from it.
         run_costs: of the engine's setting (:func:`attnreuse.study.costs.measure`); None: the cache's, or measured.
+        confirm: the engine's setting with other prompts, by which the best schedules are judged again: of many
+            schedules that a few pictures cannot tell apart, the luckiest looks best. None: the front is the search's.
         progress: called with the schedules judged, the budget, and how many points the front has.
 
     Raises:
         AttnReuseError: no schedule fits the memory budget, or was judged in time.
-        ValueError: unknown `by`, no budget, or a run of one step.
+        ValueError: unknown `by`, no budget, a run of one step, or a `confirm` that differs in more than its pictures.
     """
     until = math.inf if budget_time is None else time.monotonic() + budget_time
     if budget < 1 or engine.evaluator.executed_steps < 2:
@@ -161,6 +102,9 @@ def ladder(
             f"a ladder needs a budget of at least 1 and a run of at least 2 steps, got {budget} and "
             f"{engine.evaluator.executed_steps}"
         )
+    setting = engine.evaluator.setting
+    if confirm is not None:
+        _check_confirm(setting, confirm)
     groups = layer_groups(engine.evaluator, by)
     climb = _Ladder(Judge(engine, cache, run_costs), groups, budget, until, memory_budget, progress)
     climb.join(climb.scan())
@@ -172,7 +116,18 @@ def ladder(
             else f"fits the memory budget of {memory_budget:,} bytes"
         )
         raise AttnReuseError(f"no schedule {why}")
-    return Front(climb.front(), climb.full_s, len(climb.points), climb.stopped)
+    evaluations = len(climb.points)
+    if confirm is not None:
+        climb.confirm(Judge(engine.of(confirm), cache, climb.judge_policies.costs))
+    return Front(climb.front(), climb.full_s, evaluations, len((confirm or setting).prompts), climb.stopped)
+
+
+def _check_confirm(search: Setting, confirm: Setting) -> None:
+    if replace(confirm, prompts=search.prompts, seed=search.seed) != search:
+        raise ValueError(f"confirm must differ from the search in its prompts and seed alone, got {confirm}")
+    same = set(enumerate(search.prompts, search.seed)) & set(enumerate(confirm.prompts, confirm.seed))
+    if same:
+        raise ValueError(f"confirm must have other pictures than the search, {len(same)} are the same")
 
 
 class _Ladder:
@@ -240,6 +195,27 @@ class _Ladder:
             self.judge([self._changed(rng.choice(front), rng) for _ in range(WIDTH)])
             barren = 0 if len(self.points) > before else barren + 1
         self.stopped = self.stopped or "nothing new"
+
+    def confirm(self, judge: Judge) -> None:
+        """Judge what lies on or near the front by other pictures; only that stays."""
+        chosen = self._near_front()
+        confirmed: dict[Candidate, Point] = {}
+        for at in range(0, len(chosen), WIDTH):
+            some = chosen[at : at + WIDTH]
+            scores = judge([self._policy(c) for c in some], steps=[c.steps for c in some])
+            for candidate, score in zip(some, scores, strict=True):
+                confirmed[candidate] = replace(self.points[candidate], psnr_db=score["psnr"])
+            self.progress(len(confirmed), len(chosen), "confirmed by other pictures")
+        self.points = confirmed
+
+    def _near_front(self) -> list[Candidate]:
+        """All fewer steps, and the schedules that lie least below the best of those that take no longer."""
+        best, gaps = -math.inf, {}
+        for candidate, point in sorted(self.points.items(), key=lambda p: (p[1].time, -p[1].psnr_db)):
+            best = max(best, point.psnr_db)
+            gaps[candidate] = best - point.psnr_db if candidate.rows else 0.0
+        near = sorted((c for c, gap in gaps.items() if gap <= NEAR), key=gaps.__getitem__)
+        return near[:CONFIRMED]
 
     # -- judging
 
