@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from attnreuse.binding.denoiser import head_dim
 from attnreuse.binding.processors import ShapeRecorder, attention_layers
@@ -63,7 +64,7 @@ def map_shapes(denoiser: Any, inputs: dict[str, Any], layers: dict[str, Any] | N
         UnsupportedLayerError: they cannot be told; the message holds the reason.
     """
     accepted = inspect.signature(type(denoiser).forward).parameters.keys() - {"self", "cross_attention_kwargs"}
-    given = {name: _on_meta(inputs[name]) for name in sorted(accepted & inputs.keys())}
+    given = tree_map_only(Tensor, _on_meta, {name: inputs[name] for name in sorted(accepted & inputs.keys())})
     layers = layers or attention_layers(denoiser)
     heads = {name: (attn.heads, head_dim(attn), attn.to_out[0].out_features) for name, attn in layers.items()}
     key = f"{type(denoiser).__name__} {denoiser.to_json_string()} {heads} {given}"
@@ -160,12 +161,6 @@ class LayerCost:
         return sum(getattr(self, action.value) for action in actions)
 
 
-def _on_meta(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        dtype = torch.float32 if value.is_floating_point() else value.dtype
-        return torch.empty(value.shape, dtype=dtype, device="meta")
-    if isinstance(value, dict):
-        return {k: _on_meta(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_on_meta(v) for v in value)
-    return value
+def _on_meta(tensor: Tensor) -> Tensor:
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return torch.empty(tensor.shape, dtype=dtype, device="meta")

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnreuse.binding import shapes as planner
 from attnreuse.binding.clock import executed_steps
@@ -330,20 +331,20 @@ class _Memo:
 
     def get(self, key: Key) -> Any:
         self.held.move_to_end(key)
-        return _map_tensors(self.held[key], Tensor.clone)  # the caller may write to it
+        return tree_map_only(Tensor, Tensor.clone, self.held[key])  # the caller may write to it
 
     def put(self, key: Key, output: Any) -> None:
         self.calls_per_step = max(self.calls_per_step, key[2] + 1)
         if key in self.held:
             return
-        size = sum(t.numel() * t.element_size() for t in _tensors(output))
+        size = _nbytes(output)
         if size > self.limit:
             return
-        self.held[key] = _map_tensors(output, Tensor.clone)
+        self.held[key] = tree_map_only(Tensor, Tensor.clone, output)
         self.nbytes += size
         while self.nbytes > self.limit:
             _, dropped = self.held.popitem(last=False)
-            self.nbytes -= sum(t.numel() * t.element_size() for t in _tensors(dropped))
+            self.nbytes -= _nbytes(dropped)
 
     def first_live(self, batch: int, digests: list[str], actions: dict[str, list[Action]]) -> int:
         """The first step that must be computed: what is not held, or made the map of a step that is not."""
@@ -366,16 +367,6 @@ def _digests(actions: dict[str, list[Action]], steps: int) -> list[str]:
     return found
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _map_tensors(output, lambda t: found.append(t) or t)
-    return found
-
-
-def _map_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`output` of a denoiser (a tuple, or diffusers' output class) with `change` applied to its tensors."""
-    if isinstance(output, Tensor):
-        return change(output)
-    if isinstance(output, tuple):
-        return tuple(_map_tensors(v, change) for v in output)
-    return type(output)(**{k: _map_tensors(v, change) for k, v in output.items()})
+def _nbytes(output: Any) -> int:
+    """Of the tensors of a denoiser's output (a tuple, or diffusers' output class)."""
+    return sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
