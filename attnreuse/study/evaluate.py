@@ -14,16 +14,14 @@ import math
 import re
 import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnreuse.binding import shapes as planner
 from attnreuse.binding.clock import executed_steps
@@ -38,17 +36,16 @@ from attnreuse.binding.denoiser import (
 from attnreuse.binding.enabling import enable
 from attnreuse.binding.layers import NOT_CALLED
 from attnreuse.binding.processors import attention_layers
-from attnreuse.binding.schedule import CACHED, Schedule
+from attnreuse.binding.schedule import Schedule
 from attnreuse.binding.session import Session
 from attnreuse.errors import AttnReuseError, PolicyMismatchError
 from attnreuse.maps.formats import format_named
 from attnreuse.maps.ring import plan_ring
 from attnreuse.planning.levels import influences, noise_levels
 from attnreuse.planning.samplers import step_options
-from attnreuse.policy import Action, Policy
+from attnreuse.policy import Policy
 from attnreuse.study.metrics import PAIRED
-
-Key = tuple[int, str, int]  # first picture of the batch, what all layers did so far, call within the step
+from attnreuse.study.replay import Memo, digests_of
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ class Evaluator:
         self.levels = _levels(pipe.scheduler)
         self.influence = None if self.levels is None else influences(pipe.scheduler)
         self.scheduler, self.model = type(pipe.scheduler).__name__, model_name(pipe)
-        self._memo = _Memo(memo_bytes)
+        self._memo = Memo(memo_bytes)
         self._inputs: dict[str, Any] = {}  # the denoiser's, of the first call
         self._full: Sampled | None = None
         self._others: dict[int, Evaluator] = {}
@@ -271,7 +268,7 @@ class Evaluator:
         denoiser = session.denoiser
         if denoiser is not self.pipe.unet:
             raise AttnReuseError("a compiled denoiser cannot be replayed: search and analyse before torch.compile")
-        digests, inputs = _digests(session.actions, self.setting.steps), self.reference._inputs
+        digests, inputs = digests_of(session.actions, self.setting.steps), self.reference._inputs
         first_live = self._memo.first_live(batch, digests, session.actions)
         forward, bound = denoiser.forward, denoiser.__dict__.get("forward")  # bound: by offloading, such
         signature = inspect.signature(type(denoiser).forward)
@@ -318,55 +315,3 @@ def _levels(scheduler: Any) -> tuple[float, ...] | None:
         return tuple(round(level, 4) for level in noise_levels(scheduler))
     except ValueError:
         return None
-
-
-@dataclass
-class _Memo:
-    """Denoiser outputs by key, the least recently used dropped beyond `limit` bytes."""
-
-    limit: int
-    held: OrderedDict[Key, Any] = field(default_factory=OrderedDict)
-    nbytes: int = 0
-    calls_per_step: int = 1
-
-    def get(self, key: Key) -> Any:
-        self.held.move_to_end(key)
-        return tree_map_only(Tensor, Tensor.clone, self.held[key])  # the caller may write to it
-
-    def put(self, key: Key, output: Any) -> None:
-        self.calls_per_step = max(self.calls_per_step, key[2] + 1)
-        if key in self.held:
-            return
-        size = _nbytes(output)
-        if size > self.limit:
-            return
-        self.held[key] = tree_map_only(Tensor, Tensor.clone, output)
-        self.nbytes += size
-        while self.nbytes > self.limit:
-            _, dropped = self.held.popitem(last=False)
-            self.nbytes -= _nbytes(dropped)
-
-    def first_live(self, batch: int, digests: list[str], actions: dict[str, list[Action]]) -> int:
-        """The first step that must be computed: what is not held, or made the map of a step that is not."""
-        live = 0
-        while live < len(digests) and all(
-            (batch, digests[live], call) in self.held for call in range(self.calls_per_step)
-        ):
-            live += 1
-        while live < len(digests) and any(row[live] in CACHED for row in actions.values()):
-            live -= 1
-        return live
-
-
-def _digests(actions: dict[str, list[Action]], steps: int) -> list[str]:
-    """Per executed step of a run of `steps` (``num_inference_steps``): a digest of what every layer did up to it."""
-    running, found = hashlib.sha256(f"{steps} steps;".encode()), []
-    for step_actions in zip(*actions.values(), strict=True):
-        running.update(",".join(a.value for a in step_actions).encode() + b";")
-        found.append(running.hexdigest())
-    return found
-
-
-def _nbytes(output: Any) -> int:
-    """Of the tensors of a denoiser's output (a tuple, or diffusers' output class)."""
-    return sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
