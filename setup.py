@@ -15,7 +15,7 @@ import sysconfig
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.errors import CompileError
 
 CPP = ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("paths", "portable", "avx2", "avx512", "avx512vnni"))]
@@ -131,6 +131,7 @@ extension = Pybind11Extension(
     extra_link_args=OPENMP,
 )
 setup(
+    packages=sorted({*find_packages(include=["attnreuse", "attnreuse.*"]), "attnreuse.kernels"}),
     ext_modules=[extension],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -35,6 +35,15 @@ def test_policies_know_no_tensors():
     assert made.stdout.strip() == "(False, False, True, True)"
 
 
+def test_every_room_is_installed():
+    """setup.py finds packages by their `__init__.py`; the installed ones are tested wherever tests import them."""
+    source = Path(__file__).parents[1] / "attnreuse"
+    rooms = {path.parent for path in source.rglob("*.py")}
+    assert len(rooms) > 10
+    assert not [room for room in rooms if not (room / "__init__.py").exists()]
+    assert not [room for room in rooms if not (PACKAGE / room.relative_to(source)).is_dir()]
+
+
 def test_kernels_install_under_attnreuse_and_shadow_nothing():
     import attnreuse.kernels
 
