@@ -76,7 +76,7 @@ def hurry(steps: int | None = None, reuse: float = 0.5, max_age: Any = "least") 
         steps: executed steps of the run.
         reuse: how many of them reuse; without `steps` the share of them, in [0, 1].
         max_age: how many steps old a reused map may be. "least": as few as leave room for `reuse`, since
-            age costs more than lateness gains (README, "Find a schedule"). None: one late block, the paper's
+            age costs more than lateness gains (docs/schedules.md). None: one late block, the paper's
             heuristic, which captures once instead of before every reuse. 1: every reuse follows a
             computed step.
 
