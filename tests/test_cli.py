@@ -353,9 +353,10 @@ def test_without_a_network_the_cause_is_named_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("start", [["attnreuse"], [sys.executable, "-m", "attnreuse"]])
-def test_the_installed_command_tells_its_version(start):
-    made = subprocess.run([*start, "--version"], capture_output=True, text=True, check=True)
+def test_the_installed_command_tells_its_version(start, tmp_path):
+    """From another folder: python imports what lies in its own first."""
+    made = subprocess.run([*start, "--version"], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert made.stdout.strip() == f"attnreuse {attnreuse.__version__}"
-    wrong = subprocess.run([*start, "plan", "--layers", "[x]"], capture_output=True, text=True, check=False)
+    wrong = subprocess.run([*start, "plan", "--layers", "[x]"], capture_output=True, text=True, cwd=tmp_path)
     assert wrong.returncode == 2
     assert "'[x]' matches none of the 20 layers" in wrong.stderr
