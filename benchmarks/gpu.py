@@ -21,9 +21,9 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import torch
 from rows import RESULTS, append, provenance
 
-from attnreuse.binding import shapes as planner
 from attnreuse.binding.denoiser import layer_kinds
 from attnreuse.binding.processors import ReuseAttnProcessor, attention_layers
+from attnreuse.binding.shapes import map_shapes
 from attnreuse.maps.formats import AttentionMap, format_named
 from attnreuse.maps.ring import outline
 from attnreuse.measure.timing import Times, interleaved
@@ -111,7 +111,7 @@ def make_unet(config: dict[str, Any], device: torch.device, dtype: torch.dtype) 
 
 def processors_of(unet: Any, given: dict[str, Any], name: str, device: torch.device) -> list[ReuseAttnProcessor]:
     """A processor with a map of its own on every self-attention layer."""
-    shapes, kinds = planner.map_shapes(unet, given), layer_kinds(unet)
+    shapes, kinds = map_shapes(unet, given), layer_kinds(unet)
     placed = []
     for layer, module in attention_layers(unet).items():
         if kinds[layer] == "self":

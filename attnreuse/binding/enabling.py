@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from attnreuse.binding import loops
-from attnreuse.binding import shapes as planner
 from attnreuse.binding.denoiser import find_denoiser
 from attnreuse.binding.session import ATTRIBUTE, Session
+from attnreuse.binding.shapes import parse_bytes
 from attnreuse.maps.formats import format_named
 from attnreuse.planning.levels import check_levels
 from attnreuse.policy import Policy, Rule, Stretched, hurry, load_policy
@@ -59,7 +59,7 @@ def enable(
     """
     denoiser = find_denoiser(pipe)
     is_pipe = hasattr(pipe, "unet")
-    chosen = (format_named(map_format), planner.parse_bytes(memory_budget), layers, strict, hasattr(pipe, "_orig_mod"))
+    chosen = (format_named(map_format), parse_bytes(memory_budget), layers, strict, hasattr(pipe, "_orig_mod"))
     session = Session(denoiser, pipe if is_pipe else None, scheduler, _fitted(policy, fit, pipe, scheduler), *chosen)
     disable(pipe)
     session._attach()

@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from attnreuse import ops
 from attnreuse.binding import compiled, loops
-from attnreuse.binding import shapes as planner
 from attnreuse.binding.clock import HELP, Place, StepClock
 from attnreuse.binding.denoiser import find_denoiser, holding_layers, model_name, unwrapped
 from attnreuse.binding.guard import ThreadGuard
@@ -27,6 +26,7 @@ from attnreuse.binding.layers import Layers
 from attnreuse.binding.report import Report
 from attnreuse.binding.run import Branch, Call, Found, Run, continued
 from attnreuse.binding.schedule import Schedule
+from attnreuse.binding.shapes import map_requests, map_shapes
 from attnreuse.binding.walk import Told, check_told, executed, levels_from
 from attnreuse.errors import (
     AttnReuseError,
@@ -447,7 +447,7 @@ class Session:
         """Plan the maps of a branch for inputs of these shapes; layers left out are reported."""
         names, sample = [n for n in self._layers.modules if n not in run.report.skipped], given["sample"]
         try:
-            shapes = planner.map_shapes(self.denoiser, given, self._layers.all)
+            shapes = map_shapes(self.denoiser, given, self._layers.all)
         except UnsupportedLayerError as error:
             self._only_compute(run, dict.fromkeys(names, str(error)))
             return None
@@ -460,7 +460,7 @@ class Session:
             if reason:
                 raise UnsupportedLayerError(f"layer {name} would run through plain torch: {reason}")
         try:
-            requests = planner.map_requests(run.schedule, names, shapes, _compute_dtype(sample))
+            requests = map_requests(run.schedule, names, shapes, _compute_dtype(sample))
             plan = plan_ring(requests, self.map_format, self._budget)
         except MemoryBudgetError as error:
             self._only_compute(run, dict.fromkeys(names, str(error)))

@@ -9,22 +9,24 @@ from typing import Any
 import typer
 
 
-def model_path(model: str) -> str:
-    """The folder or hub name of a pipeline; nothing: the shipped one.
+def find_model(model: str) -> tuple[str, bool]:
+    """The folder or hub name of a pipeline (nothing: the shipped one), and whether only files here are to be read.
 
     Raises:
         ValueError: neither a folder with a pipeline nor the form of a hub name.
+        AttnReuseError: the hub does not give it.
     """
     from attnreuse import tiny_shapes_path
+    from attnreuse.hub import is_online
 
     folder = Path(model or tiny_shapes_path()).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise ValueError(f"--model: {model} holds no pipeline (no model_index.json)")
-        return str(folder)
+        return str(folder), True
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise ValueError(f"--model: no such folder: {model} (a hub name is like user/pipeline)")
-    return model
+    return model, not is_online(model, "model_index.json")
 
 
 def load_pipeline(model: str, scheduler: str | None) -> Any:
@@ -33,14 +35,12 @@ def load_pipeline(model: str, scheduler: str | None) -> Any:
     import transformers
     from diffusers import DiffusionPipeline
 
-    from attnreuse.hub import is_online
     from attnreuse.measure.environment import default_device
     from attnreuse.planning.samplers import make_scheduler
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    path, device = model_path(model), default_device()
-    local = Path(path).is_dir() or not is_online(path, "model_index.json")
+    (path, local), device = find_model(model), default_device()
     pipe = DiffusionPipeline.from_pretrained(path, local_files_only=local).to(device, default_dtype(device))
     pipe.set_progress_bar_config(disable=True)
     if scheduler:

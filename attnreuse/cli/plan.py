@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from attnreuse.cli.console import clear_errors, out
-from attnreuse.cli.inputs import default_dtype, default_format, model_path, policy_for, refuse_beside
+from attnreuse.cli.inputs import default_dtype, default_format, find_model, policy_for, refuse_beside
 from attnreuse.cli.options import (
     AsJson,
     Fit,
@@ -51,14 +50,12 @@ def command(
 ) -> None:
     """Tell the memory of a policy and whether it pays here, before a run, from the model's configs alone."""
     with clear_errors():
-        from attnreuse.hub import is_online
         from attnreuse.measure.environment import default_device
         from attnreuse.study.plan import Blueprint, forecast
 
         if policy is not None:
             refuse_beside(context, "--policy", "reuse", "max_age")
-        path = model_path(model)
-        local = Path(path).is_dir() or not is_online(path, "model_index.json")
+        path, local = find_model(model)
         blueprint = Blueprint.load(path, scheduler, local)
         device = default_device()
         dtype = default_dtype(device)

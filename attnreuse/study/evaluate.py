@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnreuse.binding import shapes as planner
 from attnreuse.binding.clock import executed_steps
 from attnreuse.binding.denoiser import (
     find_denoiser,
@@ -38,6 +37,7 @@ from attnreuse.binding.layers import NOT_CALLED
 from attnreuse.binding.processors import attention_layers
 from attnreuse.binding.schedule import Schedule
 from attnreuse.binding.session import Session
+from attnreuse.binding.shapes import Shapes, map_requests, map_shapes
 from attnreuse.errors import AttnReuseError, PolicyMismatchError
 from attnreuse.maps.formats import format_named
 from attnreuse.maps.ring import plan_ring
@@ -233,12 +233,12 @@ class Evaluator:
         sampled, full = self.sample(policy), self.reference.full
         return {name: float(np.mean(PAIRED[name](sampled.pictures, full.pictures))) for name in metrics}
 
-    def shapes(self) -> planner.Shapes:
+    def shapes(self) -> Shapes:
         """Map shape and head dim of every layer at this setting's batch, guidance and size."""
         root = self.reference
         if not root._inputs:
             _ = root.full
-        return planner.map_shapes(find_denoiser(self.pipe), root._inputs)
+        return map_shapes(find_denoiser(self.pipe), root._inputs)
 
     def served(self, policy: Policy | None = None) -> list[str]:
         """Names of the layers that the setting (or else `policy`) means and that can be served, as they are called."""
@@ -259,7 +259,7 @@ class Evaluator:
     def map_bytes(self, policy: Policy) -> int:
         """Bytes of the buffer that `policy` needs here."""
         served, dtype = self.served(policy), self.pipe.unet.dtype
-        requests = planner.map_requests(self.schedule(policy), served, self.shapes(), dtype)
+        requests = map_requests(self.schedule(policy), served, self.shapes(), dtype)
         return plan_ring(requests, format_named(self.setting.map_format)).nbytes
 
     @contextmanager

@@ -36,12 +36,14 @@ class Blueprint:
     Attributes:
         model: folder or hub name.
         local: read files that are here, ask no hub.
+        index: its parts and their classes.
         vae_scale: pixels per latent, along a side.
         tokens: of a prompt.
     """
 
     model: str
     local: bool
+    index: dict[str, Any]
     denoiser: Any
     scheduler: Any
     vae_scale: int
@@ -66,6 +68,7 @@ class Blueprint:
         return cls(
             model,
             local,
+            index,
             denoiser.eval(),
             make_scheduler(DDIMScheduler.load_config(model, subfolder="scheduler", **given), scheduler),
             2 ** (len(vae["block_out_channels"]) - 1),
@@ -103,12 +106,12 @@ class Blueprint:
         """
         import diffusers
 
-        index = diffusers.DiffusionPipeline.load_config(self.model, local_files_only=self.local)
-        cls = getattr(diffusers, index["_class_name"], None)
+        name = self.index["_class_name"]
+        cls = getattr(diffusers, name, None)
         if cls is None:
-            raise UnsupportedLayerError(f"{self.model}: diffusers has no {index['_class_name']}; --no-measure plans it")
+            raise UnsupportedLayerError(f"{self.model}: diffusers has no {name}; --no-measure plans it")
         taken = inspect.signature(cls.__init__).parameters
-        parts = {name: value for name, value in index.items() if name in taken}
+        parts = {name: value for name, value in self.index.items() if name in taken}
         for name, made_by in parts.items():
             if isinstance(made_by, (list, tuple)):
                 parts[name] = None if name in NOT_CALLED or made_by[1] is None else self._part(name, *made_by)

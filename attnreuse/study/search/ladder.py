@@ -211,7 +211,7 @@ class _Ladder:
     def _near_front(self) -> list[Candidate]:
         """All fewer steps, and the schedules that lie least below the best of those that take no longer."""
         best, gaps = -math.inf, {}
-        for candidate, point in sorted(self.points.items(), key=lambda p: (p[1].time, -p[1].psnr_db)):
+        for candidate, point in self._by_time():
             best = max(best, point.psnr_db)
             gaps[candidate] = best - point.psnr_db if candidate.rows else 0.0
         near = sorted((c for c, gap in gaps.items() if gap <= NEAR), key=gaps.__getitem__)
@@ -241,10 +241,14 @@ class _Ladder:
         points = [self.points[candidate] for candidate in self._front()]
         return [replace(p, policy=p.policy.model_copy(update=_about(p))) for p in points]
 
+    def _by_time(self) -> list[tuple[Candidate, Point]]:
+        """Fastest first, of equal times the best."""
+        return sorted(self.points.items(), key=lambda p: (p[1].time, -p[1].psnr_db))
+
     def _front(self) -> list[Candidate]:
         found: list[Candidate] = []
         best = -math.inf
-        for candidate, point in sorted(self.points.items(), key=lambda p: (p[1].time, -p[1].psnr_db)):
+        for candidate, point in self._by_time():
             if point.time < 1 and point.psnr_db > best:
                 best = point.psnr_db
                 found.append(candidate)
