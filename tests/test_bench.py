@@ -3,6 +3,9 @@
 import csv
 import json
 import math
+import platform
+import subprocess
+import sys
 
 import compile as compile_gate
 import gpu
@@ -63,6 +66,28 @@ def test_calls_are_timed_in_turns():
     times = interleaved([lambda: order.append("a"), lambda: order.append("b")], CPU, 3)
     assert order == ["a", "b"] * 4  # a warm-up first
     assert all(t.p20 <= t.median <= t.p80 for t in times)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_memory_that_is_kept_is_not_faulted_in_anew():
+    """Pages faulted in by 20 tensors of 64 MiB, one after the other, in a process of its own."""
+    script = """
+import resource, sys, torch
+from attnreuse.measure.timing import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+fill = lambda: torch.empty(1 << 24).fill_(1)
+fill()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    fill()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    by_default, kept = (
+        int(subprocess.run([sys.executable, "-c", script, how], check=True, capture_output=True, text=True).stdout)
+        for how in ("default", "keep")
+    )
+    assert kept < by_default / 10
 
 
 def test_result_files_only_grow(tmp_path):

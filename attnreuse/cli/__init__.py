@@ -9,6 +9,7 @@ import typer
 
 from attnreuse.cli import analyze, bench, compare, doctor, plan, sample, search
 from attnreuse.measure.environment import package_version
+from attnreuse.measure.timing import keep_freed_memory
 
 app = typer.Typer(
     help="Reuse attention maps between diffusion steps.",
@@ -39,4 +40,5 @@ def main() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    keep_freed_memory()
     app()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 FLUSH_BYTES = 512 << 20  # more than any GPU's L2; writing them takes longer than the host takes to launch a call
 
 
@@ -28,6 +31,20 @@ class Times:
             return cls(*seconds * 3)
         fifths = statistics.quantiles(seconds, n=5, method="inclusive")
         return cls(statistics.median(seconds), fifths[0], fifths[3])
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that its operators free, where its C library is glibc; whether it does now.
+
+    By default glibc gives large blocks back to the kernel, and each is faulted in anew, page by page: a tenth of a
+    denoiser call on a CPU, in some runs and not in others. For processes that measure; for any other, too, that
+    samples on a CPU, at the price that its memory does not shrink.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    whole = mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_MAX, 0)  # before 2.36, thresholds end at 32 MiB
+    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and whole)
 
 
 def interleaved(calls: list[Callable[[], Any]], device: torch.device, repeats: int) -> list[Times]:
