@@ -7,7 +7,6 @@ earlier calls it continues. The layers are then told what to do, and what they d
 from __future__ import annotations
 
 import inspect
-import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,28 +15,26 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from attnreuse import ops
 from attnreuse.binding import compiled, loops
-from attnreuse.binding.clock import HELP, Place, StepClock
-from attnreuse.binding.denoiser import find_denoiser, holding_layers, model_name, unwrapped
+from attnreuse.binding.clock import Place, StepClock
+from attnreuse.binding.denoiser import find_denoiser, unwrapped
 from attnreuse.binding.guard import ThreadGuard
 from attnreuse.binding.hooks import Hook, nothing
 from attnreuse.binding.layers import Layers
+from attnreuse.binding.memory import Memory
+from attnreuse.binding.notices import Notices
 from attnreuse.binding.report import Report
+from attnreuse.binding.resolving import Resolver
 from attnreuse.binding.run import Branch, Call, Found, Run, continued
-from attnreuse.binding.schedule import Schedule
-from attnreuse.binding.shapes import map_requests, map_shapes
-from attnreuse.binding.walk import Told, check_told, executed, levels_from
+from attnreuse.binding.walk import executed
 from attnreuse.errors import (
     AttnReuseError,
-    MemoryBudgetError,
     PolicyMismatchError,
     StaleMapError,
     UnknownStepError,
     UnsupportedLayerError,
 )
 from attnreuse.maps.formats import MapFormat
-from attnreuse.maps.ring import RingPlan, plan_ring
 from attnreuse.policy import Action, Policy, Rule
 
 RUNS = 8  # loops of somebody's own that may be under way at once
@@ -77,8 +74,8 @@ class Session:
     ):
         self.policy, self.map_format = policy, map_format
         self.pipe, self._scheduler = pipe, scheduler
-        self._budget, self._chosen, self._strict, self._given_compiled = memory_budget, layers, strict, given_compiled
-        self._clock, self._guard = StepClock(), ThreadGuard()
+        self._budget, self._chosen, self._given_compiled = memory_budget, layers, given_compiled
+        self._clock, self._guard, self._notices = StepClock(), ThreadGuard(), Notices(strict)
         self._runs: list[Run] = []  # under way; the one called last is last
         self._heard: weakref.WeakSet[loops.Loop] = weakref.WeakSet()  # entered since the session began
         self._walks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loop to the walk it announced
@@ -93,18 +90,17 @@ class Session:
         self.denoiser = denoiser
         self._parameters = list(inspect.signature(type(denoiser).forward).parameters)[1:]
         self._layers = Layers(denoiser, self._chosen, self.policy.patterns)
-        self._schedule: Schedule | None = None  # of the latest run
-        if isinstance(self.policy, Policy):
-            self._schedule_of(self.policy)
+        self._resolver = Resolver(self.policy, denoiser, self._layers, self._clock, self._notices)
+        self._memory = Memory(denoiser, self._layers, self.map_format, self._budget, self._notices)
         refused = self._layers.refused
         if refused:
             name, reason = next(iter(refused.items()))
             message = f"leaves {len(refused)} of the chosen layers alone, such as {name}: {reason}"
-            self._object(UnsupportedLayerError(message), " (session.report().skipped lists them)")
+            self._notices.object(UnsupportedLayerError(message), " (session.report().skipped lists them)")
         unmatched = self._layers.unmatched(self.policy.patterns)
         if unmatched:
             message = f"policy {self.policy.name!r} names layers that are not served here: {', '.join(unmatched)}"
-            self._object(PolicyMismatchError(message))
+            self._notices.object(PolicyMismatchError(message))
 
     def _attach(self) -> None:
         before, after = Hook.of(self, "_before"), Hook.of(self, "_after")
@@ -151,28 +147,37 @@ class Session:
         try:
             denoiser = find_denoiser(self.pipe)
             if getattr(denoiser, ATTRIBUTE, None) is not None:
-                self._warn("the pipeline has another denoiser now, which another session serves: this session ends")
+                self._notices.warn(
+                    "the pipeline has another denoiser now, which another session serves: this session ends"
+                )
                 self.disable()
                 return
         except UnsupportedLayerError:  # a wrapper, it may be
-            self._warn(f"the pipeline's unet is a {type(self.pipe.unet).__name__} now; reuse stays on the model it had")
+            self._notices.warn(
+                f"the pipeline's unet is a {type(self.pipe.unet).__name__} now; reuse stays on the model it had"
+            )
             return
         self._shown = self.report()
         self.disable()
         try:
             self._bind(denoiser)
         except (AttnReuseError, ValueError) as error:
-            self._warn(f"the pipeline has another denoiser now, which cannot be served: {error}; nothing reuses")
+            self._notices.warn(
+                f"the pipeline has another denoiser now, which cannot be served: {error}; nothing reuses"
+            )
             return
         self._attach()
-        self._warn("the pipeline has another denoiser now: reuse goes over to it, and the old one is stock again")
+        self._notices.warn(
+            "the pipeline has another denoiser now: reuse goes over to it, and the old one is stock again"
+        )
 
     # -- the run
 
     @property
     def actions(self) -> dict[str, list]:
         """Per step, what each served layer does by the policy of the latest run, by layer name."""
-        return {} if self._schedule is None else self._schedule.actions
+        schedule = self._resolver.latest
+        return {} if schedule is None else schedule.actions
 
     def step(self, step: int, steps: int) -> None:
         """For custom loops: say before the denoiser calls of each step that they are step `step` of `steps`."""
@@ -190,11 +195,6 @@ class Session:
             self._layers.report(self._shown)
             return self._shown.report
         return self._shown
-
-    @property
-    def _branches(self) -> dict[int, Branch]:
-        """Branches that have memory or wait for it, of all runs under way."""
-        return dict(enumerate(b for run in self._runs for b in run.branches if b.ring.nbytes or not b.released))
 
     def _before(self, args: tuple, kwargs: dict) -> None:
         """Runs before each denoiser call: place it, and tell the layers what to do."""
@@ -252,10 +252,10 @@ class Session:
 
     def _not_placed(self, error: UnknownStepError) -> None:
         """Nothing is known of this call: every layer computes."""
-        if self._strict:
+        if self._notices.strict:
             raise error
         if not isinstance(self._shown, Report) or not self._shown.layers[0].computed:  # the first such call
-            self._warn(f"{error}; until then every layer computes")
+            self._notices.warn(f"{error}; until then every layer computes")
             self._shown = self._empty_report()
             self._shown.skipped.update(dict.fromkeys(self._layers.modules, str(error)))
         for layer in self._shown.layers:
@@ -280,7 +280,7 @@ class Session:
                 branch.ring.keep_rows(found.rows)
             branch.call, branch.step = call, run.step
             if branch.waits and run.step < run.schedule.last_reuse:
-                self._give_memory(run, branch, given)
+                self._memory.give(run, branch, given)
             self._now = (run, branch)
         self._layers.arm(run, branch if run.off is None else None, given, run.off or GRADIENT)
         self._complain(run)
@@ -297,10 +297,10 @@ class Session:
 
     def _complain(self, run: Run) -> None:
         """Name the first layer of the run that does not reuse as planned."""
-        message = None if run.off or (run.warned and not self._strict) else self._layers.deviation(run)
+        message = None if run.off or (run.warned and not self._notices.strict) else self._layers.deviation(run)
         if message is not None:
             run.warned = True
-            self._object(StaleMapError(message), " (session.report() counts such calls)")
+            self._notices.object(StaleMapError(message), " (session.report() counts such calls)")
 
     def _wants_gradient(self, given: dict[str, Any]) -> bool:
         if not torch.is_grad_enabled():
@@ -337,54 +337,19 @@ class Session:
         backward = loop is None and place.is_read and place.position == place.length - 1 > 0
         steps = place.length if backward or not place.is_read else executed(place, loop)
         begin = place if place.is_read else replace(place, position=0)  # what was told holds from the first step on
-        schedule, off = self._scheduled(place if place.is_read else None, steps, backward, timestep, loop)
+        schedule, off = self._resolver.schedule(
+            place if place.is_read else None, steps, backward, timestep, lambda: self._schedulers(loop)
+        )
         run = Run(begin, steps, schedule, loop, backward, self._empty_report(str(schedule.policy)))
         run.off = off
-        self._only_compute(run, self._layers.foreign())
+        self._memory.only_compute(run, self._layers.foreign())
         if len(self._layers.foreign()) < len(self._layers.modules):
-            run.off = run.off or self._mismatch(run, first if loop is not None else place.position == 0)
+            run.off = run.off or self._resolver.mismatch(
+                run, self.pipe, first if loop is not None else place.position == 0
+            )
         whole = self._given_compiled or hasattr(getattr(self.pipe, "unet", None), "_orig_mod")
-        compiled.make_room(self, self.denoiser, whole, self._layers, schedule, self._warn)
+        compiled.make_room(self, self.denoiser, whole, self._layers, schedule, self._notices.warn)
         return run
-
-    def _scheduled(
-        self, place: Place | None, steps: int, backward: bool, timestep: Any, loop: loops.Loop | None
-    ) -> tuple[Schedule, str | None]:
-        """The schedule of a run, and why all its layers only compute, if they do."""
-        policy, off = self.policy, None
-        if isinstance(policy, Rule):
-            try:
-                told = self._levels(place, steps, backward, timestep, loop) if policy.uses_levels else (None, None)
-                policy = policy.resolve(steps, *told)
-            except ValueError as error:
-                off = f"{self.policy} cannot be resolved: {error}"
-                self._object(PolicyMismatchError(off), "; every layer computes")
-                policy = Policy(steps=steps, reuse=(False,) * steps, name=str(self.policy))
-        return self._schedule_of(policy), off
-
-    def _schedule_of(self, policy: Policy) -> Schedule:
-        holding = holding_layers(self.denoiser, self._layers.modules)
-        if self._schedule is None or (self._schedule.policy, self._schedule.holding) != (policy, holding):
-            self._schedule = Schedule(policy, self._layers.modules, holding)
-        return self._schedule
-
-    def _levels(self, place: Place | None, steps: int, backward: bool, timestep: Any, loop: loops.Loop | None) -> Told:
-        """Noise levels and influences of a run that begins at `place`; None where its steps are told.
-
-        Raises:
-            ValueError: they cannot be told.
-        """
-        schedulers = lambda: self._schedulers(loop)  # noqa: E731
-        if place is None:
-            try:
-                place = self._clock.read(timestep, schedulers)
-            except UnknownStepError as error:
-                raise ValueError(
-                    "told steps have noise levels where their timesteps are those of a scheduler: pass scheduler= to "
-                    "attnreuse.enable, or give a policy with a step count"
-                ) from error
-            backward = check_told(place, steps)
-        return levels_from(place, steps, backward, schedulers)
 
     def _end(self, runs: list[Run]) -> None:
         """These runs are over: their maps are let go of."""
@@ -402,102 +367,7 @@ class Session:
         if outer:
             self._shown = outer[-1]
 
-    def _mismatch(self, run: Run, certain: bool) -> str | None:
-        """Why the policy does not fit this run, so that every layer computes; or None.
-
-        Raises:
-            PolicyMismatchError: it is for as many steps as were asked for, but not as are executed; or
-                under `strict`, whatever differs.
-        """
-        policy, scheduler = run.schedule.policy, run.begin.scheduler
-        made_with = None if scheduler is None else type(scheduler).__name__
-        if policy.steps != run.steps:
-            message = (
-                f"policy {policy.name!r} is for {policy.steps} executed steps, this run executes {run.steps} "
-                f"({made_with or 'unknown scheduler'}; Heun executes 2 N - 1, PNDM N + 1, img2img N * strength; "
-                f"if that is not so, {HELP}): make the policy for {run.steps}"
-            )
-            if certain and policy.steps == getattr(scheduler, "num_inference_steps", None):
-                raise PolicyMismatchError(message)
-            self._object(PolicyMismatchError(message), "; every layer computes")
-            return f"the policy is for {policy.steps} executed steps, this run executes {run.steps}"
-        differences = [
-            f"{what}: policy {made_for!r}, run {here!r}"
-            for what, made_for, here in (
-                ("scheduler", policy.scheduler, made_with),
-                ("model", policy.model, model_name(self.pipe or self.denoiser)),
-            )
-            if None not in (made_for, here) and made_for != here
-        ]
-        if differences:
-            message = f"policy {policy.name!r} was made for something else: {'; '.join(differences)}"
-            self._object(PolicyMismatchError(message))
-        return None
-
-    # -- maps
-
-    def _give_memory(self, run: Run, branch: Branch, given: dict[str, Any]) -> None:
-        """Allocate the maps of a branch; a branch that this step has not called gives up its own for a new one."""
-        waiting = [other for other in run.branches if other.step < run.step]
-        if waiting and not branch.released:  # whose turn may not come: memory stays what the plan says
-            min(waiting, key=lambda other: other.step).release("its memory went to another call of the step")
-        run.allocate(branch, self._plan(run, given))
-
-    def _plan(self, run: Run, given: dict[str, Any]) -> RingPlan | None:
-        """Plan the maps of a branch for inputs of these shapes; layers left out are reported."""
-        names, sample = [n for n in self._layers.modules if n not in run.report.skipped], given["sample"]
-        try:
-            shapes = map_shapes(self.denoiser, given, self._layers.all)
-        except UnsupportedLayerError as error:
-            self._only_compute(run, dict.fromkeys(names, str(error)))
-            return None
-        dtype = ops.unserved_dtype(sample.dtype)
-        unserved = {n: dtype or "the model does not call it" for n in names if dtype or n not in shapes}
-        self._only_compute(run, unserved)
-        names = [n for n in names if n not in unserved]
-        for name in names if self._strict else []:
-            reason = ops.fallback_reason(self.map_format, sample.device, sample.dtype, shapes[name].head_dim)
-            if reason:
-                raise UnsupportedLayerError(f"layer {name} would run through plain torch: {reason}")
-        try:
-            requests = map_requests(run.schedule, names, shapes, _compute_dtype(sample))
-            plan = plan_ring(requests, self.map_format, self._budget)
-        except MemoryBudgetError as error:
-            self._only_compute(run, dict.fromkeys(names, str(error)))
-            return None
-        for layer in run.report.layers:
-            sizes = shapes.get(layer.name)
-            layer.shape, layer.head_dim = (None, None) if sizes is None else sizes[:2]
-        unfit = "its map of {:,} bytes does not fit the memory budget of {:,}"
-        dropped = {name: unfit.format(nbytes, self._budget) for name, nbytes in plan.dropped.items()}
-        self._only_compute(run, dropped, asked_for=True)
-        return plan
-
-    def _only_compute(self, run: Run, reasons: dict[str, str], asked_for: bool = False) -> None:
-        """Report layers that will not reuse in this run, and warn; an error under `strict` unless `asked_for`."""
-        new = {name: reason for name, reason in reasons.items() if run.report.skipped.get(name) != reason}
-        if new:
-            name, reason = next(iter(new.items()))
-            message = f"{len(new)} layers only compute, such as {name}: {reason}"
-            self._warn(message) if asked_for else self._object(UnsupportedLayerError(message))
-        run.report.skipped.update(new)
-
-    def _object(self, error: AttnReuseError, more: str = "") -> None:
-        """Something does not go as the policy says: an error under `strict`, else a warning, which says `more`."""
-        if self._strict:
-            raise error
-        self._warn(f"{error}{more}")
-
-    def _warn(self, message: str) -> None:
-        warnings.warn(f"attnreuse: {message}", stacklevel=2)
-
     def _empty_report(self, policy: str = "") -> Report:
         skipped = {name: reason for name, reason in self._layers.refused.items() if name not in self._layers.modules}
         skipped |= {n: r for n, r in self._layers.foreign().items() if self._layers.refused.get(n) == r}
         return Report(policy or str(self.policy), self.map_format.name, layers=self._layers.reports(), skipped=skipped)
-
-
-def _compute_dtype(sample: torch.Tensor) -> torch.dtype:
-    """What layers give for this sample."""
-    device = sample.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else sample.dtype
