@@ -19,7 +19,7 @@ from attnreuse.binding import compiled, loops
 from attnreuse.binding.clock import Place, StepClock
 from attnreuse.binding.denoiser import find_denoiser, unwrapped
 from attnreuse.binding.guard import ThreadGuard
-from attnreuse.binding.hooks import Hook, nothing
+from attnreuse.binding.hooks import Attached, Hook, nothing
 from attnreuse.binding.layers import Layers
 from attnreuse.binding.memory import Memory
 from attnreuse.binding.notices import Notices
@@ -103,11 +103,7 @@ class Session:
             self._notices.object(PolicyMismatchError(message))
 
     def _attach(self) -> None:
-        before, after = Hook.of(self, "_before"), Hook.of(self, "_after")
-        self._hooks = [
-            self.denoiser.register_forward_pre_hook(before, with_kwargs=True),
-            self.denoiser.register_forward_hook(after, always_call=True),
-        ]
+        self._attached = Attached(self.denoiser, before=Hook.of(self, "_before"), after=Hook.of(self, "_after"))
         setattr(self.denoiser, ATTRIBUTE, self)
         loops.listen(self, self.pipe)
 
@@ -118,8 +114,7 @@ class Session:
         """
         if getattr(self.denoiser, ATTRIBUTE, None) is not self:
             return
-        for hook in self._hooks:
-            hook.remove()
+        self._attached.detach()
         delattr(self.denoiser, ATTRIBUTE)
         loops.stop(self)
         compiled.give_back(self)
@@ -216,7 +211,7 @@ class Session:
             self._failed()
             raise
 
-    def _after(self, args: tuple, output: Any) -> None:
+    def _after(self, args: tuple, kwargs: dict, output: Any) -> None:
         """Runs after each denoiser call, also when it raised (then without output)."""
         if not self._guard.inside():
             return  # a call that `_before` refused

@@ -9,13 +9,14 @@ import random
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch.nn import Module
 
 from attnreuse.binding.enabling import enable
+from attnreuse.binding.hooks import Attached
 from attnreuse.binding.processors import attention_layers
 from attnreuse.binding.report import Report
 from attnreuse.binding.schedule import CACHED, Schedule
@@ -120,7 +121,9 @@ def _timed(evaluator: Evaluator, policy: Policy | None) -> _Run:
         whole.append(mark())
         given = {"map_format": setting.map_format, "layers": setting.layers}
         serving = nullcontext() if policy is None else enable(evaluator.pipe, policy, **given)
-        with serving as session, _marking(timed, mark):
+        with serving as session, ExitStack() as stack:
+            for module, found in timed:
+                stack.enter_context(_marked(module, found, mark))
             yield
             if session is not None:
                 _check(session.report())
@@ -149,18 +152,10 @@ def _check(report: Report) -> None:
             raise AttnReuseError(f"costs cannot be told: {layer.name} does not do what the policy says: {reason}")
 
 
-@contextmanager
-def _marking(timed: list[tuple[Module, list[Any]]], mark: Callable[[], Any]) -> Iterator[None]:
-    """Within, each module's list gets two marks of each of its calls: where it begins and where it ends."""
-    hooks = []
-    for module, found in timed:
-        hooks.append(module.register_forward_pre_hook(lambda *_, found=found: found.append(mark())))
-        hooks.append(module.register_forward_hook(lambda *_, found=found: found.append(mark())))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _marked(module: Module, marks: list[Any], mark: Callable[[], Any]) -> Attached:
+    """`marks` gets two marks of each call of the module: where it begins and where it ends."""
+    note = lambda *call: marks.append(mark())  # noqa: E731
+    return Attached(module, before=note, after=note)
 
 
 def _pairs(marks: list[Any], between: Callable[[Any, Any], float]) -> list[float]:

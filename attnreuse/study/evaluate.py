@@ -33,6 +33,7 @@ from attnreuse.binding.denoiser import (
     unsupported,
 )
 from attnreuse.binding.enabling import enable
+from attnreuse.binding.hooks import Attached
 from attnreuse.binding.layers import NOT_CALLED
 from attnreuse.binding.processors import attention_layers
 from attnreuse.binding.schedule import Schedule
@@ -270,8 +271,7 @@ class Evaluator:
             raise AttnReuseError("a compiled denoiser cannot be replayed: search and analyse before torch.compile")
         digests, inputs = digests_of(session.actions, self.setting.steps), self.reference._inputs
         first_live = self._memo.first_live(batch, digests, session.actions)
-        forward, bound = denoiser.forward, denoiser.__dict__.get("forward")  # bound: by offloading, such
-        signature = inspect.signature(type(denoiser).forward)
+        forward, signature = denoiser.forward, inspect.signature(type(denoiser).forward)
 
         def replay(*args: Any, **kwargs: Any) -> Any:
             tick = session.tick
@@ -287,15 +287,10 @@ class Evaluator:
             self._memo.put(key, output)
             return output
 
-        denoiser.forward = replay
-        try:
-            with warnings.catch_warnings():  # what is replayed calls no layer
-                warnings.filterwarnings("ignore", f".*{re.escape(NOT_CALLED)}")
+        with warnings.catch_warnings():  # what is replayed calls no layer
+            warnings.filterwarnings("ignore", f".*{re.escape(NOT_CALLED)}")
+            with Attached(denoiser, forward=replay):
                 yield
-        finally:
-            del denoiser.forward
-            if bound is not None:
-                denoiser.forward = bound
 
 
 def _some_weights(pipe: Any) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnreuse.binding.denoiser import find_denoiser
 from attnreuse.binding.enabling import enable
+from attnreuse.binding.hooks import Attached
 from attnreuse.binding.processors import ReuseAttnProcessor, attention_layers
 from attnreuse.maps.formats import AttentionMap, format_named
 from attnreuse.policy import Action, Policy
@@ -42,29 +43,21 @@ def probing(evaluator: Evaluator, steps: set[int], visit: Visit) -> Iterator[Non
     """Within, `visit` sees every served layer's map at these executed steps, and may replace it."""
     denoiser = find_denoiser(evaluator.pipe)
     modules = {name: attention_layers(denoiser)[name] for name in evaluator.served()}
-    before = {name: module.processor for name, module in modules.items()}
     never = Policy(steps=evaluator.executed_steps, reuse=[False] * evaluator.executed_steps)
 
     def probe(name: str) -> ProbeAttnProcessor:
-        return ProbeAttnProcessor(before[name], lambda attn_map: visit(session.tick.step, name, attn_map))
+        return ProbeAttnProcessor(modules[name].processor, lambda attn_map: visit(session.tick.step, name, attn_map))
 
-    probes = {name: probe(name) for name in modules}
+    probes = {module: probe(name) for name, module in modules.items()}
 
-    def arm(module: Any, args: tuple) -> None:
+    def arm(*call: Any) -> None:
         for processor in probes.values():
             processor.did = None
             processor.action = (Action.CAPTURE if session.tick.step in steps else Action.COMPUTE).value
 
-    with enable(evaluator.pipe, never) as session:  # which tells the step, and leaves the probes alone
-        hook = denoiser.register_forward_pre_hook(arm)
-        try:
-            for name, module in modules.items():
-                module.set_processor(probes[name])
-            yield
-        finally:
-            hook.remove()
-            for name, module in modules.items():
-                module.set_processor(before[name])
+    # The session tells the step, and leaves the probes alone.
+    with enable(evaluator.pipe, never) as session, Attached(denoiser, before=arm, processors=probes):
+        yield
 
 
 def noisy(size: float, seed: int) -> Visit:
