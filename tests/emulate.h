@@ -119,7 +119,7 @@ inline void __syncthreads() { emulated::block->meet.arrive_and_wait(); }
 
 namespace attnreuse {
 
-inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t made = 0;
   for (int i = 0; i < 4; ++i) {
     const int at = selector >> 4 * i & 7;
@@ -127,18 +127,18 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   }
   return made;
 }
-inline uint32_t pair_half(float low, float high) { return emulated::pair_of(low, high); }
-inline uint32_t twice_half(float x) { return pair_half(x, x); }
-inline uint32_t fma_half(uint32_t a, uint32_t b, uint32_t c) {
+inline uint32_t cvt_f16x2(float low, float high) { return emulated::pair_of(low, high); }
+inline uint32_t cvt_f16x2(float x) { return cvt_f16x2(x, x); }
+inline uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
   double d[2];
   for (int i = 0; i < 2; ++i)
     d[i] = double(emulated::half_at(a, i)) * double(emulated::half_at(b, i)) + double(emulated::half_at(c, i));
   return emulated::pair_of(d[0], d[1]);
 }
-inline uint32_t multiply_half(uint32_t a, uint32_t b) { return fma_half(a, b, 0); }
-inline float float_of(uint16_t half) { return emulated::half_at(half, 0); }
+inline uint32_t mul_f16x2(uint32_t a, uint32_t b) { return fma_f16x2(a, b, 0); }
+inline float cvt_f32_f16(uint16_t half) { return emulated::half_at(half, 0); }
 
-inline void sync_warp() { emulated::warp().meet.arrive_and_wait(); }
+inline void bar_warp_sync() { emulated::warp().meet.arrive_and_wait(); }
 inline float sum_over_warp(float x) {
   emulated::Warp& warp = emulated::warp();
   warp.numbers[emulated::lane()] = x;
@@ -149,15 +149,15 @@ inline float sum_over_warp(float x) {
   return sum;
 }
 
-inline void copy_async(void* shared, const void* global, bool valid) {
+inline void cp_async(void* shared, const void* global, bool valid) {
   emulated::group.push_back({shared, global, valid});
 }
-inline void commit_copies() {
+inline void cp_async_commit_group() {
   emulated::groups.push_back(std::move(emulated::group));
   emulated::group.clear();
 }
 template <int N>
-void wait_for_copies() {
+void cp_async_wait_group() {
   for (; emulated::groups.size() > N; emulated::groups.pop_front())
     for (const emulated::Copy& copy : emulated::groups.front()) {
       std::memset(copy.to, 0, 16);
@@ -166,7 +166,7 @@ void wait_for_copies() {
 }
 
 template <int COUNT>
-void load_matrices(uint32_t (&to)[COUNT], const void* row) {
+void ldmatrix_trans(uint32_t (&to)[COUNT], const void* row) {
   emulated::Warp& warp = emulated::warp();
   const int lane = emulated::lane(), g = lane / 4, q = lane % 4;
   warp.rows[lane] = static_cast<const char*>(row);
@@ -179,7 +179,7 @@ void load_matrices(uint32_t (&to)[COUNT], const void* row) {
   warp.meet.arrive_and_wait();
 }
 
-inline void multiply_matrices(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulated::Warp& warp = emulated::warp();
   const int lane = emulated::lane(), g = lane / 4, q = lane % 4;
   std::copy(a, a + 4, warp.words[lane]);
@@ -197,7 +197,7 @@ inline void multiply_matrices(float (&c)[4], const uint32_t (&a)[4], uint32_t b0
 }
 
 using TensorMap = emulated::Boxes;
-using Barrier = uint64_t;
+using Mbarrier = uint64_t;
 
 inline uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(static_cast<const char*>(shared) - emulated::block->shared.data()) +
@@ -205,20 +205,20 @@ inline uint32_t shared_address(const void* shared) {
 }
 inline char* shared_at(uint32_t address) { return emulated::block->shared.data() + address - emulated::first_address; }
 
-inline void init_barrier(Barrier* barrier, int arrivals) {
+inline void mbarrier_init(Mbarrier* barrier, int arrivals) {
   const std::lock_guard lock(emulated::block->guard);
   emulated::block->barriers[barrier].expected = arrivals;
 }
-inline void publish_barriers() {}
-inline void arrive_expecting(Barrier* barrier, int bytes) {
+inline void fence_mbarrier_init() {}
+inline void mbarrier_arrive_expect_tx(Mbarrier* barrier, int bytes) {
   const std::lock_guard lock(emulated::block->guard);
   emulated::Phases& phases = emulated::block->barriers.at(barrier);
   phases.bytes += bytes;
   ++phases.arrived;
   emulated::block->moved.notify_all();
 }
-inline void arrive(Barrier* barrier) { arrive_expecting(barrier, 0); }
-inline void wait_for(Barrier* barrier, int parity) {
+inline void mbarrier_arrive(Mbarrier* barrier) { mbarrier_arrive_expect_tx(barrier, 0); }
+inline void mbarrier_wait_parity(Mbarrier* barrier, int parity) {
   std::unique_lock lock(emulated::block->guard);
   emulated::Phases& phases = emulated::block->barriers.at(barrier);
   const auto ended = [&] {
@@ -234,7 +234,8 @@ inline void wait_for(Barrier* barrier, int parity) {
   std::_Exit(1);
 }
 
-inline void copy_box(void* shared, const TensorMap& map, Barrier* barrier, int x0, int x1, int x2 = 0, int x3 = 0) {
+inline void cp_async_bulk_tensor(void* shared, const TensorMap& map, Mbarrier* barrier, int x0, int x1, int x2 = 0,
+                                 int x3 = 0) {
   emulated::Block* const block = emulated::block;
   const std::array<int, 4> start{x0, x1, x2, x3};
   const uint32_t to = shared_address(shared);
@@ -261,17 +262,17 @@ inline void copy_box(void* shared, const TensorMap& map, Barrier* barrier, int x
 }
 
 template <int N>
-void claim_registers() {}
+void setmaxnreg_inc() {}
 template <int N>
-void release_registers() {}
-inline void begin_products() {}
-inline void commit_products() {}
+void setmaxnreg_dec() {}
+inline void wgmma_fence() {}
+inline void wgmma_commit_group() {}
 template <int N>
-void wait_for_products() {}
-inline void await_register(float&) {}
+void wgmma_wait_group() {}
+inline void wgmma_fence_operand(float&) {}
 
 template <int N>
-void multiply_group(float* c, const uint32_t (&a)[4], uint64_t b) {
+void wgmma_m64k16(float* c, const uint32_t (&a)[4], uint64_t b) {
   emulated::Group& group = *emulated::block->groups[threadIdx.x / 128];
   const int thread = static_cast<int>(threadIdx.x % 128), g = thread % 32 / 4, q = thread % 4;
   std::copy(a, a + 4, group.words[thread]);

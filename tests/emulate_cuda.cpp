@@ -45,7 +45,7 @@ Map random_map(int heads, int m, int n) {
       const float drawn = t(random_bits);
       double value;
       if (FORMAT == Codes::fp16) {
-        to = half(drawn), value = float_of(to);
+        to = half(drawn), value = cvt_f32_f16(to);
       } else {
         const int code = static_cast<int>(drawn * F::levels);
         to = static_cast<uint16_t>(to | code << F::bits * field);
@@ -85,8 +85,8 @@ struct ReuseCase {
       for (int d = 0; d < D; ++d) {
         double expected = 0;
         for (int key = 0; key < n; ++key)
-          expected += map.p[row * n + key] * float_of(value[((b * n + key) * H + h) * D + d]);
-        off += std::pow(expected - float_of(out[((b * m + row % m) * H + h) * D + d]), 2);
+          expected += map.p[row * n + key] * cvt_f32_f16(value[((b * n + key) * H + h) * D + d]);
+        off += std::pow(expected - cvt_f32_f16(out[((b * m + row % m) * H + h) * D + d]), 2);
         size += expected * expected;
       }
     }
@@ -128,7 +128,7 @@ void check_convert(int blocks) {
   double worst = 0;
   for (int i = 0; i < blocks * 128; ++i) {
     const uint16_t word = to[i / 128 * F::words + i % 128 % F::words];
-    const double code = word >> F::bits * (i % 128 / F::words) & ((1 << F::bits) - 1), t = float_of(from[i]);
+    const double code = word >> F::bits * (i % 128 / F::words) & ((1 << F::bits) - 1), t = cvt_f32_f16(from[i]);
     worst = std::max(worst, std::abs(code - F::levels * (F::root ? std::sqrt(t) : t)));
   }
   expect(worst, 0.5001, "convert", F::bits, int(F::levels));

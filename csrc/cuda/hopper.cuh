@@ -17,7 +17,7 @@ struct Stages {
   static constexpr int fitting = TILES == 1 && D <= 64 ? 2 : 1;  // thread blocks on a multiprocessor
   static constexpr int count = 196608 / fitting / bytes < 4 ? 196608 / fitting / bytes : 4;
   static constexpr int registers = fitting == 2 ? 104 : 240;  // of a thread that multiplies; one that copies keeps 24
-  static constexpr int shared = count * (bytes + 2 * int{sizeof(Barrier)}) + 1024;  // the swizzle counts from 1024
+  static constexpr int shared = count * (bytes + 2 * int{sizeof(Mbarrier)}) + 1024;  // the swizzle counts from 1024
 };
 
 // Where TMA's swizzle of rows of `code_row` bytes puts a 32-bit word of codes.
@@ -30,24 +30,24 @@ __device__ int swizzled(int row, int word) {
 // Codes of keys w, w + 1 for the words (w, w + 1) of a 32-bit one: those of its `part`, which goes to 2 (u8) or 4 (u4).
 template <int BITS>
 __device__ uint32_t adjacent_codes(uint32_t words, int part) {
-  if (BITS == 8) return permute_bytes(words, 0x64646464, part == 0 ? 0x4240 : 0x4341);
+  if (BITS == 8) return prmt(words, 0x64646464, part == 0 ? 0x4240 : 0x4341);
   return two_codes<4>(words, part);
 }
 
 template <int D, int BITS, int TILES>
 __device__ void copy_stages(const TensorMap& codes, const TensorMap& values, const ReuseParams& p, char* shared,
-                            Barrier* full, Barrier* empty) {
+                            Mbarrier* full, Mbarrier* empty) {
   using S = Stages<D, BITS, TILES>;
   const int head = blockIdx.y, first = head * static_cast<int>(p.M) + blockIdx.x * S::queries;
   const int blocks = static_cast<int>((p.N + kKeys - 1) / kKeys);
   for (int block = 0; block < blocks; ++block) {
     const int stage = block % S::count;
     char* const to = shared + stage * S::bytes;
-    wait_for(empty + stage, 1 - block / S::count % 2);
-    arrive_expecting(full + stage, S::bytes);
-    copy_box(to, codes, full + stage, block * S::code_row, first);
+    mbarrier_wait_parity(empty + stage, 1 - block / S::count % 2);
+    mbarrier_arrive_expect_tx(full + stage, S::bytes);
+    cp_async_bulk_tensor(to, codes, full + stage, block * S::code_row, first);
     for (int chunk = 0; chunk < S::chunks; ++chunk)
-      copy_box(to + S::codes + chunk * S::chunk, values, full + stage, chunk * kChunk, block * kKeys,
+      cp_async_bulk_tensor(to + S::codes + chunk * S::chunk, values, full + stage, chunk * kChunk, block * kKeys,
                head % static_cast<int>(p.H), head / static_cast<int>(p.H));
   }
 }
@@ -59,18 +59,18 @@ __device__ void multiply_values(float (&out)[TILES][D / 8][4], const uint32_t (&
   for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
     for (int chunk = 0; chunk < D / kChunk; ++chunk)
-      multiply_group<kChunk>(out[tile][chunk * kChunk / 8], a[tile],
-                             rows_descriptor(rows + chunk * 2 * kChunk * kKeys));
+      wgmma_m64k16<kChunk>(out[tile][chunk * kChunk / 8], a[tile],
+                           matrix_descriptor(rows + chunk * 2 * kChunk * kKeys));
     if constexpr (D % kChunk != 0)
-      multiply_group<D % kChunk>(out[tile][D / kChunk * kChunk / 8], a[tile],
-                                 rows_descriptor(rows + D / kChunk * 2 * kChunk * kKeys));
+      wgmma_m64k16<D % kChunk>(out[tile][D / kChunk * kChunk / 8], a[tile],
+                               matrix_descriptor(rows + D / kChunk * 2 * kChunk * kKeys));
   }
 }
 
 // Lane (g, q) = (lane / 4, lane % 4) holds rows g and g + 8 of its warp's 16 in each tile of 64, as `reuse_kernel` does,
 // and keys in their own order, which is that of the values.
 template <int D, int BITS, int TILES>
-__device__ void multiply_stages(const ReuseParams& p, const char* shared, Barrier* full, Barrier* empty) {
+__device__ void multiply_stages(const ReuseParams& p, const char* shared, Mbarrier* full, Mbarrier* empty) {
   using S = Stages<D, BITS, TILES>;
   constexpr int rows = 2 * TILES, parts = 16 / BITS;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
@@ -92,7 +92,7 @@ __device__ void multiply_stages(const ReuseParams& p, const char* shared, Barrie
     uint32_t scale[rows], offset[rows];
     for (int i = 0; i < rows; ++i) scale_codes<BITS>(exp2f(0.5f * (maximum[i] - lse[i])), scale[i], offset[i]);
     if (block + 1 < blocks) load_maxima(block + 1);
-    wait_for(full + stage, static_cast<int>(block / S::count % 2));
+    mbarrier_wait_parity(full + stage, static_cast<int>(block / S::count % 2));
     uint32_t a[2][TILES][4];  // one is multiplied while the other is decoded
 #pragma unroll
     for (int step = 0; step < BITS / 2; ++step) {
@@ -108,20 +108,20 @@ __device__ void multiply_stages(const ReuseParams& p, const char* shared, Barrie
           for (int i = 0; i < 4; ++i)
             now[tile][i] = probabilities(adjacent_codes<BITS>(words[tile][i], part), scale[2 * tile + i % 2],
                                          offset[2 * tile + i % 2]);
-        begin_products();
+        wgmma_fence();
         multiply_values<D, TILES>(out, now, codes + S::codes + 2 * kChunk * (16 * step + kKeys / parts * part));
-        commit_products();
-        wait_for_products<1>();
+        wgmma_commit_group();
+        wgmma_wait_group<1>();
       }
     }
-    wait_for_products<0>();
-    sync_warp();
-    if (lane == 0) arrive(empty + stage);
+    wgmma_wait_group<0>();
+    bar_warp_sync();
+    if (lane == 0) mbarrier_arrive(empty + stage);
   }
 
   for (auto& tile : out)
     for (auto& column : tile)
-      for (float& x : column) await_register(x);
+      for (float& x : column) wgmma_fence_operand(x);
   for (int i = 0; i < rows; ++i) store_row<D>(p, head, row_of(i), q, out[i / 2], i % 2);
 }
 
@@ -132,18 +132,21 @@ __global__ void __launch_bounds__(kHopperThreads, Stages<D, BITS, TILES>::fittin
   using S = Stages<D, BITS, TILES>;
   SHARED_MEMORY(memory);
   char* const shared = reinterpret_cast<char*>(memory) + (1024 - shared_address(memory) % 1024) % 1024;
-  Barrier* const full = reinterpret_cast<Barrier*>(shared + S::count * S::bytes);
-  Barrier* const empty = full + S::count;
+  Mbarrier* const full = reinterpret_cast<Mbarrier*>(shared + S::count * S::bytes);
+  Mbarrier* const empty = full + S::count;
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < S::count; ++stage) init_barrier(full + stage, 1), init_barrier(empty + stage, kConsumers);
-    publish_barriers();
+    for (int stage = 0; stage < S::count; ++stage) {
+      mbarrier_init(full + stage, 1);
+      mbarrier_init(empty + stage, kConsumers);
+    }
+    fence_mbarrier_init();
   }
   __syncthreads();
   if (threadIdx.x / 32 < kConsumers) {
-    claim_registers<S::registers>();
+    setmaxnreg_inc<S::registers>();
     multiply_stages<D, BITS, TILES>(p, shared, full, empty);
   } else {
-    release_registers<24>();
+    setmaxnreg_dec<24>();
     if (threadIdx.x % 128 == 0) copy_stages<D, BITS, TILES>(codes, values, p, shared, full, empty);
   }
 }

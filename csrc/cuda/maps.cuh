@@ -23,7 +23,7 @@ __global__ void convert_kernel(const uint16_t* from, uint16_t* to, int64_t block
   const uint16_t* block = from + at / F::words * 128;
   uint32_t word = 0;
   for (int k = 0; k < 16 / F::bits; ++k) {
-    const float t = float_of(block[at % F::words + k * F::words]);
+    const float t = cvt_f32_f16(block[at % F::words + k * F::words]);
     word |= static_cast<uint32_t>(rintf(F::levels * (F::root ? sqrtf(t) : t))) << F::bits * k;
   }
   to[at] = static_cast<uint16_t>(word);
@@ -36,7 +36,7 @@ __device__ void add_word(uint32_t first, uint32_t second, float scale, float oth
   for (int k = 0; k < 16 / F::bits; ++k) {
     float p, r;
     if (FORMAT == Codes::fp16) {
-      p = float_of(static_cast<uint16_t>(first)), r = float_of(static_cast<uint16_t>(second));
+      p = cvt_f32_f16(static_cast<uint16_t>(first)), r = cvt_f32_f16(static_cast<uint16_t>(second));
     } else {
       constexpr uint32_t field = (1u << F::bits % 16) - 1;
       p = static_cast<float>(first >> F::bits * k & field), r = static_cast<float>(second >> F::bits * k & field);

@@ -31,13 +31,13 @@ __device__ void load_tile(const ReuseParams& p, int64_t head, int64_t first, int
   for (int i = threadIdx.x; i < kQueries * code_chunks; i += kThreads<D>) {
     const int64_t m = first + i / code_chunks;
     const int64_t row = head * p.M + (m < p.M ? m : p.M - 1);
-    copy_async(to + i / code_chunks * T::code_stride + i % code_chunks * 16,
+    cp_async(to + i / code_chunks * T::code_stride + i % code_chunks * 16,
                p.codes + (row * blocks + block) * T::code_row + i % code_chunks * 16, m < p.M);
   }
   const char* value = static_cast<const char*>(p.value) + 2 * (head / p.H * p.value_b + head % p.H * p.value_h);
   for (int i = threadIdx.x; i < kKeys * value_chunks; i += kThreads<D>) {
     const int64_t n = block * kKeys + i / value_chunks;
-    copy_async(to + T::value_at(i / value_chunks) + i % value_chunks * 16,
+    cp_async(to + T::value_at(i / value_chunks) + i % value_chunks * 16,
                value + 2 * (n < p.N ? n : p.N - 1) * p.value_n + i % value_chunks * 16, n < p.N);
   }
 }
@@ -45,8 +45,8 @@ __device__ void load_tile(const ReuseParams& p, int64_t head, int64_t first, int
 // Factor and offset of `probabilities`, each as two equal fp16 numbers, of a row whose scale has square root `root`.
 template <int BITS>
 __device__ void scale_codes(float root, uint32_t& scale, uint32_t& offset) {
-  scale = twice_half(root / (BITS == 8 ? 255.0f : 15.0f));
-  offset = multiply_half(scale, twice_half(-1024.0f));
+  scale = cvt_f16x2(root / (BITS == 8 ? 255.0f : 15.0f));
+  offset = mul_f16x2(scale, cvt_f16x2(-1024.0f));
 }
 
 // Row m of an output, if there is one: lane q of four holds, of every 8 columns, the first two numbers or, `high`, the last.
@@ -56,7 +56,7 @@ __device__ void store_row(const ReuseParams& p, int64_t head, int64_t m, int q, 
   char* const to = static_cast<char*>(p.out) + 2 * (head / p.H * p.out_b + head % p.H * p.out_h + m * p.out_m);
   for (int column = 0; column < D / 8; ++column)
     *reinterpret_cast<uint32_t*>(to + 2 * (8 * column + 2 * q)) =
-        pair_half(out[column][2 * high], out[column][2 * high + 1]);
+        cvt_f16x2(out[column][2 * high], out[column][2 * high + 1]);
 }
 
 // Square root of the scale of each of a lane's rows (see below), over the levels, as two equal fp16 numbers.
@@ -73,14 +73,14 @@ __device__ void row_scales(const ReuseParams& p, int64_t head, int64_t row, int6
 
 // Probabilities of two codes; `magic` holds 1024 + code as fp16, which is 0x6400 | code.
 __device__ inline uint32_t probabilities(uint32_t magic, uint32_t scale, uint32_t offset) {
-  const uint32_t root = fma_half(magic, scale, offset);
-  return multiply_half(root, root);
+  const uint32_t root = fma_f16x2(magic, scale, offset);
+  return mul_f16x2(root, root);
 }
 
 // Codes of two keys, out of 32 bits: of words w and w + 1 those of `part`, which goes to 2 (u8) or 4 (u4).
 template <int BITS>
 __device__ uint32_t two_codes(uint32_t words, int part) {
-  if (BITS == 8) return permute_bytes(words, 0x64646464, part == 0 ? 0x4140 : 0x4342);  // of keys w + part, and 64 more
+  if (BITS == 8) return prmt(words, 0x64646464, part == 0 ? 0x4140 : 0x4342);  // of keys w + part, and 64 more
   return (words >> 4 * part & 0x000f000f) | 0x64006400;  // of keys w + 32 part, and 1 more
 }
 
@@ -105,14 +105,14 @@ __global__ void __launch_bounds__(kThreads<D>) reuse_kernel(const ReuseParams p)
   float out[rows / 2][columns][4] = {};
 
   load_tile<D, BITS>(p, head, first, 0, blocks, tiles);
-  commit_copies();
+  cp_async_commit_group();
   for (int64_t block = 0; block < blocks; ++block) {
     char* const tile = tiles + block % 2 * T::bytes;
     if (block + 1 < blocks) load_tile<D, BITS>(p, head, first, block + 1, blocks, tiles + (block + 1) % 2 * T::bytes);
-    commit_copies();
+    cp_async_commit_group();
     uint32_t scale[rows], offset[rows];
     row_scales<BITS, rows>(p, head, row, block, blocks, scale, offset);
-    wait_for_copies<1>();
+    cp_async_wait_group<1>();
     __syncthreads();
     const char* const codes = tile + (kRows<D> * warp + g) * T::code_stride;
 #pragma unroll(BITS == 8 ? 1 : 2)  // more spills at D >= 96
@@ -132,16 +132,16 @@ __global__ void __launch_bounds__(kThreads<D>) reuse_kernel(const ReuseParams p)
 #pragma unroll
         for (int column = 0; column + 1 < columns; column += 2) {
           uint32_t b[4];
-          load_matrices(b, values + 16 * column);
+          ldmatrix_trans(b, values + 16 * column);
           for (int half = 0; half < rows / 2; ++half) {
-            multiply_matrices(out[half][column], a[half], b[0], b[1]);
-            multiply_matrices(out[half][column + 1], a[half], b[2], b[3]);
+            mma_m16n8k16(out[half][column], a[half], b[0], b[1]);
+            mma_m16n8k16(out[half][column + 1], a[half], b[2], b[3]);
           }
         }
         if constexpr (columns % 2 == 1) {
           uint32_t b[2];
-          load_matrices(b, values - lane / 16 * 16 + 16 * (columns - 1));
-          for (int half = 0; half < rows / 2; ++half) multiply_matrices(out[half][columns - 1], a[half], b[0], b[1]);
+          ldmatrix_trans(b, values - lane / 16 * 16 + 16 * (columns - 1));
+          for (int half = 0; half < rows / 2; ++half) mma_m16n8k16(out[half][columns - 1], a[half], b[0], b[1]);
         }
       }
     }
