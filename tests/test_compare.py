@@ -17,6 +17,7 @@ from attnreuse.cli import app
 from attnreuse.study.compare import groups, measure, methods, other_caches, page
 from attnreuse.study.compare.other_caches import OTHER_CACHES
 from attnreuse.study.evaluate import Setting
+from attnreuse.study.plots import FAMILY_COLORS, Spot, pareto_figure
 
 for package in ("DeepCache", "tomesd", "scipy", "matplotlib", "jinja2", "torchmetrics"):
     pytest.importorskip(package)
@@ -81,7 +82,7 @@ def test_pab_leaves_the_hooks_of_others():
 
 def test_every_kind_of_method_is_there(measured):
     families = {r.method.family for r in measured.groups[0].rows}
-    assert families == set(page.FAMILY_COLORS) - {methods.SAME_NOISE}  # DDIM draws none
+    assert families == set(FAMILY_COLORS) - {methods.SAME_NOISE, "ladder"}  # DDIM draws none
     names = [r.method.name for r in measured.groups[0].rows]
     assert len(set(names)) == len(names)
     assert "mine" in names
@@ -208,7 +209,7 @@ def test_the_page_and_its_table_hold_every_figure(measured, tmp_path):
     for r in measured.groups[0].rows:
         assert r.method.name in text
     assert "the command" in text
-    assert text.count("<svg") == 2
+    assert text.count("<svg") == 1
     assert text.count("data:image/png;base64") == 3 * len(measured.groups[0].rows)
     assert not re.findall(r"(?:src|href)=[\"']?https?:", text)  # one file, read offline
     with written[1].open(newline="") as file:
@@ -228,6 +229,32 @@ def test_the_summary_says_who_won(measured):
     assert f"{best.method.name}, {best.scores['psnr']:.1f} dB" in said
     faster = sum(r.latency_s < measured.groups[0].full.latency_s for r in reuse)
     assert f"{faster} of {len(reuse)} schedules took less time" in said
+
+
+@pytest.mark.parametrize("psnr", [50.0, 20.0, None])  # all at one place, high or low, or all over
+def test_names_beside_a_plot_are_whole_and_apart(psnr):
+    spots = [
+        Spot(f"a schedule of a long name, {i}", "reuse", (0.8, 0.9, 0.95), 20 + 1.5 * i if psnr is None else psnr, 0.4)
+        for i in range(20)
+    ]
+    from matplotlib.text import Text
+
+    figure = pareto_figure([*spots, Spot("", "ladder", (0.5, 0.5, 0.5), 20), Spot("", "ladder", (1, 1, 1), 50)], "it")
+    figure.canvas.draw()
+    boxes = [Text.get_window_extent(name) for name in figure.axes[0].texts]  # without the lines to the points
+    assert len(boxes) == 20
+    for i, box in enumerate(boxes):
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert 0 <= box.y0 < box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+
+
+def test_a_page_leaves_out_what_nobody_measured(measured, tmp_path):
+    text = page.write(measured, tmp_path / "c.html", "the command")[0].read_text()
+    assert "<th>SSIM</th>" in text
+    assert "<th>LPIPS</th>" not in text
+    assert "student" in text  # a family of this comparison, in the legend
+    assert "same noise" not in text  # none of DDIM's
 
 
 def test_the_command(tmp_path):

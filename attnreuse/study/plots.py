@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,70 @@ from attnreuse.errors import AttnReuseError
 from attnreuse.study.findings import Analysis, Growth
 
 INK, QUIET = "#1f2933", "#9aa5b1"
+FAMILY_COLORS = {
+    "full": INK, "plain steps": QUIET, "plain steps, same noise": "#9aa5b1", "reuse": "#d64545", "ladder": "#8f2d2d",
+    "reuse + fewer steps": "#e8963c", "other cache": "#3e7cb1",
+    "reuse + other cache": "#17a2b8", "student": "#4c9a6b", "student + reuse": "#8a5fb0",
+}  # fmt: skip
+LINED = ("plain steps", "ladder")  # families whose points are joined
+LABEL_PT, LINE_PT = 7, 9.5  # of the labels beside a plot: size, and distance of their lines
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A method in a plot of PSNR over time.
+
+    Attributes:
+        name: beside the plot; "" shows none.
+        family: of ``FAMILY_COLORS``.
+        time: 20th percentile, median and 80th percentile, as shares of the full run's.
+        psnr, psnr_ci: mean and half-width of its 95 % confidence interval, dB; None where it is not known.
+    """
+
+    name: str
+    family: str
+    time: tuple[float, float, float]
+    psnr: float
+    psnr_ci: float | None = None
+
+
+def pareto_figure(spots: list[Spot], title: str) -> Any:
+    """PSNR over time with their spreads; names stand beside the plot, joined to their points."""
+    named = [spot for spot in spots if spot.name]
+    height = max(4.0, len(named) * LINE_PT / 72 + 1.2)
+    figure, axis = pyplot().subplots(figsize=(7.5, height), layout="constrained")
+    for spot in spots:
+        low, time, high = spot.time
+        color, ci = FAMILY_COLORS[spot.family], spot.psnr_ci or 0
+        axis.errorbar(time, spot.psnr, ci, [[time - low], [high - time]], "o", color=color, ms=4, elinewidth=0.7)
+    for family in LINED:
+        line = sorted((spot.time[1], spot.psnr) for spot in spots if spot.family == family)
+        if line:
+            axis.plot(*zip(*line, strict=True), color=FAMILY_COLORS[family], lw=1)
+    axis.axvline(1, color=QUIET, lw=0.6, ls=":")
+    axis.set(xlabel="time, of the full run's", ylabel="PSNR to the full run, dB")
+    axis.set_title(title, loc="left")
+    _name_beside(axis, named, height * 72)
+    return figure
+
+
+def _name_beside(axis: Any, spots: list[Spot], points: float) -> None:
+    """Names in a column right of an axis of so many `points` of height, none over another."""
+    low, high = axis.get_ylim()
+    gap = LINE_PT / (0.8 * points)  # of the axis's height, which is about four fifths of the figure's
+    spots = sorted(spots, key=lambda spot: -spot.psnr)
+    heights = [(spot.psnr - low) / (high - low) for spot in spots]
+    for i in range(1, len(heights)):
+        heights[i] = min(heights[i], heights[i - 1] - gap)
+    lift = max(0.0, -min(heights, default=0.0))  # what has sunk below the axis
+    for i in reversed(range(len(heights))):
+        heights[i] = max(heights[i], heights[i + 1] + gap if i + 1 < len(heights) else 0.0) if lift else heights[i]
+    line = {"arrowstyle": "-", "lw": 0.4, "color": QUIET, "shrinkA": 1, "shrinkB": 3}
+    for spot, y in zip(spots, heights, strict=True):
+        axis.annotate(
+            spot.name, (spot.time[1], spot.psnr), (1.03, y), textcoords="axes fraction", fontsize=LABEL_PT,
+            color=FAMILY_COLORS[spot.family], va="center", annotation_clip=False, arrowprops=line,
+        )  # fmt: skip
 
 
 def pyplot() -> Any:
@@ -25,7 +90,7 @@ def pyplot() -> Any:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "path"})
     return plt
 
 
@@ -36,7 +101,8 @@ def analysis_figure(analysis: Analysis) -> Any:
     _drift(figure, axes[0, 1], analysis)
     _staleness(axes[1, 0], analysis)
     _prediction(axes[1, 1], analysis)
-    figure.suptitle(f"{analysis.model}, {analysis.scheduler}, {analysis.steps} steps, {analysis.images} pictures")
+    pictures = f"{analysis.images} picture{'s' if analysis.images > 1 else ''}"
+    figure.suptitle(f"{analysis.model}, {analysis.scheduler}, {analysis.steps} steps, {pictures}")
     return figure
 
 
@@ -46,7 +112,10 @@ def layer_drift_figure(analysis: Analysis, lag: int = 1) -> Any:
     names = list(analysis.drift.frobenius)
     table = np.array([[row[lag - 1] for row in analysis.drift.frobenius[name]] for name in names], dtype=float)
     image = axis.imshow(table, aspect="auto", cmap="viridis")
-    axis.set(xlabel="step", yticks=range(len(names)), yticklabels=names, title=f"drift of the maps over {lag} step(s)")
+    most = names[int(np.nanargmax(np.nanmean(table, 1)))]
+    axis.set(xlabel="step", yticks=range(len(names)), yticklabels=names)
+    axis.set_title(f"{most} drifts most, within {lag} step{'s' if lag > 1 else ''}", loc="right")
+    _at_whole_steps(axis)
     figure.colorbar(image, ax=axis, label="relative Frobenius distance")
     return figure
 
@@ -63,7 +132,11 @@ def _growth(axis: Any, analysis: Analysis) -> None:
     ):
         fit = f"rate {growth.rate:.2f} ({growth.rate_low:.2f} to {growth.rate_high:.2f}), R² {growth.r2:.2f}"
         draw(growth, color, f"{what}: {fit}")
-    axis.set(xlabel="steps left after the perturbation", ylabel="distance of the final latent", title="growth")
+    low, high = analysis.growth.rate_low, analysis.growth.rate_high
+    grow = "grow" if low > 0 else "shrink" if high < 0 else "neither grow nor shrink"
+    axis.set(xlabel="steps left after the perturbation", ylabel="distance of the final latent")
+    axis.set_title(f"Errors of a reuse {grow} on the way to the end")
+    _at_whole_steps(axis)
     axis.legend(fontsize=7, frameon=False)
 
 
@@ -74,7 +147,10 @@ def _drift(figure: Any, axis: Any, analysis: Analysis) -> None:
         for lag in range(1, step + 1):
             table[lag - 1, step] = analysis.drift.between(step - lag, step)
     image = axis.imshow(table, origin="lower", aspect="auto", cmap="viridis", extent=(-0.5, n - 0.5, 0.5, n - 0.5))
-    axis.set(xlabel="step", ylabel="age of the map, in steps", title="drift of the maps, mean over layers")
+    ages = [float(np.nanmean(table[lag])) for lag in (0, n // 2)]
+    axis.set(xlabel="step", ylabel="age of the map, in steps")
+    axis.set_title(f"Maps one step old are off by {ages[0]:.0%}, {n // 2 + 1} steps old by {ages[1]:.0%}")
+    _at_whole_steps(axis)
     figure.colorbar(image, ax=axis, label="relative Frobenius distance")
 
 
@@ -82,10 +158,24 @@ def _staleness(axis: Any, analysis: Analysis) -> None:
     for step, distances in zip(analysis.staleness.steps, analysis.staleness.distances, strict=True):
         known = [(a, d) for a, d in zip(analysis.staleness.ages, distances, strict=True) if d is not None]
         axis.loglog(*zip(*known, strict=True), "o-", ms=4, lw=1, label=f"applied at step {step}")
-    axis.set(xlabel="age of the map, in steps", ylabel="distance of the final latent", title="staleness")
+    axis.set(xlabel="age of the map, in steps", ylabel="distance of the final latent", title=_of_age(analysis))
     axis.set_xticks(analysis.staleness.ages, analysis.staleness.ages)
     axis.minorticks_off()
     axis.legend(fontsize=7, frameon=False)
+
+
+def _of_age(analysis: Analysis) -> str:
+    """What doubling a map's age does."""
+    found, ages = analysis.staleness, analysis.staleness.ages
+    pairs = [(i, ages.index(2 * age)) for i, age in enumerate(ages) if 2 * age in ages]
+    rises = [row[j] / row[i] for row in found.distances for i, j in pairs if row[i] and row[j]]
+    return f"Twice the age, {min(rises):.1f} to {max(rises):.1f} times the harm" if rises else "Harm by age"
+
+
+def _at_whole_steps(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _prediction(axis: Any, analysis: Analysis) -> None:
@@ -96,6 +186,6 @@ def _prediction(axis: Any, analysis: Analysis) -> None:
     axis.loglog(found.predicted, found.measured, "o", ms=3, color=INK)
     low, high = min(found.predicted + found.measured), max(found.predicted + found.measured)
     axis.loglog([low, high], [low, high], color=QUIET, lw=1)
-    others = f"growth fit {found.rank_growth:.2f}; latest is best {found.rank_hurry:.2f}"
-    ranks = f"rank correlation {found.rank:.2f}; {others}"
-    axis.set(xlabel="predicted distance", ylabel="measured", title=f"{len(found.schedules)} random schedules\n{ranks}")
+    others = f"by growth alone {found.rank_growth:.2f}, latest first {found.rank_hurry:.2f}"
+    title = f"Predictions order {len(found.schedules)} random schedules: rank correlation {found.rank:.2f}\n({others})"
+    axis.set(xlabel="predicted distance of the final latent", ylabel="measured distance", title=title)

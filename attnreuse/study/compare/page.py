@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,13 @@ from PIL import Image
 from attnreuse.errors import AttnReuseError
 from attnreuse.study.compare.groups import Comparison, Group
 from attnreuse.study.compare.measure import Measured
-from attnreuse.study.plots import INK, QUIET, pyplot
+from attnreuse.study.plots import FAMILY_COLORS, Spot, pareto_figure, pyplot
 
 TEMPLATE = Path(__file__).parents[2] / "assets" / "comparison.html"
-FAMILY_COLORS = {
-    "full": INK, "plain steps": QUIET, "plain steps, same noise": "#9aa5b1", "reuse": "#d64545",
-    "reuse + fewer steps": "#e8963c", "other cache": "#3e7cb1",
-    "reuse + other cache": "#17a2b8", "student": "#4c9a6b", "student + reuse": "#8a5fb0",
+OTHERS = {
+    "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f"), "fid": ("FID", ".2f"), "clip_score": ("CLIP", ".1f"),
+    "shape": ("shape", ".0%"), "relation": ("relation", ".0%"),
 }  # fmt: skip
-OTHERS = {"ssim": ".4f", "lpips": ".4f", "fid": ".2f", "clip_score": ".1f", "shape": ".0%", "relation": ".0%"}
 
 
 def write(comparison: Comparison, path: Path, command: str) -> list[Path]:
@@ -38,14 +35,16 @@ def write(comparison: Comparison, path: Path, command: str) -> list[Path]:
             "title": f"{g.scheduler}, {g.steps} steps, {g.map_format} maps",
             "summary": summary(g),
             "notes": g.notes,
+            "others": [OTHERS[key][0] for key in _known(g)],
             "rows": [_cells(r, g) for r in g.rows],
-            "pareto": _svg(_pareto(g)),
-            "memory": _svg(_memory(g)),
+            "pareto": _svg(pareto_figure([_spot(r, g.full) for r in g.rows[1:]], finding(g))),
             "grid": _grid(g, list(comparison.setting.prompts)),
         }
         for g in comparison.groups
     ]
-    html = page.render(groups=groups, comparison=comparison, command=command, colors=FAMILY_COLORS)
+    families = {row.method.family for g in comparison.groups for row in g.rows}
+    colors = {family: color for family, color in FAMILY_COLORS.items() if family in families}
+    html = page.render(groups=groups, comparison=comparison, command=command, colors=colors)
     path.write_text(html, encoding="utf-8")
     table = path.with_suffix(".csv")
     rows = [row.row() for g in comparison.groups for row in g.rows]
@@ -67,20 +66,20 @@ def summary(group: Group) -> list[str]:
     known = [r for r in reuse if r.equal_cost_psnr is not None]
     won = [r.method.name for r in known if r.scores["psnr"] > r.equal_cost_psnr]
     said.append(
-        "At equal cost as the paper counts it (attention maps computed), "
-        f"{len(won)} of {len(known)} schedules lie above plain steps{_named(won)}."
+        f"At equal cost as the paper counts it (attention maps computed), {_above(won, len(known))} plain steps."
     )
     faster = [r for r in reuse if r.latency_s < group.full.latency_s]
     gained = [r.method.name for r in faster if r.plain_psnr is not None and r.scores["psnr"] > r.plain_psnr]
     said.append(
-        f"At equal measured latency, {len(gained)} do{_named(gained)}; "
-        f"{len(faster)} of {len(reuse)} schedules took less time than the full run."
+        f"{len(faster)} of {len(reuse)} schedules took less time than the full run; at equal measured time "
+        f"{_above(gained, len(reuse))} plain steps."
     )
     return said
 
 
-def _named(names: list[str]) -> str:
-    return f" ({', '.join(names)})" if names else ""
+def _above(names: list[str], of: int) -> str:
+    who = f" ({', '.join(names)})" if names else ""
+    return f"{len(names)} of {of} schedules{who} {'lies' if len(names) == 1 else 'lie'} above"
 
 
 def _cells(row: Measured, group: Group) -> dict[str, Any]:
@@ -103,37 +102,31 @@ def _cells(row: Measured, group: Group) -> dict[str, Any]:
         "psnr": quality + (f" ± {ci:.1f}" if ci is not None and not np.isnan(ci) else ""),
         "plain": number(row.plain_psnr, ".1f"),
         "equal_cost": number(row.equal_cost_psnr, ".1f"),
-        "others": [number(row.scores.get(key), form) for key, form in OTHERS.items()],
+        "others": [number(row.scores.get(key), OTHERS[key][1]) for key in _known(group)],
     }
 
 
-def _pareto(group: Group) -> Any:
-    def ratio(row: Measured) -> float:
-        return row.latency_s / group.full.latency_s
-
-    figure, axis = pyplot().subplots(figsize=(7, 4.5), layout="constrained")
-    _draw_points(axis, group.rows[1:], ratio)
-    plain = sorted((ratio(r), r.scores["psnr"]) for r in _family(group, "plain steps"))
-    if plain:
-        axis.plot(*zip(*plain, strict=True), color=FAMILY_COLORS["plain steps"], lw=1)
-    axis.axvline(1, color=QUIET, lw=0.6, ls=":")
-    axis.set(xlabel="latency, of the full run's", ylabel="PSNR to the full run, dB")
-    return figure
+def _known(group: Group) -> list[str]:
+    """Further scores that any method has."""
+    return [key for key in OTHERS if any(not np.isnan(row.scores.get(key, np.nan)) for row in group.rows)]
 
 
-def _memory(group: Group) -> Any:
-    figure, axis = pyplot().subplots(figsize=(7, 3.5), layout="constrained")
-    _draw_points(axis, [row for row in group.rows[1:] if row.map_bytes], lambda row: row.map_bytes / 2**20)
-    axis.set(xlabel="memory of the maps of a batch, MiB", ylabel="PSNR to the full run, dB")
-    return figure
+def _spot(row: Measured, full: Measured) -> Spot:
+    """Where a method stands: its times as shares of the full run's of the same round."""
+    low, time, high = np.percentile(np.array(row.latencies_s) / np.array(full.latencies_s), [20, 50, 80])
+    return Spot(row.method.name, row.method.family, (low, time, high), row.scores["psnr"], row.scores.get("psnr_ci"))
 
 
-def _draw_points(axis: Any, rows: list[Measured], x: Callable[[Measured], float]) -> None:
-    """Each row's PSNR at its `x`, by name."""
-    for row in rows:
-        at = (x(row), row.scores["psnr"])
-        axis.plot(*at, "o", color=FAMILY_COLORS[row.method.family], ms=6)
-        axis.annotate(row.method.name, at, xytext=(4, 3), textcoords="offset points", fontsize=6)
+def finding(group: Group) -> str:
+    """How the best of the schedules that reuse stands to plain steps of its time, in a line."""
+    known = [r for r in _family(group, "reuse") if r.plain_psnr is not None]
+    if not known:
+        return "No schedule takes less time than the full run"
+    best = max(known, key=lambda r: r.scores["psnr"] - r.plain_psnr)
+    gain = best.scores["psnr"] - best.plain_psnr
+    if gain <= 0:
+        return "Plain steps of the same time are as good as any schedule"
+    return f"{best.method.name}: {gain:.1f} dB above plain steps of the same time"
 
 
 def _family(group: Group, family: str) -> list[Measured]:
