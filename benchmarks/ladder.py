@@ -3,6 +3,7 @@
     python -m benchmarks.ladder search   # 16 training captions, guidance 7.5, confirmed by 32; 90 minutes per sampler
     python -m benchmarks.ladder judge    # 16 held-out captions, all timed in turns on a quiet machine; 20 minutes each
     python -m benchmarks.ladder table    # as Markdown, and what lies above the front
+    python -m benchmarks.ladder figure   # of Euler a: docs/front.png
 
 A search goes on from its scores; samplers whose front, or whose rows, are there are left out. Writes
 `benchmarks/results/ladder-<sampler>.json` (the front, with its policies) and `ladder.csv`.
@@ -23,15 +24,17 @@ from attnreuse.demo import tiny_shapes
 from attnreuse.policy import Policy
 from attnreuse.search import InProcess, ladder
 from attnreuse.study.compare.measure import Measured, at_time, judged, timed
-from attnreuse.study.compare.methods import PLAIN, Method, plain_steps, rule_for
+from attnreuse.study.compare.methods import PLAIN, SAME_NOISE, Method, plain_steps, rule_for
 from attnreuse.study.compare.other_caches import OTHER_CACHES
 from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.plots import Spot, pareto_figure
 
 SAMPLERS = ("DDIM", "Euler a")
 STEPS, GUIDANCE, ROUNDS = 20, 7.5, 5
 CAPTIONS, CONFIRM = 16, 32  # of a search, and those that confirm what it found
 POINTS = 14  # of a front, most that are judged
 JUDGED = RESULTS / "ladder.csv"
+FIGURE = RESULTS.parents[1] / "docs" / "front.png"
 
 
 def front_of(sampler: str) -> Path:
@@ -101,10 +104,31 @@ def table() -> None:
             print(f"| {row['method']} | {time:.2f} | {psnr:.1f} ± {float(row['psnr_ci']):.1f} | {above} |")
 
 
+def figure() -> None:
+    """PSNR over time of what was judged with the first sampler that stands in the README."""
+    sampler = "Euler a"
+    rows = [row for row in csv.DictReader(JUDGED.open()) if row["sampler"] == sampler and row["psnr_ci"]]
+    spots = [
+        Spot(
+            "" if row["family"] in ("ladder", SAME_NOISE) else row["method"].removesuffix(" plain steps"),
+            row["family"],
+            (float(row["p20"]), float(row["of_full"]), float(row["p80"])),
+            float(row["psnr"]),
+            float(row["psnr_ci"]),
+        )
+        for row in rows
+        if row["family"] != "full"
+    ]
+    drawn = pareto_figure(spots, f"{sampler}: searched schedules (dark red) keep the picture that fewer steps change")
+    drawn.savefig(FIGURE, dpi=150)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["search", "judge", "table"])
+    parser.add_argument("what", choices=["search", "judge", "table", "figure"])
     parser.add_argument("--budget", type=int, default=210)
     parser.add_argument("--images", type=int, default=16)
     args = parser.parse_args()
-    {"search": lambda: search(args.budget), "judge": lambda: judge(args.images), "table": table}[args.what]()
+    {"search": lambda: search(args.budget), "judge": lambda: judge(args.images), "table": table, "figure": figure}[
+        args.what
+    ]()

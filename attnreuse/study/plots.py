@@ -12,11 +12,11 @@ from attnreuse.study.findings import Analysis, Growth
 
 INK, QUIET = "#1f2933", "#9aa5b1"
 FAMILY_COLORS = {
-    "full": INK, "plain steps": QUIET, "plain steps, same noise": "#9aa5b1", "reuse": "#d64545", "ladder": "#8f2d2d",
+    "full": INK, "plain steps": QUIET, "plain steps, same noise": QUIET, "reuse": "#d64545", "ladder": "#8f2d2d",
     "reuse + fewer steps": "#e8963c", "other cache": "#3e7cb1",
     "reuse + other cache": "#17a2b8", "student": "#4c9a6b", "student + reuse": "#8a5fb0",
 }  # fmt: skip
-LINED = ("plain steps", "ladder")  # families whose points are joined
+LINED = {"plain steps": "-", "plain steps, same noise": ":", "ladder": "-"}  # families whose points are joined
 LABEL_PT, LINE_PT = 7, 9.5  # of the labels beside a plot: size, and distance of their lines
 
 
@@ -25,7 +25,7 @@ class Spot:
     """A method in a plot of PSNR over time.
 
     Attributes:
-        name: beside the plot; "" shows none.
+        name: beside the plot, of families whose points are joined below the point; "" shows none.
         family: of ``FAMILY_COLORS``.
         time: 20th percentile, median and 80th percentile, as shares of the full run's.
         psnr, psnr_ci: mean and half-width of its 95 % confidence interval, dB; None where it is not known.
@@ -39,18 +39,22 @@ class Spot:
 
 
 def pareto_figure(spots: list[Spot], title: str) -> Any:
-    """PSNR over time with their spreads; names stand beside the plot, joined to their points."""
-    named = [spot for spot in spots if spot.name]
+    """PSNR over time with their spreads; names stand beside the plot, with a line to their points."""
+    named = [spot for spot in spots if spot.name and spot.family not in LINED]
     height = max(4.0, len(named) * LINE_PT / 72 + 1.2)
     figure, axis = pyplot().subplots(figsize=(7.5, height), layout="constrained")
     for spot in spots:
         low, time, high = spot.time
         color, ci = FAMILY_COLORS[spot.family], spot.psnr_ci or 0
         axis.errorbar(time, spot.psnr, ci, [[time - low], [high - time]], "o", color=color, ms=4, elinewidth=0.7)
-    for family in LINED:
-        line = sorted((spot.time[1], spot.psnr) for spot in spots if spot.family == family)
-        if line:
-            axis.plot(*zip(*line, strict=True), color=FAMILY_COLORS[family], lw=1)
+    for family, style in LINED.items():
+        joined = sorted((spot.time[1], spot.psnr, spot.name) for spot in spots if spot.family == family)
+        if joined:
+            times, psnrs, _ = zip(*joined, strict=True)
+            axis.plot(times, psnrs, style, color=FAMILY_COLORS[family], lw=1, label=family)
+            for *at, name in joined:
+                axis.annotate(name, at, xytext=(0, -9), textcoords="offset points", fontsize=6, ha="center")
+    axis.legend(fontsize=LABEL_PT, frameon=False, loc="upper left")
     axis.axvline(1, color=QUIET, lw=0.6, ls=":")
     axis.set(xlabel="time, of the full run's", ylabel="PSNR to the full run, dB")
     axis.set_title(title, loc="left")
@@ -69,7 +73,7 @@ def _name_beside(axis: Any, spots: list[Spot], points: float) -> None:
     lift = max(0.0, -min(heights, default=0.0))  # what has sunk below the axis
     for i in reversed(range(len(heights))):
         heights[i] = max(heights[i], heights[i + 1] + gap if i + 1 < len(heights) else 0.0) if lift else heights[i]
-    line = {"arrowstyle": "-", "lw": 0.4, "color": QUIET, "shrinkA": 1, "shrinkB": 3}
+    line = {"arrowstyle": "-", "lw": 0.4, "color": QUIET, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
     for spot, y in zip(spots, heights, strict=True):
         axis.annotate(
             spot.name, (spot.time[1], spot.psnr), (1.03, y), textcoords="axes fraction", fontsize=LABEL_PT,
@@ -151,6 +155,7 @@ def _drift(figure: Any, axis: Any, analysis: Analysis) -> None:
     axis.set(xlabel="step", ylabel="age of the map, in steps")
     axis.set_title(f"Maps one step old are off by {ages[0]:.0%}, {n // 2 + 1} steps old by {ages[1]:.0%}")
     _at_whole_steps(axis)
+    _at_whole_steps(axis, "y")
     figure.colorbar(image, ax=axis, label="relative Frobenius distance")
 
 
@@ -172,13 +177,13 @@ def _of_age(analysis: Analysis) -> str:
     return f"Twice the age, {min(rises):.1f} to {max(rises):.1f} times the harm" if rises else "Harm by age"
 
 
-def _at_whole_steps(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+def _at_whole_steps(axis: Any, which: str = "x") -> None:
+    axis.locator_params(axis=which, integer=True)
 
 
 def _prediction(axis: Any, analysis: Analysis) -> None:
+    from matplotlib.ticker import LogLocator
+
     found = analysis.prediction
     if found is None:
         axis.set_axis_off()
@@ -186,6 +191,10 @@ def _prediction(axis: Any, analysis: Analysis) -> None:
     axis.loglog(found.predicted, found.measured, "o", ms=3, color=INK)
     low, high = min(found.predicted + found.measured), max(found.predicted + found.measured)
     axis.loglog([low, high], [low, high], color=QUIET, lw=1)
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ticks.set_major_formatter("{x:g}")
+    axis.minorticks_off()
     others = f"by growth alone {found.rank_growth:.2f}, latest first {found.rank_hurry:.2f}"
     title = f"Predictions order {len(found.schedules)} random schedules: rank correlation {found.rank:.2f}\n({others})"
     axis.set(xlabel="predicted distance of the final latent", ylabel="measured distance", title=title)

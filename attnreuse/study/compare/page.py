@@ -14,7 +14,7 @@ from PIL import Image
 from attnreuse.errors import AttnReuseError
 from attnreuse.study.compare.groups import Comparison, Group
 from attnreuse.study.compare.measure import Measured
-from attnreuse.study.plots import FAMILY_COLORS, Spot, pareto_figure, pyplot
+from attnreuse.study.plots import FAMILY_COLORS, LINED, Spot, pareto_figure, pyplot
 
 TEMPLATE = Path(__file__).parents[2] / "assets" / "comparison.html"
 OTHERS = {
@@ -114,7 +114,10 @@ def _known(group: Group) -> list[str]:
 def _spot(row: Measured, full: Measured) -> Spot:
     """Where a method stands: its times as shares of the full run's of the same round."""
     low, time, high = np.percentile(np.array(row.latencies_s) / np.array(full.latencies_s), [20, 50, 80])
-    return Spot(row.method.name, row.method.family, (low, time, high), row.scores["psnr"], row.scores.get("psnr_ci"))
+    name = row.method.name
+    if row.method.family in LINED:
+        name = str(row.method.steps) if row.method.family == "plain steps" else ""
+    return Spot(name, row.method.family, (low, time, high), row.scores["psnr"], row.scores.get("psnr_ci"))
 
 
 def finding(group: Group) -> str:
