@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from fp64 import error, oracle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -45,20 +46,6 @@ def tensors(shape, peak=1.0, dtype=torch.float32, seed=0):
     sizes = ((b, h, m, d), (b, h, n, d), (b, h, n, d))
     q, k, v = (torch.randn(*size, generator=g) for size in sizes)
     return (q * peak).to(dtype), k.to(dtype), v.to(dtype)
-
-
-def oracle(q, k, v, mask=None, scale=None):
-    """Map and output in fp64."""
-    scores = q.double() @ k.double().mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
-    p = scores.softmax(-1).nan_to_num(0.0)
-    return p, p @ v.double()
-
-
-def error(actual, expected):
-    """Relative Frobenius error."""
-    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
 def plain_error(q, k, v, expected):

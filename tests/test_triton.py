@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_ops import error, oracle
+from fp64 import error, oracle
 
 from attnreuse import AttentionMap, ops
 from attnreuse.kernels import backend, tiles

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from life import ip_adapter_state, lora_state
 from reference_run import reference
-from tiny_random import WIDTH, captioned_pipeline, compile_denoiser, random_pipeline, random_unet, sample
+from tiny_random import WIDTH, captioned_pipeline, compile_denoiser, guided, random_pipeline, random_unet, sample
 
 import attnreuse
 from attnreuse import Policy, hurry
@@ -217,16 +217,6 @@ def test_tomesd_on_all_layers_is_an_error_that_says_so(pipe):
     tomesd.remove_patch(pipe)
 
 
-def guided(cls, **extra):
-    """A pipeline of this class around the random parts, whose output stays calm."""
-    base = captioned_pipeline()
-    parts = {n: getattr(base, n) for n in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
-    pipe = cls(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **extra)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.unet.conv_out.weight.data.mul_(0.3)
-    return pipe
-
-
 def test_layers_under_perturbed_attention_guidance_are_left_alone():
     pipe = guided(StableDiffusionPAGPipeline, pag_applied_layers=["mid"])
     stock = sample(pipe, STEPS, pag_scale=3.0)
@@ -420,7 +410,7 @@ def test_a_policy_of_many_patterns_raises_the_compilers_limit_and_says_so(pipe):
 
 
 def test_every_tool_has_its_row_in_the_docs():
-    page = Path(__file__).parent.parent / "docs" / "stacking.md"
+    page = Path(__file__).parents[2] / "docs" / "stacking.md"
     lines = [line.split("|") for line in page.read_text(encoding="utf-8").splitlines() if "|" in line]
     rows = {cells[1].strip(): cells[2].strip() for cells in lines}
     assert {name: rows.get(name) for name in TOOLS} == {name: fate for name, (_, fate, _) in TOOLS.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_random
 import torch
 from tiny_random import captioned_pipeline
 
@@ -126,8 +127,8 @@ def test_the_key_is_the_same_in_every_process():
     )
     keys = {
         subprocess.run(
-            [sys.executable, "-c", code], cwd=Path(__file__).parent, env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True, text=True, check=True,
+            [sys.executable, "-c", code], cwd=Path(tiny_random.__file__).parent, capture_output=True, text=True,
+            env=os.environ | {"PYTHONHASHSEED": seed}, check=True,
         ).stdout.strip()
         for seed in ("1", "2")
     }  # fmt: skip

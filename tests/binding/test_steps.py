@@ -11,8 +11,7 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 from life import maps_alive
 from reference_run import reference
-from test_stacking import guided
-from tiny_random import WIDTH, captioned_pipeline, random_unet, sample
+from tiny_random import WIDTH, captioned_pipeline, guided, random_unet, sample
 
 import attnreuse
 from attnreuse import Policy, hurry

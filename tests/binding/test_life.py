@@ -1,6 +1,6 @@
 """No map reaches another run: whatever was done to a pipeline before, a run gives the bits of a fresh process.
 
-`tests/life.py` draws the acts; it also lives long lives by command.
+`helpers/life.py` draws the acts; it also lives long lives by command.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The CPU kernels under the address and undefined-behaviour sanitizers: `tests/sanitize.cpp`, built here and run."""
+"""The CPU kernels under the address and undefined-behaviour sanitizers: `sanitize.cpp`, built here and run."""
 
 import shutil
 import subprocess
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-SOURCES = [ROOT / "tests/sanitize.cpp", *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+SOURCES = [ROOT / "tests/native/sanitize.cpp", *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
 COMPILER = shutil.which("g++")
 
 

@@ -1,8 +1,8 @@
 """The life of one pipeline: acts of real use drawn one after the other, each run compared with a fresh process's.
 
-``python tests/life.py --acts 10000`` lives a long life and prints what happened; ``tests/test_life.py`` a short
-one. ``python tests/life.py --server`` is the fresh process: it forks for every request it reads, so that each
-run is made by a process that has run nothing before.
+``python tests/helpers/life.py --acts 10000`` lives a long life and prints what happened; ``binding/test_life.py`` a
+short one. ``python tests/helpers/life.py --server`` is the fresh process: it forks for every request it reads, so that
+each run is made by a process that has run nothing before.
 """
 
 from __future__ import annotations
