@@ -1,8 +1,8 @@
 // The CUDA kernels on a CPU (see emulate.h), against what their formats say.
 
 #define ATTNREUSE_EMULATE "../../tests/native/emulate.h"
-#include "../csrc/cuda/hopper.cuh"
-#include "../csrc/cuda/maps.cuh"
+#include "../../csrc/cuda/hopper.cuh"
+#include "../../csrc/cuda/maps.cuh"
 
 #include <cstdio>
 #include <random>

@@ -1,6 +1,6 @@
 // Random calls of every CPU kernel, for a build with sanitizers: each buffer is just as large as its call needs.
 
-#include "../csrc/cpu/paths.h"
+#include "../../csrc/cpu/paths.h"
 
 #include <cmath>
 #include <cstdio>
