@@ -84,7 +84,7 @@ class Layers:
 
     def reports(self) -> list[LayerReport]:
         """Empty reports of the layers."""
-        return [LayerReport(name, kind) for name, kind in self.kinds.items()]
+        return [LayerReport(name=name, kind=kind) for name, kind in self.kinds.items()]
 
     def put_back(self) -> None:
         """Every layer that has a stock processor gets the one found at first, bit for bit."""

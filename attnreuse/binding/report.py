@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import Field
 
 from attnreuse.policy import Action
+from attnreuse.results import Result
 
 COUNTS = {Action.COMPUTE: "computed", Action.CAPTURE: "captured", Action.REUSE: "reused", Action.HOLD: "held"}
 
 
-@dataclass
-class LayerReport:
+class LayerReport(Result):
     """What one layer did in a run: numbers of denoiser calls, and its map: ``(B, H, M, N)``, head dim, bytes.
 
     Attributes:
@@ -27,8 +28,8 @@ class LayerReport:
     captured: int = 0
     reused: int = 0
     held: int = 0
-    planned: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS.values(), 0))
-    reasons: dict[str, int] = field(default_factory=dict)
+    planned: dict[str, int] = Field(default_factory=lambda: dict.fromkeys(COUNTS.values(), 0))
+    reasons: dict[str, int] = Field(default_factory=dict)
     map_bytes: int = 0
     shape: tuple[int, int, int, int] | None = None
     head_dim: int | None = None
@@ -43,27 +44,23 @@ class LayerReport:
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
 
-@dataclass
-class Report:
+class Report(Result):
     """What ran. `skipped` maps layer names to the reason why they only compute."""
 
+    called: ClassVar[str] = "a report"
     policy: str
     map_format: str
     steps: int = 0
-    layers: list[LayerReport] = field(default_factory=list)
+    layers: list[LayerReport] = Field(default_factory=list)
     predicted_bytes: int = 0
     allocated_bytes: int = 0
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return asdict(self)
+    skipped: dict[str, str] = Field(default_factory=dict)
 
     def groups(self) -> list[list[LayerReport]]:
         """Layers of one kind, map shape and fate together, in the order of their first."""
         found: dict[tuple, list[LayerReport]] = {}
         for layer in self.layers:
-            fate = {**asdict(layer), "name": None, "skipped": self.skipped.get(layer.name)}
+            fate = {**layer.to_dict(), "name": None, "skipped": self.skipped.get(layer.name)}
             found.setdefault(tuple(map(str, fate.values())), []).append(layer)
         return list(found.values())
 

@@ -365,4 +365,5 @@ class Session:
     def _empty_report(self, policy: str = "") -> Report:
         skipped = {name: reason for name, reason in self._layers.refused.items() if name not in self._layers.modules}
         skipped |= {n: r for n, r in self._layers.foreign().items() if self._layers.refused.get(n) == r}
-        return Report(policy or str(self.policy), self.map_format.name, layers=self._layers.reports(), skipped=skipped)
+        policy, map_format = policy or str(self.policy), self.map_format.name
+        return Report(policy=policy, map_format=map_format, layers=self._layers.reports(), skipped=skipped)

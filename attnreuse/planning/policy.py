@@ -25,6 +25,7 @@ from pydantic import (
     ValidationError,
     field_serializer,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from typing_extensions import Self
@@ -62,9 +63,13 @@ class Saved(BaseModel):
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
 
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, dump: Any) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if value is not None}
+
     def save(self, path: str | Path) -> None:
         """Write the policy as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
+        Path(path).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -88,7 +93,7 @@ class Saved(BaseModel):
 
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
-        data = self.model_dump_json(indent=2, exclude_none=True).encode()
+        data = self.model_dump_json(indent=2).encode()
         return str(api.upload_file(path_or_fileobj=data, path_in_repo=FILE, repo_id=repo_id))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from attnreuse import native, ops
 from attnreuse.maps.formats import FORMATS, AttentionMap, MapFormat, format_named
 from attnreuse.measure.timing import Times, interleaved
+from attnreuse.results import Result
 
 Shape = tuple[int, int, int, int, int]  # B, H, M, N, D
 SHAPES: dict[str, Shape] = {  # two rows: guidance
@@ -253,8 +254,7 @@ def to_dicts(rows: list[Row], limits: Ceilings) -> list[dict[str, Any]]:
     return [{k: str(v) if v == math.inf else v for k, v in row.items()} for row in plain]
 
 
-@dataclass(frozen=True)
-class Tuned:
+class Tuned(Result):
     """One launch configuration of one kernel: its time, or why it has none."""
 
     op: str
@@ -262,12 +262,8 @@ class Tuned:
     head_dim: int
     config: Any
     shipped: bool
-    times: Times | None
+    times: Times | None = None
     reason: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return asdict(self)
 
 
 def tune(device: torch.device, shapes: list[Shape], formats: list[str], repeats: int = 20) -> Iterator[Tuned]:
@@ -298,6 +294,7 @@ def _tune_at(shape: Shape, map_format: MapFormat, device: torch.device, repeats:
     out, arch, d = torch.empty_like(query), arch_of(device), shape[-1]
     slot = ops.capture(query, key, value, map_format=map_format, backend="triton")[1]
     for op in ("capture", "reuse"):
+        about = {"op": op, "map_format": map_format.name, "head_dim": d}
         shipped = configs.choose(op, map_format.name, d, arch)
         launches, failed = {}, []
         for config in {shipped: None} | dict.fromkeys(configs.CANDIDATES):
@@ -314,12 +311,12 @@ def _tune_at(shape: Shape, map_format: MapFormat, device: torch.device, repeats:
             except Exception as error:  # Triton raises its own kinds: out of resources, failed passes
                 reason = str(error).splitlines()[0]
             if reason:
-                failed.append(Tuned(op, map_format.name, d, config, config == shipped, None, reason))
+                failed.append(Tuned(**about, config=config, shipped=config == shipped, reason=reason))
             else:
                 launches[config] = launch
         timed = interleaved([launch.run for launch in launches.values()], device, repeats)
         found = [
-            Tuned(op, map_format.name, d, config, config == shipped, times)
+            Tuned(**about, config=config, shipped=config == shipped, times=times)
             for config, times in zip(launches, timed, strict=True)
         ]
         yield from [*sorted(found, key=lambda t: t.times.median), *failed]

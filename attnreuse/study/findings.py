@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import ClassVar, Literal
 
 from attnreuse.planning.rows import ReuseError, best_row, schedule_error
 from attnreuse.policy import Policy
+from attnreuse.results import Result
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Growth(_Part):
+class Growth(Result):
     """Distance of the final latent after a perturbation at one step, and the fit ``exp(offset + rate (T - t))``.
 
     Attributes:
@@ -47,7 +41,7 @@ class Growth(_Part):
         return math.exp(self.offset + self.rate * (steps - step))
 
 
-class Drift(_Part):
+class Drift(Result):
     """How far maps of two steps are apart: ``[step][lag - 1]`` for each layer, None before the first step.
 
     Attributes:
@@ -64,7 +58,7 @@ class Drift(_Part):
         return sum(table[now][now - then - 1] or 0.0 for table in tables) / len(tables)
 
 
-class Staleness(_Part):
+class Staleness(Result):
     """Distance of the final latent when step `steps[i]` alone applies the maps of `ages[j]` steps before."""
 
     steps: list[int]
@@ -72,7 +66,7 @@ class Staleness(_Part):
     distances: list[list[float | None]]
 
 
-class Prediction(_Part):
+class Prediction(Result):
     """Spearman correlation, over random schedules, of predicted with measured distance of the final latent.
 
     Attributes:
@@ -95,9 +89,10 @@ class Prediction(_Part):
     rank_growth: float
 
 
-class Analysis(_Part):
+class Analysis(Result):
     """What :func:`analyze` measured on one model, scheduler and step count; a JSON file."""
 
+    called: ClassVar[str] = "an analysis"
     model: str
     scheduler: str
     steps: int
@@ -110,22 +105,6 @@ class Analysis(_Part):
     staleness: Staleness
     prediction: Prediction | None = None
     version: Literal[1] = 1
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> Analysis:
-        """Read an analysis file.
-
-        Raises:
-            ValueError: not such a file.
-        """
-        try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except ValidationError as error:
-            raise ValueError(f"{path} is not an analysis file: {error.errors()[0]['msg']}") from None
 
 
 def predict(policy: Policy, analysis: Analysis) -> float:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from pydantic import computed_field
 
 from attnreuse.binding.denoiser import holding_layers, layer_kinds, select_layers
 from attnreuse.binding.schedule import Schedule
@@ -20,6 +21,7 @@ from attnreuse.maps.formats import format_named
 from attnreuse.maps.ring import RingPlan, plan_ring
 from attnreuse.planning.samplers import make_scheduler
 from attnreuse.policy import Action, Policy
+from attnreuse.results import Result
 from attnreuse.study import costs
 from attnreuse.study.costs import RunCosts
 from attnreuse.study.evaluate import Evaluator, Setting
@@ -139,8 +141,7 @@ class Blueprint:
         return cls(cls.config_class.from_pretrained(self.model, **given)).eval()
 
 
-@dataclass
-class LayerForecast:
+class LayerForecast(Result):
     """One layer: its map ``(B, H, M, N)``, bytes that it stores, place in the ring, and seconds by action."""
 
     name: str
@@ -154,8 +155,7 @@ class LayerForecast:
     cost: LayerCost | None
 
 
-@dataclass(frozen=True)
-class RunForecast:
+class RunForecast(Result):
     """What a run of one batch should take.
 
     Attributes:
@@ -170,38 +170,35 @@ class RunForecast:
     policy_s: float
     plain_steps: int
 
+    @computed_field
     @property
     def ratio(self) -> float:
         """The policy's time as a share of the full run's."""
         return self.policy_s / self.full_s
 
+    @computed_field
     @property
     def pays(self) -> bool:
         """Is the saving more than what two runs differ by?"""
         return self.ratio <= PAYS
 
 
-@dataclass
-class Forecast:
-    """What a policy will need and, where measured, should gain."""
+class Forecast(Result):
+    """What a policy will need and, where measured, should gain.
+
+    Attributes:
+        asked_steps: ``num_inference_steps``, whose executed steps the policy is for.
+        predicted_bytes: of the buffer.
+        dropped: bytes of the maps that the memory budget leaves out, by layer.
+    """
 
     policy: Policy
     asked_steps: int
     map_format: str
-    ring: RingPlan
+    predicted_bytes: int
+    dropped: dict[str, int]
     layers: list[LayerForecast]
     run: RunForecast | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return {
-            "policy": self.policy.model_dump(mode="json", exclude_none=True),
-            "map_format": self.map_format,
-            "predicted_bytes": self.ring.nbytes,
-            "dropped": self.ring.dropped,
-            "layers": [asdict(layer) for layer in self.layers],
-            "run": self.run and asdict(self.run) | {"ratio": self.run.ratio, "pays": self.run.pays},
-        }
 
     def __rich__(self) -> Any:
         from rich import box
@@ -218,7 +215,7 @@ class Forecast:
             times = [f"{1e3 * seconds:.2f}" for seconds in asdict(cost).values()] if cost else []
             size = f"{layers[0].map_bytes / 2**20:.1f}"
             table.add_row(str(len(layers)), kind, f"{shape[2]}x{shape[3]}", f"{shape[1]}x{dim}", size, fate, *times)
-        title = f"{self.policy}, {self.map_format} maps: a buffer of {self.ring.nbytes / 2**20:.1f} MiB"
+        title = f"{self.policy}, {self.map_format} maps: a buffer of {self.predicted_bytes / 2**20:.1f} MiB"
         timed = [Text("Times are milliseconds of one layer at one step.")] if self.run else []
         return Group(Text(title), table, *timed, Text(self.verdict()))
 
@@ -281,20 +278,28 @@ def forecast(
         run_costs = costs.measure(Evaluator(pipe, setting), ROUNDS)
     rows = [
         LayerForecast(
-            name,
-            kinds[name],
-            shapes[name].map,
-            shapes[name].head_dim,
-            row,
-            requests[name].nbytes(chosen) if name in requests else 0,
-            ring.offsets.get(name),
-            (requests[name].first, requests[name].last) if name in requests else None,
-            run_costs.layers[name] if run_costs else None,
+            name=name,
+            kind=kinds[name],
+            shape=shapes[name].map,
+            head_dim=shapes[name].head_dim,
+            actions=row,
+            map_bytes=requests[name].nbytes(chosen) if name in requests else 0,
+            offset=ring.offsets.get(name),
+            steps=(requests[name].first, requests[name].last) if name in requests else None,
+            cost=run_costs.layers[name] if run_costs else None,
         )
         for name, row in schedule.actions.items()
     ]
     run = run_costs and _run(run_costs, schedule, ring, asked_steps)
-    return Forecast(policy, asked_steps, chosen.name, ring, rows, run)
+    return Forecast(
+        policy=policy,
+        asked_steps=asked_steps,
+        map_format=chosen.name,
+        predicted_bytes=ring.nbytes,
+        dropped=ring.dropped,
+        layers=rows,
+        run=run,
+    )
 
 
 def _run(run_costs: RunCosts, schedule: Schedule, ring: RingPlan, asked_steps: int) -> RunForecast:
@@ -308,4 +313,5 @@ def _run(run_costs: RunCosts, schedule: Schedule, ring: RingPlan, asked_steps: i
     policy_s = run_costs.seconds(served) + dropped
     calls = (policy_s - run_costs.fixed) / (run_costs.step + attention)
     plain = max(1, min(asked_steps, round(asked_steps * calls / steps)))
-    return RunForecast(attention / (run_costs.step + attention), full_s, policy_s, plain)
+    share = attention / (run_costs.step + attention)
+    return RunForecast(attention_share=share, full_s=full_s, policy_s=policy_s, plain_steps=plain)

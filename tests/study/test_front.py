@@ -107,11 +107,23 @@ def test_other_steps_are_judged_against_the_same_pictures(pipe):
     assert fewer.scores(nothing)["psnr"] == pytest.approx(psnr) != alone.scores(nothing)["psnr"]
 
 
+def test_a_front_is_kept_in_a_file(tmp_path):
+    policy = Policy(steps=3, reuse={"up_blocks.*": ".RH", "*": "..R"}, levels=(1.0, 0.5, -1.0))
+    point = Point(policy=policy, steps=3, time=0.75, psnr_db=41.5)
+    front = Front(points=[point], full_s=1.0, evaluations=3, pictures=2, stopped="budget")
+    front.save(tmp_path / "front.json")
+    assert Front.load(tmp_path / "front.json") == front
+    policy.save(tmp_path / "policy.json")
+    with pytest.raises(ValueError, match=r"policy\.json is not a front file"):
+        Front.load(tmp_path / "policy.json")
+
+
 def test_a_point_is_picked_by_quality_or_time():
     points = [
-        Point(Policy(steps=2, reuse=".R"), 2, time, psnr) for time, psnr in ((0.6, 30.0), (0.7, 40.0), (0.8, 50.0))
+        Point(policy=Policy(steps=2, reuse=".R"), steps=2, time=time, psnr_db=psnr)
+        for time, psnr in ((0.6, 30.0), (0.7, 40.0), (0.8, 50.0))
     ]
-    front = Front(points, 1.0, 3, 2, "budget")
+    front = Front(points=points, full_s=1.0, evaluations=3, pictures=2, stopped="budget")
     assert front.pick(floor=35) == points[1]
     assert front.pick(time=0.75) == points[1]
     assert front.pick(floor=45, time=0.9) == points[2]

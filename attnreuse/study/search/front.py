@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import ClassVar
 
 from attnreuse.errors import AttnReuseError
 from attnreuse.policy import Policy
+from attnreuse.results import Result
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(Result):
     """A joint schedule of a run of `steps` (``num_inference_steps``).
 
     Attributes:
@@ -24,8 +23,7 @@ class Point:
     psnr_db: float
 
 
-@dataclass(frozen=True)
-class Front:
+class Front(Result):
     """What a search of the ladder found.
 
     Attributes:
@@ -36,6 +34,7 @@ class Front:
         stopped: "budget", "time", or "nothing new" where no change of the front was left to judge.
     """
 
+    called: ClassVar[str] = "a front"
     points: list[Point]
     full_s: float
     evaluations: int
@@ -68,8 +67,3 @@ class Front:
                 f"{last.time:.2f}"
             )
         return points[-1] if floor is None else points[0]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        points = [asdict(p) | {"policy": p.policy.model_dump(mode="json", exclude_none=True)} for p in self.points]
-        return asdict(self) | {"points": points}

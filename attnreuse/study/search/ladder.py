@@ -119,7 +119,13 @@ def ladder(
     evaluations = len(climb.points)
     if confirm is not None:
         climb.confirm(Judge(engine.of(confirm), cache, climb.judge_policies.costs))
-    return Front(climb.front(), climb.full_s, evaluations, len((confirm or setting).prompts), climb.stopped)
+    return Front(
+        points=climb.front(),
+        full_s=climb.full_s,
+        evaluations=evaluations,
+        pictures=len((confirm or setting).prompts),
+        stopped=climb.stopped,
+    )
 
 
 def _check_confirm(search: Setting, confirm: Setting) -> None:
@@ -204,7 +210,7 @@ class _Ladder:
             some = chosen[at : at + WIDTH]
             scores = judge([self._policy(c) for c in some], steps=[c.steps for c in some])
             for candidate, score in zip(some, scores, strict=True):
-                confirmed[candidate] = replace(self.points[candidate], psnr_db=score["psnr"])
+                confirmed[candidate] = self.points[candidate].model_copy(update={"psnr_db": score["psnr"]})
             self.progress(len(confirmed), len(chosen), "confirmed by other pictures")
         self.points = confirmed
 
@@ -232,14 +238,18 @@ class _Ladder:
             scores = self.judge_policies([self._policy(c) for c in some], steps=[c.steps for c in some])
             for candidate, score in zip(some, scores, strict=True):
                 seconds = self._seconds(candidate)
-                point = Point(self._policy(candidate), candidate.steps, seconds / self.full_s, score["psnr"])
-                self.points[candidate] = point
+                self.points[candidate] = Point(
+                    policy=self._policy(candidate),
+                    steps=candidate.steps,
+                    time=seconds / self.full_s,
+                    psnr_db=score["psnr"],
+                )
                 self.progress(len(self.points), self.budget, f"{len(self._front())} points on the front")
 
     def front(self) -> list[Point]:
         """Points that none beats, fastest first, named by their time."""
         points = [self.points[candidate] for candidate in self._front()]
-        return [replace(p, policy=p.policy.model_copy(update=_about(p))) for p in points]
+        return [p.model_copy(update={"policy": p.policy.model_copy(update=_about(p))}) for p in points]
 
     def _by_time(self) -> list[tuple[Candidate, Point]]:
         """Fastest first, of equal times the best."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+
+from pydantic import computed_field
 
 from attnreuse.policy import Policy
+from attnreuse.results import Result
 from attnreuse.study.evaluate import Calls
 from attnreuse.study.metrics import HIGHER_IS_BETTER
 
@@ -46,8 +48,7 @@ class Objective:
         return self.floor is None or self.quality({self.metric: found}) >= self.quality({self.metric: self.floor})
 
 
-@dataclass(frozen=True)
-class Improvement:
+class Improvement(Result):
     """An improvement: after how many evaluations, to which row, with which metric."""
 
     evaluations: int
@@ -55,8 +56,7 @@ class Improvement:
     metric: float
 
 
-@dataclass
-class SearchResult:
+class SearchResult(Result):
     """What a search found.
 
     Attributes:
@@ -77,7 +77,8 @@ class SearchResult:
     calls: Calls
     scores: dict[str, float]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        found = asdict(self) | {"policy": self.policy.model_dump(mode="json", exclude_none=True)}
-        return found | {"calls_saved": self.calls.saved}
+    @computed_field
+    @property
+    def calls_saved(self) -> float:
+        """Share of the denoiser calls that was replayed instead."""
+        return self.calls.saved

@@ -171,7 +171,8 @@ class _Climb:
             self.since += 1
             if not self.best or self.values[row] > self.values[self.best]:
                 self.best = row
-                self.history.append(Improvement(len(self.values), strip(row), scores[self.objective.metric]))
+                metric = scores[self.objective.metric]
+                self.history.append(Improvement(evaluations=len(self.values), reuse=strip(row), metric=metric))
             self.progress(len(self.values), self.budget, self._now())
         return sorted((r for r in rows if r in self.values), key=lambda r: self.values[r], reverse=True)
 
@@ -201,13 +202,13 @@ class _Climb:
         policy = self.evaluator.policy(self.best, name)
         policy = policy.model_copy(update={"metrics": {unit.get(k, k): round(v, 4) for k, v in scores.items()}})
         return SearchResult(
-            policy,
-            self.scores[self.first][metric],
-            self.history,
-            len(self.values),
-            self.stopped,
-            self.evaluator.calls,
-            {strip(row): s[metric] for row, s in self.scores.items()},
+            policy=policy,
+            start=self.scores[self.first][metric],
+            history=self.history,
+            evaluations=len(self.values),
+            stopped=self.stopped,
+            calls=self.evaluator.calls,
+            scores={strip(row): s[metric] for row, s in self.scores.items()},
         )
 
     def _now(self) -> str:
