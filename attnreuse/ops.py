@@ -282,12 +282,12 @@ def drift(first: AttentionMap, second: AttentionMap) -> tuple[Tensor, Tensor]:
     _check_map(second, first.shape, device)
     if first.format != second.format:
         raise ValueError(f"both maps must be {first.format.name} maps, got {second.format.name}")
-    found = torch.empty(2, *first.shape[:3], dtype=torch.float32, device=device)
+    distances = torch.empty(2, *first.shape[:3], dtype=torch.float32, device=device)
     if Cuda.present(device) and first.format.name in Cuda.SERVED:
-        Cuda.drift(first, second, *found)
+        Cuda.drift(first, second, *distances)
     else:
-        plain.drift(first, second, *found)
-    return found[0], found[1]
+        plain.drift(first, second, *distances)
+    return distances[0], distances[1]
 
 
 def _check_capture(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[int, int, int, int]:

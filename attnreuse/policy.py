@@ -58,8 +58,8 @@ def load_policy(source: Policy | Rule | str | Path) -> Policy | Rule:
 
 def shipped_policies(scheduler: str | None = None, steps: int | None = None) -> list[Policy]:
     """Policies found for the shipped pipeline, of a scheduler (its class) and a number of executed steps."""
-    found = [Policy.load(path) for path in sorted(SHIPPED.glob("*.json"))]
-    return [p for p in found if scheduler in (None, p.scheduler) and steps in (None, p.steps)]
+    policies = [Policy.load(path) for path in sorted(SHIPPED.glob("*.json"))]
+    return [p for p in policies if scheduler in (None, p.scheduler) and steps in (None, p.steps)]
 
 
 @overload

@@ -115,16 +115,16 @@ class Conditions:
         return t.ndim > 0 and len(t) == self.batch
 
 
-def _matched(rows: int, held: int, same: Callable[[int, int], bool]) -> list[int] | None:
-    matches = [[j for j in range(held) if same(i, j)] for i in range(rows)]
+def _matched(rows: int, others: int, same: Callable[[int, int], bool]) -> list[int] | None:
+    matches = [[j for j in range(others) if same(i, j)] for i in range(rows)]
     taken: dict[tuple[int, ...], int] = {}
-    found = []
+    order = []
     for match in map(tuple, matches):
         if not match or len(match) != matches.count(list(match)):
             return None
-        found.append(match[taken.get(match, 0)])
+        order.append(match[taken.get(match, 0)])
         taken[match] = taken.get(match, 0) + 1
-    return found
+    return order
 
 
 def _described(t: Tensor) -> str:

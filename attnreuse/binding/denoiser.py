@@ -24,19 +24,19 @@ def find_denoiser(pipe: Any) -> Any:
     """The UNet of a pipeline (or the UNet itself), out of its ``torch.compile`` wrapper."""
     from diffusers import UNet2DConditionModel
 
-    found = unwrapped(pipe)
-    if not isinstance(found, UNet2DConditionModel):
+    denoiser = unwrapped(pipe)
+    if not isinstance(denoiser, UNet2DConditionModel):
         raise UnsupportedLayerError(
             f"expected a pipeline with a UNet2DConditionModel, or such a model, got {type(pipe).__name__}"
-            + (f" with a {type(found).__name__}" if found is not pipe else "")
+            + (f" with a {type(denoiser).__name__}" if denoiser is not pipe else "")
         )
-    return found
+    return denoiser
 
 
 def unwrapped(pipe: Any) -> Any:
     """The ``unet`` of a pipeline, or what it is given, out of its ``torch.compile`` wrapper."""
-    found = getattr(pipe, "unet", pipe)
-    return getattr(found, "_orig_mod", found)
+    denoiser = getattr(pipe, "unet", pipe)
+    return getattr(denoiser, "_orig_mod", denoiser)
 
 
 def model_name(pipe: Any) -> str:

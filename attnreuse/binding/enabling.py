@@ -59,8 +59,8 @@ def enable(
     """
     denoiser = find_denoiser(pipe)
     is_pipe = hasattr(pipe, "unet")
-    chosen = (format_named(map_format), parse_bytes(memory_budget), layers, strict, hasattr(pipe, "_orig_mod"))
-    session = Session(denoiser, pipe if is_pipe else None, scheduler, _fitted(policy, fit, pipe, scheduler), *chosen)
+    options = (format_named(map_format), parse_bytes(memory_budget), layers, strict, hasattr(pipe, "_orig_mod"))
+    session = Session(denoiser, pipe if is_pipe else None, scheduler, _fitted(policy, fit, pipe, scheduler), *options)
     disable(pipe)
     session._attach()
     return session
@@ -69,13 +69,13 @@ def enable(
 def _fitted(policy: Policy | Rule | str | Path | None, fit: str, pipe: Any, scheduler: Any) -> Policy | Rule:
     if fit not in ("exact", "stretch"):
         raise ValueError(f"fit must be 'exact' or 'stretch', got {fit!r}")
-    found = hurry(reuse=0.5) if policy is None else load_policy(policy)
-    if fit == "stretch" and isinstance(found, Policy):
-        found = Stretched(policy=found)
+    fitted = hurry(reuse=0.5) if policy is None else load_policy(policy)
+    if fit == "stretch" and isinstance(fitted, Policy):
+        fitted = Stretched(policy=fitted)
     scheduler = scheduler or getattr(pipe, "scheduler", None)
-    if isinstance(found, Rule) and found.uses_levels and scheduler is not None:
+    if isinstance(fitted, Rule) and fitted.uses_levels and scheduler is not None:
         check_levels(scheduler)
-    return found
+    return fitted
 
 
 def disable(pipe: Any) -> None:

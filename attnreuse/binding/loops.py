@@ -97,8 +97,8 @@ def current(denoiser: Any, pipe: Any = None) -> Loop | None:
 
 def components(pipe: Any) -> dict[str, Any]:
     """Parts of a pipeline by name; none for a block of a modular pipeline, which is handed them."""
-    found = getattr(pipe, "components", None)
-    return found if isinstance(found, dict) else {}
+    parts = getattr(pipe, "components", None)
+    return parts if isinstance(parts, dict) else {}
 
 
 def listen(listener: Any, pipe: Any = None) -> None:

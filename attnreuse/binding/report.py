@@ -58,11 +58,11 @@ class Report(Result):
 
     def groups(self) -> list[list[LayerReport]]:
         """Layers of one kind, map shape and fate together, in the order of their first."""
-        found: dict[tuple, list[LayerReport]] = {}
+        groups: dict[tuple, list[LayerReport]] = {}
         for layer in self.layers:
             fate = {**layer.to_dict(), "name": None, "skipped": self.skipped.get(layer.name)}
-            found.setdefault(tuple(map(str, fate.values())), []).append(layer)
-        return list(found.values())
+            groups.setdefault(tuple(map(str, fate.values())), []).append(layer)
+        return list(groups.values())
 
     def __rich__(self) -> Any:
         from rich import box

@@ -211,11 +211,11 @@ def alike(call: Call, branches: list[Branch], values: bool) -> list[tuple[Branch
         if about not in known:
             known[about] = branch.rows(call, values)
     rows = [(branch, known[branch.call.conditions.group, branch.call.shape]) for branch in branches]
-    return [(branch, found) for branch, found in rows if found is not None]
+    return [(branch, matches) for branch, matches in rows if matches is not None]
 
 
 @dataclass(frozen=True)
-class Found:
+class Match:
     """The run of a call, the step it is at, and the branch it continues, with the branch's row for each of its own."""
 
     run: Run
@@ -224,7 +224,7 @@ class Found:
     rows: list[int] | None = None
 
 
-def continued(call: Call, walks: list[tuple[Run, int]], announced: bool) -> Found | None:
+def continued(call: Call, walks: list[tuple[Run, int]], announced: bool) -> Match | None:
     """The branch of these runs (each with the step that `call` would be) that `call` continues; None if it begins one.
 
     Conditions and shapes decide. Where several branches share them, the sample tells: it must be near to its own
@@ -232,24 +232,24 @@ def continued(call: Call, walks: list[tuple[Run, int]], announced: bool) -> Foun
     request may come in between at any time, so there the sample must tell always. In doubt what the branch holds
     is forgotten.
     """
-    found = [Found(r, step, branch, rows) for r, step in walks for branch, rows in r.fitting(call, step)]
-    found = [c for c in found if c.branch.is_whole(c.rows)] or found
-    found = [c for c in found if c.step - c.branch.step == min(f.step - f.branch.step for f in found)]
-    found = [c for c in found if c.branch.call.conditions.extras == call.conditions.extras] or found
-    if not found:
+    candidates = [Match(r, step, branch, rows) for r, step in walks for branch, rows in r.fitting(call, step)]
+    candidates = [c for c in candidates if c.branch.is_whole(c.rows)] or candidates
+    candidates = [c for c in candidates if c.step - c.branch.step == min(f.step - f.branch.step for f in candidates)]
+    candidates = [c for c in candidates if c.branch.call.conditions.extras == call.conditions.extras] or candidates
+    if not candidates:
         return None
-    if announced and len(found) == 1:
-        found[0].branch.unproven = found[0].step
-        return found[0]
-    distances = torch.stack([call.distance(c.branch.call, c.rows) for c in found]).tolist()
+    if announced and len(candidates) == 1:
+        candidates[0].branch.unproven = candidates[0].step
+        return candidates[0]
+    distances = torch.stack([call.distance(c.branch.call, c.rows) for c in candidates]).tolist()
     best = distances.index(min(distances))
     rivals = [d for d in distances if d != distances[best]]  # at a tie both saw the same: the order decides
     if distances[best] < NEAR and all(distances[best] < CLEARLY * d for d in rivals):
-        return found[best]
+        return candidates[best]
     if not announced and distances[best] >= NEAR:
         return None
-    found[best].branch.forget("several calls attend over the same, and their samples do not tell which is which")
-    return found[best]
+    candidates[best].branch.forget("several calls attend over the same, and their samples do not tell which is which")
+    return candidates[best]
 
 
 def _no_maps(map_format: MapFormat, call: Call) -> MapRing:

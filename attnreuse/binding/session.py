@@ -25,7 +25,7 @@ from attnreuse.binding.memory import Memory
 from attnreuse.binding.notices import Notices
 from attnreuse.binding.report import Report
 from attnreuse.binding.resolving import Resolver
-from attnreuse.binding.run import Branch, Call, Found, Run, continued
+from attnreuse.binding.run import Branch, Call, Match, Run, continued
 from attnreuse.binding.walk import executed
 from attnreuse.errors import (
     AttnReuseError,
@@ -261,18 +261,18 @@ class Session:
         # A loop of somebody's own may run within a pipeline's, in a callback: that announced its own walk alone.
         announced = loop is not None and self._walks.setdefault(loop, place.walk) == place.walk
         call = None if self._wants_gradient(given) else Call(given, keep=not announced)
-        found = self._find(place, loop, announced, call, given["timestep"])
-        run, branch = found.run, found.branch
+        match = self._find(place, loop, announced, call, given["timestep"])
+        run, branch = match.run, match.branch
         self._runs = [other for other in self._runs if other is not run] + [run]
-        run.advance(found.step)
+        run.advance(match.step)
         self._now, self._shown = (run, None), run
         if call is not None and run.off is None:
             if branch is None:
                 branch = run.begin_branch(call, self.map_format)
-            elif branch.is_whole(found.rows):
+            elif branch.is_whole(match.rows):
                 call.conditions.join(branch.call.conditions)
             else:
-                branch.ring.keep_rows(found.rows)
+                branch.ring.keep_rows(match.rows)
             branch.call, branch.step = call, run.step
             if branch.waits and run.step < run.schedule.last_reuse:
                 self._memory.give(run, branch, given)
@@ -303,22 +303,22 @@ class Session:
         tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
         return any(t.requires_grad for t in (*tensors, *self.denoiser.parameters()))
 
-    def _find(self, place: Place, loop: loops.Loop | None, announced: bool, call: Call | None, timestep: Any) -> Found:
+    def _find(self, place: Place, loop: loops.Loop | None, announced: bool, call: Call | None, timestep: Any) -> Match:
         """The run this call belongs to, its step, and the branch it continues, if it does."""
         walks = [run for run in reversed(self._runs) if run.begin.walk == place.walk and run.loop is loop]
         walks = [(run, step) for run in walks if (step := run.step_of(place)) >= 0]
-        found = None if call is None else continued(call, walks, announced)
-        if found is not None:
-            return found
+        match = None if call is None else continued(call, walks, announced)
+        if match is not None:
+            return match
         for run, step in walks:
             more = announced or step > 0  # calls of step 0 that nobody announced may begin a run
             if call is None or step > run.step or (step == run.step and (more or not run.crowded)):
-                return Found(run, step)
+                return Match(run, step)
             if more:  # the loop goes back: what it holds is not of this step's past
                 run.rewind(step)
-                return continued(call, [(run, step)], announced) or Found(run, step)
+                return continued(call, [(run, step)], announced) or Match(run, step)
         run = self._new_run(place, loop, timestep)
-        return Found(run, run.step_of(place))
+        return Match(run, run.step_of(place))
 
     def _new_run(self, place: Place, loop: loops.Loop | None, timestep: Any) -> Run:
         first = loop in self._heard and all(run.loop is not loop for run in self._runs)

@@ -55,40 +55,40 @@ def command(
         setting = setting_for(model, prompt, images, steps, seed, guidance, eta, "fp32", layers, batch)
         evaluator = Evaluator(load_pipeline(model, scheduler), setting)
         with progress("runs") as tell:
-            found = analysis.analyze(evaluator, schedules=schedules, reuse=reuse, noise=noise, progress=tell)
-        found.save(out_path)
+            measured = analysis.analyze(evaluator, schedules=schedules, reuse=reuse, noise=noise, progress=tell)
+        measured.save(out_path)
         for path, figure in zip(figures, (plots.analysis_figure, plots.layer_drift_figure), strict=True):
-            figure(found).savefig(path, dpi=120)
+            figure(measured).savefig(path, dpi=120)
     if as_json:
-        print(found.model_dump_json(indent=2))
+        print(measured.model_dump_json(indent=2))
         return
-    for table in _tables(found):
+    for table in _tables(measured):
         out.print(table)
     faint(", ".join(map(str, [out_path, *figures])))
 
 
-def _tables(found: Any) -> Iterator[Table]:
-    growth = Table(title=f"growth of a perturbation at one of {found.steps} steps, {found.scheduler}")
+def _tables(measured: Any) -> Iterator[Table]:
+    growth = Table(title=f"growth of a perturbation at one of {measured.steps} steps, {measured.scheduler}")
     for column in ("perturbation", "rate per step", "95 % interval", "R²", "off the fit at steps"):
         growth.add_column(column)
-    for g in (found.growth, found.noise):
+    for g in (measured.growth, measured.noise):
         what = "reuse of the last map" if g.size is None else f"noise of relative size {g.size:g}"
         interval = f"{g.rate_low:.3f} to {g.rate_high:.3f}"
         growth.add_row(what, f"{g.rate:.3f}", interval, f"{g.r2:.2f}", ", ".join(map(str, g.misfits)) or "none")
     yield growth
     stale = Table(title="distance of the final latent when one step applies maps of this age")
     stale.add_column("step")
-    for age in found.staleness.ages:
+    for age in measured.staleness.ages:
         stale.add_column(str(age), justify="right")
-    for step, distances in zip(found.staleness.steps, found.staleness.distances, strict=True):
+    for step, distances in zip(measured.staleness.steps, measured.staleness.distances, strict=True):
         stale.add_row(str(step), *("" if d is None else f"{d:.2e}" for d in distances))
     yield stale
-    if found.prediction is not None:
+    if measured.prediction is not None:
         ranks = Table(
-            "predicted from", title=f"rank correlation with the error of {len(found.prediction.schedules)} schedules"
+            "predicted from", title=f"rank correlation with the error of {len(measured.prediction.schedules)} schedules"
         )
         ranks.add_column("rank", justify="right")
-        p = found.prediction
+        p = measured.prediction
         for column, rank in (
             ("growth and drift, measured (attnreuse.predict)", p.rank),
             ("noise levels (the rule hurry)", p.rank_level),

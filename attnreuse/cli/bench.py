@@ -52,18 +52,18 @@ def command(
         default = measuring.SHAPES if device.type == "cuda" else measuring.CPU_SHAPES
         shapes = {text: _shape(text) for text in shape} if shape else default
         if tune:
-            found = list(measuring.tune(device, list(shapes.values()), formats, repeats))
-            data: dict[str, Any] = {"configurations": [t.to_dict() for t in found], "environment": environment(device)}
+            rows = list(measuring.tune(device, list(shapes.values()), formats, repeats))
+            data: dict[str, Any] = {"configurations": [t.to_dict() for t in rows], "environment": environment(device)}
         else:
             limits = measuring.ceilings(device, dtype)
-            found = []
+            rows = []
             for name, sizes in shapes.items():
-                found += measuring.measure(name, sizes, formats, dtype, device, limits, repeats)
-            data = {"rows": measuring.to_dicts(found, limits), "environment": environment(device)}
+                rows += measuring.measure(name, sizes, formats, dtype, device, limits, repeats)
+            data = {"rows": measuring.to_dicts(rows, limits), "environment": environment(device)}
     if as_json:
         print(json.dumps(data, indent=2))
         return
-    for table in [_tune_table(found)] if tune else _tables(found):
+    for table in [_tune_table(rows)] if tune else _tables(rows):
         out.print(table)
     if not tune:
         out.print(LEGEND)
@@ -98,11 +98,11 @@ def _tables(rows: list[Any]) -> Iterator[Table]:
         yield table
 
 
-def _tune_table(found: list[Any]) -> Table:
+def _tune_table(rows: list[Any]) -> Table:
     table = Table(title="launch configurations, fastest first")
     for column in ("op", "format", "D", "rows", "warps", "stages", "registers", "time", ""):
         table.add_column(column, justify="left" if column in ("op", "format", "") else "right")
-    for t in found:
+    for t in rows:
         config = [str(x or "") for x in (t.config.block_m, t.config.warps, t.config.stages, t.config.registers)]
         taken = f"{1e3 * t.times.median:.3f} ms" if t.times else t.reason
         table.add_row(t.op, t.map_format, str(t.head_dim), *config, taken, "shipped" if t.shipped else "")

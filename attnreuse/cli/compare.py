@@ -67,15 +67,15 @@ def command(
         setting = setting_for(model, prompt, images, count, seed, guidance, eta, first, layers, batch, held_out=True)
         pipe = load_pipeline(model, None)
         with progress("runs") as tell:
-            found = groups.compare(
+            comparison = groups.compare(
                 pipe, setting, schedulers=scheduler or [None], steps=steps, formats=formats or None, policies=policies,
                 student=student, others=others, judge=judge, rounds=rounds, progress=tell,
             )  # fmt: skip
-        written = page.write(found, out_path, " ".join(["attnreuse", *sys.argv[1:]]))
+        written = page.write(comparison, out_path, " ".join(["attnreuse", *sys.argv[1:]]))
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print(json.dumps(comparison.to_dict(), indent=2))
         return
-    for group in found.groups:
+    for group in comparison.groups:
         out.print(_table(group))
         for sentence in page.summary(group) + group.notes:
             out.print(sentence)

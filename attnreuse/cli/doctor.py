@@ -25,29 +25,29 @@ def command(as_json: AsJson = False) -> None:
     from attnreuse.maps.formats import FORMATS
     from attnreuse.measure.environment import default_device, environment, package_version
 
-    found: dict[str, Any] = dict(environment(default_device()))
-    found["cuda"] = torch.version.cuda if torch.cuda.is_available() else "no CUDA device"
-    found["extension"] = native.INFO
+    facts: dict[str, Any] = dict(environment(default_device()))
+    facts["cuda"] = torch.version.cuda if torch.cuda.is_available() else "no CUDA device"
+    facts["extension"] = native.INFO
     for extra, packages in EXTRAS.items():
         missing = ", ".join(name for name in packages if package_version(name) is None)
         remedy = f"{missing} not installed: pip install 'attnreuse[{extra}]'"
-        found[f"extra {extra}"] = remedy if missing else "installed"
+        facts[f"extra {extra}"] = remedy if missing else "installed"
     devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
     reasons: dict[str, list[str]] = {}  # why not, to "format on device"
     for device, name in itertools.product(devices, FORMATS):
         dtype = default_dtype(device)
-        found[f"{name} maps on {device.type}"] = ops.backend_for(name, device, dtype, 64)
+        facts[f"{name} maps on {device.type}"] = ops.backend_for(name, device, dtype, 64)
         for backend, why in ops.unserved_reasons(name, device, dtype, 64).items():
             reasons.setdefault(f"{backend}: {why}", []).append(f"{name} on {device.type}")
     for name, named in ops.NAMED.items():
         reason = named.unserved(FORMATS["u8"], devices[-1], torch.float16, 64)
-        found[f"reuse by the {name} kernel"] = reason or "u8 and u4 maps of fp16 tensors, where it is named"
-    verdict = _verdict(devices[-1], found[f"u8 maps on {devices[-1].type}"])
+        facts[f"reuse by the {name} kernel"] = reason or "u8 and u4 maps of fp16 tensors, where it is named"
+    verdict = _verdict(devices[-1], facts[f"u8 maps on {devices[-1].type}"])
     if as_json:
-        print(json.dumps(found | {"not used": reasons, "verdict": verdict}, indent=2))
+        print(json.dumps(facts | {"not used": reasons, "verdict": verdict}, indent=2))
         return
     table = Table(show_header=False, box=box.SIMPLE, pad_edge=False)
-    for key, value in found.items():
+    for key, value in facts.items():
         table.add_row(key, str(value))
     out.print(table)
     for why, formats in reasons.items():

@@ -74,16 +74,16 @@ def policy_for(
     executed = executed_steps(scheduler, steps)
     if file is not None:
         try:
-            found = load_policy(file)
+            loaded = load_policy(file)
         except (OSError, ValueError) as error:
             raise ValueError(f"--policy: {error}") from error
-        if isinstance(found, Policy) and fit == "exact" and found.steps != executed:
+        if isinstance(loaded, Policy) and fit == "exact" and loaded.steps != executed:
             raise ValueError(
-                f"--policy {file} is for {found.steps} executed steps, this run executes {executed}: --fit stretch"
+                f"--policy {file} is for {loaded.steps} executed steps, this run executes {executed}: --fit stretch"
             )
-        if isinstance(found, Policy) and found.steps == executed:
-            return found
-        rule = Stretched(policy=found) if isinstance(found, Policy) else found
+        if isinstance(loaded, Policy) and loaded.steps == executed:
+            return loaded
+        rule = Stretched(policy=loaded) if isinstance(loaded, Policy) else loaded
         return resolved(rule, scheduler, executed)
     if not math.isfinite(reuse) or (reuse >= 1 and reuse != int(reuse)):
         raise ValueError(f"--reuse must be a share below 1 or a whole number of steps, got {reuse}")

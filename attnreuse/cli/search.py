@@ -177,38 +177,38 @@ def command(
         setting = setting_for(model, prompt, count, steps, seed, guidance, eta, map_format, layers, batch)
         setting, others = _kept_back(setting, confirm)
         evaluator = Evaluator(load_pipeline(model, scheduler), setting)
-        chosen = RayEngine(evaluator, workers, address) if engine == "ray" else InProcess(evaluator)
+        judges = RayEngine(evaluator, workers, address) if engine == "ray" else InProcess(evaluator)
         with progress("schedules", at_most=True) as tell:
-            given: dict[str, Any] = {"cache": cache, "progress": tell}
+            common: dict[str, Any] = {"cache": cache, "progress": tell}
             if method == "phast":
                 starts, rank = _predicted(analysis, evaluator, reuse)
-                found: Any = phast(
+                result: Any = phast(
                     evaluator.pipe, steps, reuse, evaluator.setting.prompts, objective=objective, variant=variant,
                     starts=starts, rank=rank, restarts=restarts, budget=budget, patience=patience, seed=seed,
-                    engine=chosen, **given,
+                    engine=judges, **common,
                 )  # fmt: skip
             elif method == "exhaustive":
-                found = exhaustive(chosen, reuse, objective=objective, **given)
+                result = exhaustive(judges, reuse, objective=objective, **common)
             else:
                 seconds = None if budget_time is None else 60 * budget_time
-                found = ladder(
-                    chosen, by=by, budget=budget, budget_time=seconds, memory_budget=objective.memory_budget,
-                    seed=seed, confirm=others, **given,
+                result = ladder(
+                    judges, by=by, budget=budget, budget_time=seconds, memory_budget=objective.memory_budget,
+                    seed=seed, confirm=others, **common,
                 )  # fmt: skip
-        picked = found.pick(floor, time) if is_ladder else found
-        if not is_ladder and not objective.reaches(found.history[-1].metric):
+        picked = result.pick(floor, time) if is_ladder else result
+        if not is_ladder and not objective.reaches(result.history[-1].metric):
             raise ValueError(
-                f"none of {found.evaluations} schedules reaches --floor {floor:g}: the best has {metric} "
-                f"{found.history[-1].metric:.4g}; nothing is saved but the scores in {cache}"
+                f"none of {result.evaluations} schedules reaches --floor {floor:g}: the best has {metric} "
+                f"{result.history[-1].metric:.4g}; nothing is saved but the scores in {cache}"
             )
         picked.policy.save(out_path)
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print(json.dumps(result.to_dict(), indent=2))
         return
-    out.print(_front_table(found, picked) if is_ladder else _table(found, metric))
+    out.print(_front_table(result, picked) if is_ladder else _table(result, metric))
     judged = evaluator.calls
-    of_cache = f"{found.evaluations - judged.schedules} of them from the cache"
-    out.print(f"{found.evaluations} schedules judged, {of_cache}; {judged.saved:.0%} of denoiser calls replayed.")
+    of_cache = f"{result.evaluations - judged.schedules} of them from the cache"
+    out.print(f"{result.evaluations} schedules judged, {of_cache}; {judged.saved:.0%} of denoiser calls replayed.")
     if is_ladder and picked.steps != steps:
         out.print(f"Run the saved policy with --steps {picked.steps}.")
     faint(f"{out_path}; scores in {cache}")
@@ -244,33 +244,34 @@ def _predicted(analysis: Path | None, evaluator: Any, reuse: int) -> tuple[list[
     from attnreuse.policy import hurry
     from attnreuse.study.findings import Analysis, best_predicted, predict
 
-    found = Analysis.load(analysis)
-    made_for, here = (found.scheduler, found.steps), (evaluator.scheduler, evaluator.executed_steps)
+    measured = Analysis.load(analysis)
+    made_for, here = (measured.scheduler, measured.steps), (evaluator.scheduler, evaluator.executed_steps)
     if made_for != here:
         raise ValueError(
             f"--analysis {analysis} is of {made_for[0]}, {made_for[1]} steps; this run: {here[0]}, {here[1]}"
         )
-    return [best_predicted(found, reuse), hurry(found.steps, reuse, None)], lambda policy: predict(policy, found)
+    starts = [best_predicted(measured, reuse), hurry(measured.steps, reuse, None)]
+    return starts, lambda policy: predict(policy, measured)
 
 
-def _front_table(found: Any, picked: Any) -> Table:
+def _front_table(front: Any, picked: Any) -> Table:
     """The points of a front, and which of them is saved."""
-    title = f"stopped at: {found.stopped}; PSNR of {found.pictures} pictures; time, predicted, as a share of "
-    table = Table(title=f"{title}{found.full_s:.2f} s")
+    title = f"stopped at: {front.stopped}; PSNR of {front.pictures} pictures; time, predicted, as a share of "
+    table = Table(title=f"{title}{front.full_s:.2f} s")
     for column in ("time", "PSNR, dB", "steps", "schedule", ""):
         table.add_column(column, justify="right" if column in ("time", "PSNR, dB", "steps") else "left")
-    for point in found.points:
+    for point in front.points:
         does = "reuses" if point.policy.reuse_steps else "computes all"
         saved = "saved" if point is picked else ""
         table.add_row(f"{point.time:.3f}", f"{point.psnr_db:.2f}", str(point.steps), does, saved)
     return table
 
 
-def _table(found: Any, metric: str) -> Table:
+def _table(result: Any, metric: str) -> Table:
     """Improvements of a step-wise search."""
-    table = Table(title=f"{found.policy.name}, stopped at: {found.stopped}")
+    table = Table(title=f"{result.policy.name}, stopped at: {result.stopped}")
     for column in ("schedule", metric, "after"):
         table.add_column(column, justify="left" if column == "schedule" else "right")
-    for step in found.history:
+    for step in result.history:
         table.add_row(step.reuse, f"{step.metric:.3f}", str(step.evaluations))
     return table

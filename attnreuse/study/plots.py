@@ -171,9 +171,9 @@ def _staleness(axis: Any, analysis: Analysis) -> None:
 
 def _of_age(analysis: Analysis) -> str:
     """What doubling a map's age does."""
-    found, ages = analysis.staleness, analysis.staleness.ages
+    staleness, ages = analysis.staleness, analysis.staleness.ages
     pairs = [(i, ages.index(2 * age)) for i, age in enumerate(ages) if 2 * age in ages]
-    rises = [row[j] / row[i] for row in found.distances for i, j in pairs if row[i] and row[j]]
+    rises = [row[j] / row[i] for row in staleness.distances for i, j in pairs if row[i] and row[j]]
     return f"Twice the age, {min(rises):.1f} to {max(rises):.1f} times the harm" if rises else "Harm by age"
 
 
@@ -184,17 +184,17 @@ def _at_whole_steps(axis: Any, which: str = "x") -> None:
 def _prediction(axis: Any, analysis: Analysis) -> None:
     from matplotlib.ticker import LogLocator
 
-    found = analysis.prediction
-    if found is None:
+    prediction = analysis.prediction
+    if prediction is None:
         axis.set_axis_off()
         return
-    axis.loglog(found.predicted, found.measured, "o", ms=3, color=INK)
-    low, high = min(found.predicted + found.measured), max(found.predicted + found.measured)
+    axis.loglog(prediction.predicted, prediction.measured, "o", ms=3, color=INK)
+    low, high = min(prediction.predicted + prediction.measured), max(prediction.predicted + prediction.measured)
     axis.loglog([low, high], [low, high], color=QUIET, lw=1)
     for ticks in (axis.xaxis, axis.yaxis):
         ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ticks.set_major_formatter("{x:g}")
     axis.minorticks_off()
-    others = f"by growth alone {found.rank_growth:.2f}, latest first {found.rank_hurry:.2f}"
-    title = f"Predictions order {len(found.schedules)} random schedules: rank correlation {found.rank:.2f}\n({others})"
-    axis.set(xlabel="predicted distance of the final latent", ylabel="measured distance", title=title)
+    others = f"by growth alone {prediction.rank_growth:.2f}, latest first {prediction.rank_hurry:.2f}"
+    title = f"Predictions order {len(prediction.schedules)} random schedules: rank correlation {prediction.rank:.2f}"
+    axis.set(xlabel="predicted distance of the final latent", ylabel="measured distance", title=f"{title}\n({others})")

@@ -56,11 +56,11 @@ class Memo:
 
 def digests_of(actions: dict[str, list[Action]], steps: int) -> list[str]:
     """Per executed step of a run of `steps` (``num_inference_steps``): a digest of what every layer did up to it."""
-    running, found = hashlib.sha256(f"{steps} steps;".encode()), []
+    running, digests = hashlib.sha256(f"{steps} steps;".encode()), []
     for step_actions in zip(*actions.values(), strict=True):
         running.update(",".join(a.value for a in step_actions).encode() + b";")
-        found.append(running.hexdigest())
-    return found
+        digests.append(running.hexdigest())
+    return digests
 
 
 def _nbytes(output: Any) -> int:

@@ -102,16 +102,16 @@ def compare(
             at = replace(setting, steps=count, map_format=name)
             same = type(pipe.scheduler) is type(own)  # a student is made for one scheduler
             wanted.append((scheduler, at, *methods(pipe, at, policies, student if same else None, others)))
-        of, done = sum(runs(found, rounds) for _, _, found, _ in wanted), 0
-        for scheduler, at, found, notes in wanted:
+        of, done = sum(runs(candidates, rounds) for _, _, candidates, _ in wanted), 0
+        for scheduler, at, candidates, notes in wanted:
             pipe.scheduler = made[scheduler]
             label = scheduler or type(own).__name__  # as asked for: samplers share classes
 
             def tell(part: int, _: int, now: str, before: int = done, label: str = label) -> None:
                 progress(before + part, of, f"{label}: {now}")
 
-            rows = measure(pipe, at, found, notes, judge, rounds, tell)
-            done += runs(found, rounds)
+            rows = measure(pipe, at, candidates, notes, judge, rounds, tell)
+            done += runs(candidates, rounds)
             for row in rows:
                 row.scheduler = label
             groups.append(Group(label, at.steps, at.map_format, rows, notes))

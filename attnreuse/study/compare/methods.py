@@ -146,15 +146,15 @@ def _students(folder: Path, steps: int, map_format: str) -> list[Method]:
 
 
 def _student(folder: Path) -> Callable[[Any], AbstractContextManager]:
-    held: list[Any] = []
+    students: list[Any] = []
 
     @contextmanager
     def around(pipe: Any) -> Iterator[None]:
         from diffusers import UNet2DConditionModel
 
-        if not held:
-            held.append(UNet2DConditionModel.from_pretrained(folder).to(pipe.device, pipe.unet.dtype).eval())
-        teacher, pipe.unet = pipe.unet, held[0]
+        if not students:
+            students.append(UNet2DConditionModel.from_pretrained(folder).to(pipe.device, pipe.unet.dtype).eval())
+        teacher, pipe.unet = pipe.unet, students[0]
         try:
             yield
         finally:

@@ -137,10 +137,10 @@ def _family(group: Group, family: str) -> list[Measured]:
 
 
 def _svg(figure: Any) -> str:
-    held = io.StringIO()
-    figure.savefig(held, format="svg")
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
     pyplot().close(figure)
-    return held.getvalue()[held.getvalue().index("<svg") :]
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
 def _grid(group: Group, prompts: list[str]) -> list[dict[str, Any]]:
@@ -149,9 +149,9 @@ def _grid(group: Group, prompts: list[str]) -> list[dict[str, Any]]:
     def uri(picture: np.ndarray) -> str:
         image = Image.fromarray((picture * 255).round().astype(np.uint8))
         image.thumbnail((160, 160))
-        held = io.BytesIO()
-        image.save(held, "PNG", optimize=True)
-        return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", optimize=True)
+        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
     return [
         {"name": row.method.name, "pictures": list(zip(map(uri, row.pictures), prompts, strict=False))}

@@ -256,13 +256,13 @@ class _Ladder:
         return sorted(self.points.items(), key=lambda p: (p[1].time, -p[1].psnr_db))
 
     def _front(self) -> list[Candidate]:
-        found: list[Candidate] = []
+        front: list[Candidate] = []
         best = -math.inf
         for candidate, point in self._by_time():
             if point.time < 1 and point.psnr_db > best:
                 best = point.psnr_db
-                found.append(candidate)
-        return found
+                front.append(candidate)
+        return front
 
     # -- candidates
 

@@ -43,9 +43,9 @@ class Objective:
             return 1, self.quality(scores)
         return (1, -seconds) if self.reaches(scores[self.metric]) else (0, self.quality(scores))
 
-    def reaches(self, found: float) -> bool:
+    def reaches(self, value: float) -> bool:
         """Is this metric as good as the floor, if there is one?"""
-        return self.floor is None or self.quality({self.metric: found}) >= self.quality({self.metric: self.floor})
+        return self.floor is None or self.quality({self.metric: value}) >= self.quality({self.metric: self.floor})
 
 
 class Improvement(Result):
