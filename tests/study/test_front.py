@@ -1,5 +1,6 @@
 """The search of the ladder: compute, reuse or hold, per step and group of layers."""
 
+import sys
 import time
 from dataclasses import replace
 
@@ -191,6 +192,17 @@ def test_other_pictures_confirm_the_front(pipe):
     assert qualities == sorted(qualities)
     assert qualities != [p.psnr_db for p in plain.points]
     assert_no_fewer_steps_lie_above(judge, found)
+
+
+def test_a_long_front_is_confirmed_from_end_to_end(pipe, monkeypatch):
+    made = evaluator(pipe)
+    plain = search(made, by="kind", budget=40)
+    assert len(plain.points) > 10
+    monkeypatch.setattr(sys.modules["attnreuse.study.search.ladder"], "CONFIRMED", 5)
+    others = replace(made.setting, prompts=("a red square on white",), seed=7)
+    found = search(made, by="kind", budget=40, confirm=others)
+    half = plain.points[len(plain.points) // 2].time
+    assert found.points[0].time < half < found.points[-1].time
 
 
 @pytest.mark.parametrize("changes", [{"steps": 5}, {"guidance": 2.0}, {}, {"prompts": PROMPTS[:1]}])

@@ -215,13 +215,18 @@ class _Ladder:
         self.points = confirmed
 
     def _near_front(self) -> list[Candidate]:
-        """All fewer steps, and the schedules that lie least below the best of those that take no longer."""
+        """All fewer steps, and the schedules that lie least below the best of those that take no longer.
+
+        Of more than ``CONFIRMED`` on the front itself as many, evenly from the fastest to the slowest.
+        """
         best, gaps = -math.inf, {}
         for candidate, point in self._by_time():
             best = max(best, point.psnr_db)
             gaps[candidate] = best - point.psnr_db if candidate.rows else 0.0
-        near = sorted((c for c, gap in gaps.items() if gap <= NEAR), key=gaps.__getitem__)
-        return near[:CONFIRMED]
+        front = [candidate for candidate, gap in gaps.items() if gap == 0]
+        if len(front) > CONFIRMED:
+            return [front[i * (len(front) - 1) // (CONFIRMED - 1)] for i in range(CONFIRMED)]
+        return sorted((c for c, gap in gaps.items() if gap <= NEAR), key=gaps.__getitem__)[:CONFIRMED]
 
     # -- judging
 
