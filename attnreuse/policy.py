@@ -11,9 +11,10 @@ import math
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from attnreuse.planning.policy import Action, Policy, as_policy_file, download
+from attnreuse.planning.policy import Action, Policy, download
 from attnreuse.planning.rows import room_for
 from attnreuse.planning.rules import Hurry, Periodic, Rule, Stretched
+from attnreuse.results import reading
 
 __all__ = [
     "Action",
@@ -48,7 +49,7 @@ def load_policy(source: Policy | Rule | str | Path) -> Policy | Rule:
     path = Path(source if is_file else download(source))
     if not path.exists():
         raise FileNotFoundError(f"no such policy file: {path}")
-    with as_policy_file(path):
+    with reading(path, Policy.file_kind):
         data = json.loads(path.read_text(encoding="utf-8"))
         rule = data.get("rule") if isinstance(data, dict) else None
         if rule is not None and (not isinstance(rule, str) or rule not in RULES):

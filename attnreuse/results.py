@@ -1,18 +1,26 @@
-"""What was measured or found, as plain data: printed by `--json`, kept in files, read again."""
+"""Plain data that files keep: what was measured or found, and policies."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from typing_extensions import Self
 
 
 class Result(BaseModel):
-    """Plain data."""
+    """Data of numbers, text, lists and tables alone.
 
-    called: ClassVar[str] = "a result"  # of its files, in messages
+    Attributes:
+        file_kind: what a file of it is called in messages.
+    """
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+    file_kind: ClassVar[str] = "a result"
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -20,7 +28,7 @@ class Result(BaseModel):
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -28,9 +36,19 @@ class Result(BaseModel):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: something else.
+            ValueError: something else; the message says which field is wrong and how.
         """
-        try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except ValidationError as error:
-            raise ValueError(f"{path} is not {cls.called} file: {error.errors()[0]['msg']}") from None
+        with reading(path, cls.file_kind):
+            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+@contextmanager
+def reading(path: str | Path, file_kind: str) -> Iterator[None]:
+    """Errors of reading `path` say what is wrong with it."""
+    try:
+        yield
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"{path} is not {file_kind} file: {wrong}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not {file_kind} file: {error}") from None

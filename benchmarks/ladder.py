@@ -14,20 +14,20 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rows import RESULTS, append, has_rows, provenance, ratios
 from shipped import pipeline
 
 from attnreuse.demo import tiny_shapes
-from attnreuse.policy import Policy
+from attnreuse.measure.timing import Times
 from attnreuse.search import InProcess, ladder
 from attnreuse.study.compare.measure import Measured, at_time, judged, timed
 from attnreuse.study.compare.methods import PLAIN, SAME_NOISE, Method, plain_steps, rule_for
 from attnreuse.study.compare.other_caches import OTHER_CACHES
 from attnreuse.study.evaluate import Evaluator, Setting
 from attnreuse.study.plots import Spot, pareto_figure
+from attnreuse.study.search.front import Front, Point
 
 SAMPLERS = ("DDIM", "Euler a")
 STEPS, GUIDANCE, ROUNDS = 20, 7.5, 5
@@ -60,11 +60,11 @@ def judge(images: int) -> None:
     for sampler in (s for s in SAMPLERS if not has_rows(JUDGED, sampler=s, images=images)):
         pipe = pipeline(sampler)
         setting = Setting(tuple(tiny_shapes.held_out_prompts(images)), STEPS, guidance=GUIDANCE, layers="all")
-        points = json.loads(front_of(sampler).read_text())["points"]
+        points = Front.load(front_of(sampler)).points
         wanted = [Method("full steps", "full", STEPS)]
         for point in spread(points):
-            name = f"ladder {point['time']:.3f}" + (f", {point['steps']} steps" if point["steps"] < STEPS else "")
-            wanted.append(Method(name, "ladder", point["steps"], Policy.model_validate(point["policy"]), "u8"))
+            name = f"ladder {point.time:.3f}" + (f", {point.steps} steps" if point.steps < STEPS else "")
+            wanted.append(Method(name, "ladder", point.steps, point.policy, "u8"))
         for share in (0.5, 0.25):
             wanted.append(Method(f"hurry(reuse={share})", "reuse", STEPS, rule_for(pipe.scheduler, STEPS, share), "u8"))
         wanted += plain_steps((19, 18, 17, 15, 13, 11, 10))
@@ -83,10 +83,10 @@ def _row(measured: Measured, full: Measured) -> dict[str, str]:
     return method | ratios(measured.latencies_s, full.latencies_s) | quality
 
 
-def spread(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def spread(points: list[Point]) -> list[Point]:
     """At most ``POINTS`` of a front, evenly over its times."""
-    targets = np.linspace(points[0]["time"], points[-1]["time"], POINTS)
-    chosen = {min(range(len(points)), key=lambda i: abs(points[i]["time"] - t)) for t in targets}
+    targets = np.linspace(points[0].time, points[-1].time, POINTS)
+    chosen = {min(range(len(points)), key=lambda i: abs(points[i].time - t)) for t in targets}
     return [points[i] for i in sorted(chosen)]
 
 
@@ -112,7 +112,7 @@ def figure() -> None:
         Spot(
             "" if row["family"] in ("ladder", SAME_NOISE) else row["method"].removesuffix(" plain steps"),
             row["family"],
-            (float(row["p20"]), float(row["of_full"]), float(row["p80"])),
+            Times(*(float(row[key]) for key in ("of_full", "p20", "p80"))),
             float(row["psnr"]),
             float(row["psnr_ci"]),
         )

@@ -5,10 +5,10 @@ import datetime
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from attnreuse.measure.environment import PACKAGES, environment
+from attnreuse.measure.timing import Times
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,8 +26,8 @@ def provenance(device: torch.device = torch.device("cpu")) -> dict[str, object]:
 
 def ratios(seconds: list[float], full: list[float]) -> dict[str, str]:
     """Median, 20th and 80th percentile of what a method takes, as shares of the full run of the same round."""
-    p20, median, p80 = np.percentile(np.array(seconds) / np.array(full), [20, 50, 80])
-    return {"of_full": f"{median:.4f}", "p20": f"{p20:.4f}", "p80": f"{p80:.4f}"}
+    times = Times.of([own / whole for own, whole in zip(seconds, full, strict=True)])
+    return {"of_full": f"{times.median:.4f}", "p20": f"{times.p20:.4f}", "p80": f"{times.p80:.4f}"}
 
 
 def has_rows(path: Path, **columns: object) -> bool:

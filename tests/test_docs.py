@@ -10,7 +10,10 @@ import pytest
 import typer
 
 import attnreuse
+from attnreuse.binding.denoiser import select_layers
+from attnreuse.binding.shapes import parse_bytes
 from attnreuse.cli import app
+from attnreuse.maps.formats import format_named
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,17 +42,24 @@ def commands():
 
 
 def what_you_write():
-    """The Python expressions in the second column of the README's table of uses."""
+    """The Python expressions in the second column of the README's table of uses; options as those of `enable`."""
     table = text_of(ROOT / "README.md").partition("| you want |")[2].partition("\n\n")[0]
     cells = " ".join(line.split("|")[2] for line in table.splitlines()[2:])
-    return [code for code in re.findall(r"`([^`]+)`", cells) if not code.startswith("attnreuse ")]
+    name = ""
+    for code in re.findall(r"`([^`]+)`", cells):
+        if re.match(r"[\w.]+\(", code):
+            yield code
+        elif not code.startswith("attnreuse "):
+            option, _, value = code.rpartition("=")
+            name = option or name  # a bare value is of the option before
+            yield f"enable(pipe, {name}={value})"
 
 
 @pytest.mark.parametrize("code", snippets("python"))
 @pytest.mark.filterwarnings("error:attnreuse")  # whatever we would say of it
 def test_snippets_run(code, capsys):
     exec(compile(code, "snippet", "exec"), {})
-    assert "10" in capsys.readouterr().out  # calls that reuse, in a report
+    assert "10" in capsys.readouterr().out.split()  # calls that reuse, in a report
 
 
 @pytest.mark.parametrize("arguments", list(commands()))
@@ -62,10 +72,21 @@ def test_commands_have_these_options(arguments):
     group.commands[name].make_context(name, rest, resilient_parsing=rest == ["--help"])
 
 
-@pytest.mark.parametrize("code", what_you_write())
+def check_option(name, value):
+    """An option of `enable`, by what it is checked with there."""
+    if name == "map_format":
+        format_named(value)
+    elif name == "memory_budget":
+        assert parse_bytes(value) > 0
+    elif name == "layers":
+        kinds = {"up_blocks.0.attn1": "self", "up_blocks.0.attn2": "cross"}
+        assert select_layers(kinds, value)
+    elif name == "fit":
+        assert value in ("exact", "stretch")
+
+
+@pytest.mark.parametrize("code", list(what_you_write()))
 def test_what_you_write_exists(code):
-    if not re.match(r"[\w.]+\(", code):  # options, or values of the option before
-        code = f"enable(pipe, {code})" if "=" in code else f"enable(pipe, {{}}, layers={code})"
     call = ast.parse(code, mode="eval").body
     if isinstance(call, ast.Attribute):  # of its result
         call = call.value
@@ -73,8 +94,10 @@ def test_what_you_write_exists(code):
         assert hasattr(attnreuse.Policy, call.func.attr)
         return
     function = getattr(attnreuse, call.func.id)
-    parameters = inspect.signature(function).parameters
-    assert {keyword.arg for keyword in call.keywords} <= parameters.keys()
+    assert {keyword.arg for keyword in call.keywords} <= inspect.signature(function).parameters.keys()
+    for keyword in call.keywords if call.func.id == "enable" else ():
+        if not isinstance(keyword.value, ast.Name):
+            check_option(keyword.arg, ast.literal_eval(keyword.value))
     if call.func.id in ("hurry", "periodic", "Policy"):
         eval(code, {call.func.id: function})
 

@@ -32,15 +32,19 @@ class Attached:
         processors: Mapping[Any, Any] | None = None,
     ):
         self._undo: list[Callable[[], object]] = []
-        if before is not None:
-            self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        if after is not None:
-            self._undo.append(module.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
-        if forward is not None:
-            self._replace_forward(module, forward)
-        for attn, processor in (processors or {}).items():
-            self._undo.append(functools.partial(attn.set_processor, attn.processor))
-            attn.set_processor(processor)
+        try:
+            if before is not None:
+                self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            if after is not None:
+                self._undo.append(module.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
+            if forward is not None:
+                self._replace_forward(module, forward)
+            for attn, processor in (processors or {}).items():
+                self._undo.append(functools.partial(attn.set_processor, attn.processor))
+                attn.set_processor(processor)
+        except BaseException:
+            self.detach()
+            raise
 
     def _replace_forward(self, module: Module, forward: Callable) -> None:
         own = module.__dict__.get("forward")  # of offloading, such

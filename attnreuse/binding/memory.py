@@ -35,7 +35,10 @@ class Memory:
     notices: Notices
 
     def give(self, run: Run, branch: Branch, given: dict[str, Any]) -> None:
-        """Allocate the maps of a branch; a branch that this step has not called gives up its own for a new one."""
+        """Allocate the maps of a branch for a call with the arguments `given` of the denoiser.
+
+        A branch that this step has not called gives up its own memory for a new one.
+        """
         waiting = [other for other in run.branches if other.step < run.step]
         if waiting and not branch.released:  # whose turn may not come: memory stays what the plan says
             min(waiting, key=lambda other: other.step).release("its memory went to another call of the step")
@@ -47,11 +50,11 @@ class Memory:
         try:
             shapes = map_shapes(self.denoiser, given, self.layers.all)
         except UnsupportedLayerError as error:
-            self.only_compute(run, dict.fromkeys(names, str(error)))
+            self.notices.only_compute(run, dict.fromkeys(names, str(error)))
             return None
         dtype = ops.unserved_dtype(sample.dtype)
         unserved = {n: dtype or "the model does not call it" for n in names if dtype or n not in shapes}
-        self.only_compute(run, unserved)
+        self.notices.only_compute(run, unserved)
         names = [n for n in names if n not in unserved]
         for name in names if self.notices.strict else []:
             reason = ops.fallback_reason(self.map_format, sample.device, sample.dtype, shapes[name].head_dim)
@@ -61,24 +64,15 @@ class Memory:
             requests = map_requests(run.schedule, names, shapes, _compute_dtype(sample))
             plan = plan_ring(requests, self.map_format, self.budget)
         except MemoryBudgetError as error:
-            self.only_compute(run, dict.fromkeys(names, str(error)))
+            self.notices.only_compute(run, dict.fromkeys(names, str(error)))
             return None
         for layer in run.report.layers:
             sizes = shapes.get(layer.name)
             layer.shape, layer.head_dim = (None, None) if sizes is None else sizes[:2]
         unfit = "its map of {:,} bytes does not fit the memory budget of {:,}"
         dropped = {name: unfit.format(nbytes, self.budget) for name, nbytes in plan.dropped.items()}
-        self.only_compute(run, dropped, asked_for=True)
+        self.notices.only_compute(run, dropped, asked_for=True)
         return plan
-
-    def only_compute(self, run: Run, reasons: dict[str, str], asked_for: bool = False) -> None:
-        """Report layers that will not reuse in this run, and warn; an error under `strict` unless `asked_for`."""
-        new = {name: reason for name, reason in reasons.items() if run.report.skipped.get(name) != reason}
-        if new:
-            name, reason = next(iter(new.items()))
-            message = f"{len(new)} layers only compute, such as {name}: {reason}"
-            self.notices.warn(message) if asked_for else self.notices.object(UnsupportedLayerError(message))
-        run.report.skipped.update(new)
 
 
 def _compute_dtype(sample: torch.Tensor) -> torch.dtype:

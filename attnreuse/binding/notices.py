@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 
-from attnreuse.errors import AttnReuseError
+from attnreuse.binding.run import Run
+from attnreuse.errors import AttnReuseError, UnsupportedLayerError
+
+INSIDE = ("attnreuse", "torch", "diffusers", "contextlib", "accelerate")  # packages between us and the user's line
 
 
 @dataclass(frozen=True)
 class Notices:
-    """Warnings; errors instead, where `strict` and something does not go as the policy says."""
+    """Warnings, at the user's line; errors instead, where `strict` and something does not go as the policy says."""
 
     strict: bool
 
-    def object(self, error: AttnReuseError, more: str = "") -> None:
+    def complain(self, error: AttnReuseError, more: str = "") -> None:
         """Something does not go as the policy says: an error under `strict`, else a warning, which says `more`."""
         if self.strict:
             raise error
@@ -22,4 +26,16 @@ class Notices:
 
     def warn(self, message: str) -> None:
         """Say so, whatever `strict` is."""
-        warnings.warn(f"attnreuse: {message}", stacklevel=2)
+        level, frame = 1, sys._getframe(0)
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in INSIDE:
+            level, frame = level + 1, frame.f_back
+        warnings.warn(f"attnreuse: {message}", stacklevel=level)
+
+    def only_compute(self, run: Run, reasons: dict[str, str], asked_for: bool = False) -> None:
+        """Report layers that will not reuse in this run, and warn; an error under `strict` unless `asked_for`."""
+        new = {name: reason for name, reason in reasons.items() if run.report.skipped.get(name) != reason}
+        if new:
+            name, reason = next(iter(new.items()))
+            message = f"{len(new)} layers only compute, such as {name}: {reason}"
+            self.warn(message) if asked_for else self.complain(UnsupportedLayerError(message))
+        run.report.skipped.update(new)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from attnreuse.policy import Action
 from attnreuse.results import Result
@@ -22,6 +22,7 @@ class LayerReport(Result):
         reasons: why calls went otherwise than planned, and how many did.
     """
 
+    model_config = ConfigDict(frozen=False)
     name: str
     kind: str  # "self" or "cross"
     computed: int = 0
@@ -47,7 +48,8 @@ class LayerReport(Result):
 class Report(Result):
     """What ran. `skipped` maps layer names to the reason why they only compute."""
 
-    called: ClassVar[str] = "a report"
+    model_config = ConfigDict(frozen=False)
+    file_kind: ClassVar[str] = "a report"
     policy: str
     map_format: str
     steps: int = 0

@@ -60,12 +60,16 @@ class Resolver:
                 policy = policy.resolve(steps, *told)
             except ValueError as error:
                 off = f"{self.policy} cannot be resolved: {error}"
-                self.notices.object(PolicyMismatchError(off), "; every layer computes")
+                self.notices.complain(PolicyMismatchError(off), "; every layer computes")
                 policy = Policy(steps=steps, reuse=(False,) * steps, name=str(self.policy))
         return self._schedule_of(policy), off
 
     def mismatch(self, run: Run, pipe: Any, certain: bool) -> str | None:
-        """Why the policy does not fit this run of `pipe` (or None), so that every layer computes; or None.
+        """Why every layer of this run computes, where the policy does not fit it; None where it fits.
+
+        Args:
+            pipe: whose run it is, where that is known; the policy may be for another model.
+            certain: the run begins here for sure, so that its number of steps is known.
 
         Raises:
             PolicyMismatchError: it is for as many steps as were asked for, but not as are executed; or
@@ -81,7 +85,7 @@ class Resolver:
             )
             if certain and policy.steps == getattr(scheduler, "num_inference_steps", None):
                 raise PolicyMismatchError(message)
-            self.notices.object(PolicyMismatchError(message), "; every layer computes")
+            self.notices.complain(PolicyMismatchError(message), "; every layer computes")
             return f"the policy is for {policy.steps} executed steps, this run executes {run.steps}"
         differences = [
             f"{what}: policy {made_for!r}, run {here!r}"
@@ -93,7 +97,7 @@ class Resolver:
         ]
         if differences:
             message = f"policy {policy.name!r} was made for something else: {'; '.join(differences)}"
-            self.notices.object(PolicyMismatchError(message))
+            self.notices.complain(PolicyMismatchError(message))
         return None
 
     def _schedule_of(self, policy: Policy) -> Schedule:

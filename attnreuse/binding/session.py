@@ -96,11 +96,11 @@ class Session:
         if refused:
             name, reason = next(iter(refused.items()))
             message = f"leaves {len(refused)} of the chosen layers alone, such as {name}: {reason}"
-            self._notices.object(UnsupportedLayerError(message), " (session.report().skipped lists them)")
+            self._notices.complain(UnsupportedLayerError(message), " (session.report().skipped lists them)")
         unmatched = self._layers.unmatched(self.policy.patterns)
         if unmatched:
             message = f"policy {self.policy.name!r} names layers that are not served here: {', '.join(unmatched)}"
-            self._notices.object(PolicyMismatchError(message))
+            self._notices.complain(PolicyMismatchError(message))
 
     def _attach(self) -> None:
         self._attached = Attached(self.denoiser, before=Hook.of(self, "_before"), after=Hook.of(self, "_after"))
@@ -295,7 +295,7 @@ class Session:
         message = None if run.off or (run.warned and not self._notices.strict) else self._layers.deviation(run)
         if message is not None:
             run.warned = True
-            self._notices.object(StaleMapError(message), " (session.report() counts such calls)")
+            self._notices.complain(StaleMapError(message), " (session.report() counts such calls)")
 
     def _wants_gradient(self, given: dict[str, Any]) -> bool:
         if not torch.is_grad_enabled():
@@ -337,7 +337,7 @@ class Session:
         )
         run = Run(begin, steps, schedule, loop, backward, self._empty_report(str(schedule.policy)))
         run.off = off
-        self._memory.only_compute(run, self._layers.foreign())
+        self._notices.only_compute(run, self._layers.foreign())
         if len(self._layers.foreign()) < len(self._layers.modules):
             run.off = run.off or self._resolver.mismatch(
                 run, self.pipe, first if loop is not None else place.position == 0

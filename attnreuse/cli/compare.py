@@ -98,7 +98,7 @@ def _table(group: Any) -> Table:
             quality += f" ± {row.scores['psnr_ci']:.1f}"
         table.add_row(
             row.method.name,
-            f"{row.latency_s / group.full.latency_s:.2f}",
+            f"{row.of_full(group.full).median:.2f}",
             "" if row.maps_computed is None else f"{row.maps_computed:.0%}",
             quality,
             *("" if v is None else f"{v:.1f}" for v in (row.plain_psnr, row.equal_cost_psnr)),

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
+_kept: list[bool] = []  # what `keep_freed_memory` said
 FLUSH_BYTES = 512 << 20  # more than any GPU's L2; writing them takes longer than the host takes to launch a call
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one call: median, 20th and 80th percentile."""
+    """Median, 20th and 80th percentile of the seconds of one call, or of their ratios to another's."""
 
     median: float
     p20: float
@@ -26,7 +27,7 @@ class Times:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Times:
-        """Summary of measured seconds."""
+        """Summary of what was measured."""
         if len(seconds) == 1:
             return cls(*seconds * 3)
         fifths = statistics.quantiles(seconds, n=5, method="inclusive")
@@ -44,7 +45,13 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     whole = mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_MAX, 0)  # before 2.36, thresholds end at 32 MiB
-    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and whole)
+    _kept[:] = [bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and whole)]
+    return _kept[0]
+
+
+def keeps_freed_memory() -> bool:
+    """Whether :func:`keep_freed_memory` was called here, and could do it."""
+    return any(_kept)
 
 
 def interleaved(calls: list[Callable[[], Any]], device: torch.device, repeats: int) -> list[Times]:

@@ -8,21 +8,16 @@ fused attention, no map written).
 from __future__ import annotations
 
 import fnmatch
-import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     FiniteFloat,
-    ValidationError,
     field_serializer,
     field_validator,
     model_serializer,
@@ -32,6 +27,7 @@ from typing_extensions import Self
 
 from attnreuse.hub import is_online
 from attnreuse.planning.rows import Row, holding, parse, stretched, strip
+from attnreuse.results import Result
 
 FILE = "policy.json"  # its name in a hub repository
 
@@ -52,10 +48,11 @@ def library_version_here() -> str:
         return "unknown"
 
 
-class Saved(BaseModel):
-    """Plain data that is kept as a JSON file."""
+class Saved(Result):
+    """A policy or rule: one that says the same is the same."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid")
+    file_kind: ClassVar[str] = "a policy"
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.model_dump_json() == other.model_dump_json()
@@ -66,21 +63,6 @@ class Saved(BaseModel):
     @model_serializer(mode="wrap")
     def _without_nothing(self, dump: Any) -> dict[str, Any]:
         return {name: value for name, value in dump(self).items() if value is not None}
-
-    def save(self, path: str | Path) -> None:
-        """Write the policy as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read a file that holds such a policy or rule.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: something else; the message says which field is wrong and how.
-        """
-        with as_policy_file(path):
-            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
 
     @classmethod
     def from_hub(cls, repo_id: str, revision: str | None = None) -> Self:
@@ -123,7 +105,7 @@ class Policy(Saved):
     resolution: tuple[int, int] | None = None
     map_format: str | None = None
     levels: tuple[FiniteFloat, ...] | None = None
-    metrics: dict[str, FiniteFloat] = {}
+    metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
     library_version: str = Field(default_factory=library_version_here)
     version: Literal[1, 2] = 2
 
@@ -217,18 +199,6 @@ def check_steps(steps: int, levels: Sequence[float] | None) -> None:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if levels is not None and (len(levels) != steps or not all(map(math.isfinite, levels))):
         raise ValueError(f"levels must be {steps} finite numbers like steps, got {list(levels)}")
-
-
-@contextmanager
-def as_policy_file(path: str | Path) -> Iterator[None]:
-    """Errors of reading `path` say what is wrong with it."""
-    try:
-        yield
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"{path} is not a policy file: {wrong}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a policy file: {error}") from None
 
 
 def download(repo_id: str, revision: str | None = None) -> str:

@@ -107,6 +107,10 @@ class Calls:
     asked: int = 0
     made: int = 0
 
+    def since(self, begun: Calls) -> Calls:
+        """Those after `begun`."""
+        return Calls(self.schedules - begun.schedules, self.asked - begun.asked, self.made - begun.made)
+
     @property
     def saved(self) -> float:
         """Share of the calls that was replayed instead."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Literal
 
+from pydantic import ConfigDict
+
 from attnreuse.planning.rows import ReuseError, best_row, schedule_error
 from attnreuse.policy import Policy
 from attnreuse.results import Result
@@ -92,7 +94,8 @@ class Prediction(Result):
 class Analysis(Result):
     """What :func:`analyze` measured on one model, scheduler and step count; a JSON file."""
 
-    called: ClassVar[str] = "an analysis"
+    model_config = ConfigDict(extra="forbid")
+    file_kind: ClassVar[str] = "an analysis"
     model: str
     scheduler: str
     steps: int

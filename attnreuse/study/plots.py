@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from attnreuse.errors import AttnReuseError
+from attnreuse.measure.timing import Times
 from attnreuse.study.findings import Analysis, Growth
 
 INK, QUIET = "#1f2933", "#9aa5b1"
@@ -27,13 +28,13 @@ class Spot:
     Attributes:
         name: beside the plot, of families whose points are joined below the point; "" shows none.
         family: of ``FAMILY_COLORS``.
-        time: 20th percentile, median and 80th percentile, as shares of the full run's.
+        time: as a share of the full run's.
         psnr, psnr_ci: mean and half-width of its 95 % confidence interval, dB; None where it is not known.
     """
 
     name: str
     family: str
-    time: tuple[float, float, float]
+    time: Times
     psnr: float
     psnr_ci: float | None = None
 
@@ -44,11 +45,20 @@ def pareto_figure(spots: list[Spot], title: str) -> Any:
     height = max(4.0, len(named) * LINE_PT / 72 + 1.2)
     figure, axis = pyplot().subplots(figsize=(7.5, height), layout="constrained")
     for spot in spots:
-        low, time, high = spot.time
+        time = spot.time.median
         color, ci = FAMILY_COLORS[spot.family], spot.psnr_ci or 0
-        axis.errorbar(time, spot.psnr, ci, [[time - low], [high - time]], "o", color=color, ms=4, elinewidth=0.7)
+        axis.errorbar(
+            time,
+            spot.psnr,
+            ci,
+            [[time - spot.time.p20], [spot.time.p80 - time]],
+            "o",
+            color=color,
+            ms=4,
+            elinewidth=0.7,
+        )
     for family, style in LINED.items():
-        joined = sorted((spot.time[1], spot.psnr, spot.name) for spot in spots if spot.family == family)
+        joined = sorted((spot.time.median, spot.psnr, spot.name) for spot in spots if spot.family == family)
         if joined:
             times, psnrs, _ = zip(*joined, strict=True)
             axis.plot(times, psnrs, style, color=FAMILY_COLORS[family], lw=1, label=family)
@@ -76,7 +86,7 @@ def _name_beside(axis: Any, spots: list[Spot], points: float) -> None:
     line = {"arrowstyle": "-", "lw": 0.4, "color": QUIET, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
     for spot, y in zip(spots, heights, strict=True):
         axis.annotate(
-            spot.name, (spot.time[1], spot.psnr), (1.03, y), textcoords="axes fraction", fontsize=LABEL_PT,
+            spot.name, (spot.time.median, spot.psnr), (1.03, y), textcoords="axes fraction", fontsize=LABEL_PT,
             color=FAMILY_COLORS[spot.family], va="center", annotation_clip=False, arrowprops=line,
         )  # fmt: skip
 

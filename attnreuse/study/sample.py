@@ -89,7 +89,7 @@ class SampleResult:
             "prompts": self.prompts,
             "baseline": {"steps": self.baseline.steps, **_latency(self.baseline)},
             "reuse": {
-                "policy": self.policy.model_dump(mode="json", exclude_none=True),
+                "policy": self.policy.to_dict(),
                 "map_format": self.report.map_format,
                 "map_bytes": self.report.allocated_bytes,
                 "predicted_map_bytes": self.report.predicted_bytes,

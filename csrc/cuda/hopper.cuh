@@ -48,7 +48,7 @@ __device__ void copy_stages(const TensorMap& codes, const TensorMap& values, con
     cp_async_bulk_tensor(to, codes, full + stage, block * S::code_row, first);
     for (int chunk = 0; chunk < S::chunks; ++chunk)
       cp_async_bulk_tensor(to + S::codes + chunk * S::chunk, values, full + stage, chunk * kChunk, block * kKeys,
-               head % static_cast<int>(p.H), head / static_cast<int>(p.H));
+                           head % static_cast<int>(p.H), head / static_cast<int>(p.H));
   }
 }
 

@@ -1,5 +1,5 @@
-// Instructions that CUDA C++ cannot say, by PTX's names. `tests/native/emulate.h` gives these to a CPU, for
-// tests without a GPU.
+// Instructions that CUDA C++ cannot say, by PTX's names, and a few helpers. `tests/native/emulate.h` gives these to a CPU,
+// for tests without a GPU.
 #pragma once
 
 #ifdef ATTNREUSE_EMULATE

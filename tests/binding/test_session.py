@@ -5,6 +5,7 @@ import itertools
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -701,6 +702,12 @@ def test_report_prints_and_serialises(pipe):
     printed = str(session.report())
     assert "2: down_blocks.1.*attn1, up_blocks.0.*attn1 (2), mid_block.*attn1" in printed
     assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_warnings_stand_at_the_users_line(pipe):
+    with attnreuse.enable(pipe, hurry(3, 1)), pytest.warns(UserWarning, match=r"this run executes 4") as said:
+        sample(pipe, 4)
+    assert [Path(one.filename).name for one in said] == ["tiny_random.py"]  # where `sample` calls the pipeline
 
 
 def test_a_layer_that_no_kernel_serves_is_an_error_under_strict(pipe, monkeypatch):

@@ -3,6 +3,7 @@
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tiny_random import captioned_pipeline
@@ -20,6 +21,7 @@ from attnreuse.study.search.front import Front, Point
 from attnreuse.study.search.ladder import FEWER, layer_groups
 
 PROMPTS = ("a red circle on gray", "a blue square on white")
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,11 @@ def test_a_front_is_kept_in_a_file(tmp_path):
     policy.save(tmp_path / "policy.json")
     with pytest.raises(ValueError, match=r"policy\.json is not a front file"):
         Front.load(tmp_path / "policy.json")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("ladder-*.json")), ids=lambda path: path.name)
+def test_fronts_that_were_measured_are_read(path):
+    assert Front.load(path).pick(floor=30).psnr_db >= 30
 
 
 def test_a_point_is_picked_by_quality_or_time():

@@ -14,6 +14,7 @@ import numpy as np
 from attnreuse.binding.enabling import enable
 from attnreuse.demo import tiny_shapes
 from attnreuse.errors import AttnReuseError
+from attnreuse.measure.timing import Times
 from attnreuse.planning.rows import strip
 from attnreuse.progress import Progress, silent
 from attnreuse.study import metrics
@@ -52,6 +53,10 @@ class Measured:
     @property
     def latency_s(self) -> float:
         return float(np.median(self.latencies_s))
+
+    def of_full(self, full: Measured) -> Times:
+        """Its time as a share of the full run's of the same round."""
+        return Times.of([own / whole for own, whole in zip(self.latencies_s, full.latencies_s, strict=True)])
 
     def row(self) -> dict[str, Any]:
         """Flat, ready for CSV."""
@@ -236,8 +241,9 @@ def _at_equal(rows: list[Measured]) -> None:
     for row in rows[1:]:
         if row.method.family in PLAIN:
             continue
-        if row.latency_s <= rows[0].latency_s:
-            row.plain_psnr = at_time([(r.latency_s, r.scores["psnr"]) for r in plain], row.latency_s)
+        time = row.of_full(rows[0]).median
+        if time <= 1:
+            row.plain_psnr = at_time([(r.of_full(rows[0]).median, r.scores["psnr"]) for r in plain], time)
         if row.maps_computed is not None:
             off = {id(r): abs(r.executed_steps - calls * row.maps_computed) for r in plain}
             as_costly = [r.scores["psnr"] for r in plain if off[id(r)] == min(off.values()) <= 1]

@@ -37,7 +37,7 @@ def write(comparison: Comparison, path: Path, command: str) -> list[Path]:
             "notes": g.notes,
             "others": [OTHERS[key][0] for key in _known(g)],
             "rows": [_cells(r, g) for r in g.rows],
-            "pareto": _svg(pareto_figure([_spot(r, g.full) for r in g.rows[1:]], finding(g))),
+            "pareto": _svg(pareto_figure([_spot(r, g.full) for r in g.rows[1:]], _finding(g))),
             "grid": _grid(g, list(comparison.setting.prompts)),
         }
         for g in comparison.groups
@@ -68,7 +68,7 @@ def summary(group: Group) -> list[str]:
     said.append(
         f"At equal cost as the paper counts it (attention maps computed), {_above(won, len(known))} plain steps."
     )
-    faster = [r for r in reuse if r.latency_s < group.full.latency_s]
+    faster = [r for r in reuse if r.of_full(group.full).median < 1]
     gained = [r.method.name for r in faster if r.plain_psnr is not None and r.scores["psnr"] > r.plain_psnr]
     said.append(
         f"{len(faster)} of {len(reuse)} schedules took less time than the full run; at equal measured time "
@@ -96,7 +96,7 @@ def _cells(row: Measured, group: Group) -> dict[str, Any]:
         "color": FAMILY_COLORS[row.method.family],
         "strip": list(map(bool, row_of)),
         "latency": f"{row.latency_s:.2f} s",
-        "ratio": f"{row.latency_s / group.full.latency_s:.2f}",
+        "ratio": f"{row.of_full(group.full).median:.2f}",
         "maps": number(row.maps_computed, ".0%"),
         "memory": f"{row.map_bytes / 2**20:.0f} MiB" if row.map_bytes else "",
         "psnr": quality + (f" ± {ci:.1f}" if ci is not None and not np.isnan(ci) else ""),
@@ -113,18 +113,19 @@ def _known(group: Group) -> list[str]:
 
 def _spot(row: Measured, full: Measured) -> Spot:
     """Where a method stands: its times as shares of the full run's of the same round."""
-    low, time, high = np.percentile(np.array(row.latencies_s) / np.array(full.latencies_s), [20, 50, 80])
+    time = row.of_full(full)
     name = row.method.name
     if row.method.family in LINED:
         name = str(row.method.steps) if row.method.family == "plain steps" else ""
-    return Spot(name, row.method.family, (low, time, high), row.scores["psnr"], row.scores.get("psnr_ci"))
+    return Spot(name, row.method.family, time, row.scores["psnr"], row.scores.get("psnr_ci"))
 
 
-def finding(group: Group) -> str:
+def _finding(group: Group) -> str:
     """How the best of the schedules that reuse stands to plain steps of its time, in a line."""
-    known = [r for r in _family(group, "reuse") if r.plain_psnr is not None]
+    faster = [r for r in _family(group, "reuse") if r.of_full(group.full).median < 1]
+    known = [r for r in faster if r.plain_psnr is not None]
     if not known:
-        return "No schedule takes less time than the full run"
+        return "No plain steps of the same time to compare with" if faster else "No schedule takes less time than full"
     best = max(known, key=lambda r: r.scores["psnr"] - r.plain_psnr)
     gain = best.scores["psnr"] - best.plain_psnr
     if gain <= 0:

@@ -34,7 +34,7 @@ class Front(Result):
         stopped: "budget", "time", or "nothing new" where no change of the front was left to judge.
     """
 
-    called: ClassVar[str] = "a front"
+    file_kind: ClassVar[str] = "a front"
     points: list[Point]
     full_s: float
     evaluations: int

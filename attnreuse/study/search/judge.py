@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from attnreuse.measure.environment import environment
+from attnreuse.measure.timing import keeps_freed_memory
 from attnreuse.planning.rows import strip
 from attnreuse.policy import Policy
 from attnreuse.study import costs
@@ -114,9 +115,10 @@ class Judge:
 
 
 def _machine(evaluator: Evaluator) -> str:
-    """The device and threads that the costs of a run belong to."""
+    """What the costs of a run belong to besides its setting."""
     about = environment(evaluator.pipe.unet.device)
-    return f"{about['device']}, {about['threads']} threads"
+    kept = ", freed memory kept" if keeps_freed_memory() else ""
+    return f"{about['device']}, {about['threads']} threads, torch {about['torch']}{kept}"
 
 
 def _text(policy: Policy) -> str:

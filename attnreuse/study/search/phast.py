@@ -12,6 +12,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,6 +139,7 @@ class _Climb:
     ):
         self.evaluator, self.objective, self.judge_policies = engine.evaluator, objective, judge
         self.budget, self.patience, self.progress, self.rank = budget, patience, progress, rank
+        self.begun = replace(engine.evaluator.calls)
         self.values: dict[Row, Value] = {}
         self.scores: dict[Row, Scores] = {}
         self.here: Row = ()
@@ -207,7 +209,7 @@ class _Climb:
             history=self.history,
             evaluations=len(self.values),
             stopped=self.stopped,
-            calls=self.evaluator.calls,
+            calls=self.evaluator.calls.since(self.begun),
             scores={strip(row): s[metric] for row, s in self.scores.items()},
         )
 
