@@ -45,18 +45,9 @@ def pareto_figure(spots: list[Spot], title: str) -> Any:
     height = max(4.0, len(named) * LINE_PT / 72 + 1.2)
     figure, axis = pyplot().subplots(figsize=(7.5, height), layout="constrained")
     for spot in spots:
-        time = spot.time.median
-        color, ci = FAMILY_COLORS[spot.family], spot.psnr_ci or 0
-        axis.errorbar(
-            time,
-            spot.psnr,
-            ci,
-            [[time - spot.time.p20], [spot.time.p80 - time]],
-            "o",
-            color=color,
-            ms=4,
-            elinewidth=0.7,
-        )
+        time, color = spot.time.median, FAMILY_COLORS[spot.family]
+        spread = [[time - spot.time.p20], [spot.time.p80 - time]]
+        axis.errorbar(time, spot.psnr, spot.psnr_ci or 0, spread, "o", color=color, ms=4, elinewidth=0.7)
     for family, style in LINED.items():
         joined = sorted((spot.time.median, spot.psnr, spot.name) for spot in spots if spot.family == family)
         if joined:

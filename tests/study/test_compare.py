@@ -234,21 +234,13 @@ def test_the_summary_says_who_won(measured):
 
 @pytest.mark.parametrize("psnr", [50.0, 20.0, None])  # all at one place, high or low, or all over
 def test_names_beside_a_plot_are_whole_and_apart(psnr):
-    spots = [
-        Spot(
-            f"a schedule of a long name, {i}",
-            "reuse",
-            Times(0.9, 0.8, 0.95),
-            20 + 1.5 * i if psnr is None else psnr,
-            0.4,
-        )
-        for i in range(20)
-    ]
     from matplotlib.text import Text
 
-    figure = pareto_figure(
-        [*spots, Spot("", "ladder", Times(0.5, 0.5, 0.5), 20), Spot("", "ladder", Times(1, 1, 1), 50)], "it"
-    )
+    time = Times(0.9, 0.8, 0.95)
+    at = [20 + 1.5 * i if psnr is None else psnr for i in range(20)]
+    spots = [Spot(f"a schedule of a long name, {i}", "reuse", time, y, 0.4) for i, y in enumerate(at)]
+    line = [Spot("", "ladder", Times(x, x, x), y) for x, y in ((0.5, 20), (1, 50))]
+    figure = pareto_figure([*spots, *line], "it")
     figure.canvas.draw()
     names = [text for text in figure.axes[0].texts if text.get_text()]
     boxes = [Text.get_window_extent(name) for name in names]  # without the lines to the points
