@@ -1,7 +1,7 @@
 """The front of the ladder beside fewer steps and other caches, on captions that no search saw.
 
     python -m benchmarks.ladder search   # 16 training captions, guidance 7.5, confirmed by 32; 90 minutes per sampler
-    python -m benchmarks.ladder judge    # 16 held-out captions, all timed in turns on a quiet machine; 20 minutes each
+    python -m benchmarks.ladder judge    # 32 held-out captions, all timed in turns on a quiet machine; 35 minutes each
     python -m benchmarks.ladder table    # as Markdown, and what lies above the front
     python -m benchmarks.ladder figure   # of Euler a: docs/front.png
 
@@ -32,7 +32,7 @@ from attnreuse.study.search.front import Front, Point
 SAMPLERS = ("DDIM", "Euler a")
 STEPS, GUIDANCE, ROUNDS = 20, 7.5, 5
 CAPTIONS, CONFIRM = 16, 32  # of a search, and those that confirm what it found
-POINTS = 14  # of a front, most that are judged
+POINTS = 24  # of a front, most that are judged
 JUDGED = RESULTS / "ladder.csv"
 FIGURE = RESULTS.parents[1] / "docs" / "front.png"
 
@@ -127,7 +127,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["search", "judge", "table", "figure"])
     parser.add_argument("--budget", type=int, default=210)
-    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--images", type=int, default=32)
     args = parser.parse_args()
     {"search": lambda: search(args.budget), "judge": lambda: judge(args.images), "table": table, "figure": figure}[
         args.what

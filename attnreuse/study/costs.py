@@ -5,6 +5,7 @@ Timed alone, in a warm cache and without what a session does around them, layers
 
 from __future__ import annotations
 
+import functools
 import random
 import statistics
 from collections import defaultdict
@@ -99,6 +100,27 @@ def measure(evaluator: Evaluator, rounds: int = ROUNDS) -> RunCosts:
     fixed, begun = (statistics.median(r.outside for r in runs[key]) for key in (False, True))
     session = max(0.0, served - step + (begun - fixed) / steps)
     return RunCosts(fixed, step, session, {name: _cost(taken, name) for name in one.served()})
+
+
+def shares(evaluator: Evaluator, runs: list[tuple[int, Policy]], rounds: int = ROUNDS) -> list[float]:
+    """Measured time of each of `runs`, of so many steps with a policy, as a share of the full run's.
+
+    Medians over `rounds` of one batch, all in turns of random order.
+    """
+    setting, order = evaluator.setting, random.Random(0)
+    one = replace(setting, prompts=setting.prompts[: setting.batch])
+    given = {"map_format": setting.map_format, "layers": setting.layers}
+    full = Policy(steps=evaluator.executed_steps, reuse=[False] * evaluator.executed_steps)
+    runs = [(setting.steps, full), *runs]
+    seconds: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for i in order.sample(range(len(runs)), len(runs)):
+            steps, policy = runs[i]
+            at = Evaluator(evaluator.pipe, replace(one, steps=steps), memo_bytes=0)
+            # A policy that never reuses is timed as the stock pipeline is: nobody enables it.
+            around = functools.partial(enable, at.pipe, policy, **given) if policy.reuse_steps else nullcontext
+            seconds[i].append(at.run(lambda start, around=around: around()).seconds)
+    return [statistics.median(a / b for a, b in zip(own, seconds[0], strict=True)) for own in seconds[1:]]
 
 
 def attention(evaluator: Evaluator) -> dict[str, float]:

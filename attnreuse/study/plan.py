@@ -215,7 +215,11 @@ class Forecast(Result):
             times = [f"{1e3 * seconds:.2f}" for seconds in asdict(cost).values()] if cost else []
             size = f"{layers[0].map_bytes / 2**20:.1f}"
             table.add_row(str(len(layers)), kind, f"{shape[2]}x{shape[3]}", f"{shape[1]}x{dim}", size, fate, *times)
-        title = f"{self.policy}, {self.map_format} maps: a buffer of {self.predicted_bytes / 2**20:.1f} MiB"
+        steps = f"{self.asked_steps} steps"
+        if self.policy.steps != self.asked_steps:
+            steps += f", {self.policy.steps} denoiser calls"
+        size = f"{self.map_format} maps: a buffer of {self.predicted_bytes / 2**20:.1f} MiB"
+        title = f"{steps}; {self.policy}; {size}"
         timed = [Text("Times are milliseconds of one layer at one step.")] if self.run else []
         return Group(Text(title), table, *timed, Text(self.verdict()))
 

@@ -130,6 +130,8 @@ def test_the_sampler_and_its_noise_are_chosen_by_name(tmp_path):
 def test_plan_counts_executed_steps(name, executed):
     result = run("plan", "--steps", 4, "--reuse", 2, "--scheduler", name, "--no-measure", "--json")
     assert json.loads(result.stdout)["policy"]["steps"] == executed
+    shown = " ".join(run("plan", "--steps", 4, "--reuse", 2, "--scheduler", name, "--no-measure").stdout.split())
+    assert shown.startswith("4 steps;" if executed == 4 else f"4 steps, {executed} denoiser calls;")
 
 
 def test_plan_drops_layers_for_a_budget():

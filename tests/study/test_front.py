@@ -14,7 +14,7 @@ from attnreuse.binding.shapes import LayerCost
 from attnreuse.planning.rows import strip
 from attnreuse.search import InProcess
 from attnreuse.study.compare.other_caches import OTHER_CACHES
-from attnreuse.study.costs import RunCosts, measure
+from attnreuse.study.costs import RunCosts, measure, shares
 from attnreuse.study.evaluate import Evaluator, Setting
 from attnreuse.study.metrics import PAIRED
 from attnreuse.study.search.front import Front, Point
@@ -210,6 +210,36 @@ def test_a_long_front_is_confirmed_from_end_to_end(pipe, monkeypatch):
     found = search(made, by="kind", budget=40, confirm=others)
     half = plain.points[len(plain.points) // 2].time
     assert found.points[0].time < half < found.points[-1].time
+
+
+def test_what_is_confirmed_is_timed_once(pipe, tmp_path, monkeypatch):
+    from attnreuse.study import costs
+
+    made, timed = evaluator(pipe), []
+    others = replace(made.setting, prompts=("a cyan triangle on black", "a red square on white"), seed=7)
+
+    def shares(of, runs):
+        timed.append(runs)
+        return [0.2 + 0.001 * i for i in range(len(runs))]
+
+    monkeypatch.setattr(costs, "shares", shares)
+    monkeypatch.setattr(costs, "measure", cheap)
+    first = ladder(InProcess(made), by="kind", budget=30, cache=tmp_path / "c.jsonl", confirm=others)
+    assert first.times == "measured"
+    steps_and_rows = {(steps, str(policy.reuse)): 0.2 + 0.001 * i for i, (steps, policy) in enumerate(timed[0])}
+    for point in first.points:
+        assert point.time == steps_and_rows[point.steps, str(point.policy.reuse)]
+    assert ladder(InProcess(made), by="kind", budget=30, cache=tmp_path / "c.jsonl", confirm=others) == first
+    assert len(timed) == 1
+
+
+def test_shares_are_of_the_full_run(pipe):
+    made = evaluator(pipe)
+    never, half = (Policy(steps=n, reuse=[False] * n) for n in (6, 3))
+    same, fewer = shares(made, [(6, never), (3, half)])
+    assert same == pytest.approx(1, abs=0.25)
+    assert fewer < 0.8
+    assert not any(type(m.processor).__name__.startswith("Reuse") for m in attention_layers(pipe.unet).values())
 
 
 @pytest.mark.parametrize("changes", [{"steps": 5}, {"guidance": 2.0}, {}, {"prompts": PROMPTS[:1]}])

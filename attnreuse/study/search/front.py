@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from attnreuse.errors import AttnReuseError
 from attnreuse.policy import Policy
@@ -13,7 +13,7 @@ class Point(Result):
     """A joint schedule of a run of `steps` (``num_inference_steps``).
 
     Attributes:
-        time: predicted, as a share of the full run's.
+        time: as a share of the full run's; see :class:`Front`.
         psnr_db: measured, the mean, against the full run's pictures.
     """
 
@@ -31,6 +31,7 @@ class Front(Result):
         full_s: predicted seconds of one batch with every step computed.
         evaluations: distinct schedules judged, those read from the cache included.
         pictures: over which the points' PSNR are means: those that confirm, else those of the search.
+        times: "measured", of confirmed points, in turns with the full run; else "predicted" from costs.
         stopped: "budget", "time", or "nothing new" where no change of the front was left to judge.
     """
 
@@ -40,6 +41,7 @@ class Front(Result):
     evaluations: int
     pictures: int
     stopped: str
+    times: Literal["predicted", "measured"] = "predicted"
 
     def pick(self, floor: float | None = None, time: float | None = None) -> Point:
         """The fastest point of at least `floor` dB; without a floor the best that takes at most `time`.

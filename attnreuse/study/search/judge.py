@@ -21,7 +21,7 @@ from attnreuse.study.search.objective import Scores
 
 
 class _Kept(BaseModel, extra="forbid"):
-    """A line of a cache: the scores of a schedule (of runs of so many steps), or what runs cost on a machine."""
+    """A line of a cache: a schedule's scores (of runs of so many steps), its time, or what runs cost, on a machine."""
 
     setting: str
     steps: int | None = None
@@ -29,6 +29,7 @@ class _Kept(BaseModel, extra="forbid"):
     scores: Scores | None = None
     machine: str | None = None
     costs: RunCosts | None = None
+    share: float | None = None  # of the full run's time, measured
 
 
 class Judge:
@@ -46,6 +47,7 @@ class Judge:
     def __init__(self, engine: Engine, cache: str | Path | None = None, run_costs: RunCosts | None = None):
         self.engine, self.cache = engine, None if cache is None else Path(cache)
         self._scores: dict[tuple[int, str], Scores] = {}
+        self._shares: dict[tuple[int, str], float] = {}
         self._costs = run_costs
         if self.cache is None:
             return
@@ -55,6 +57,8 @@ class Judge:
                 self._scores.setdefault((row.steps, row.reuse), {}).update(row.scores)
             elif row.machine == _machine(engine.evaluator):
                 self._costs = self._costs or row.costs
+                if row.share is not None:
+                    self._shares[row.steps, row.reuse] = row.share
 
     @property
     def costs(self) -> RunCosts:
@@ -67,6 +71,17 @@ class Judge:
     def seconds(self, policy: Policy, steps: int) -> float:
         """Predicted, of one batch of a run of `steps`."""
         return self.costs.seconds(self.engine.evaluator.at(steps).schedule(policy))
+
+    def shares(self, policies: list[Policy], steps: list[int]) -> list[float]:
+        """Measured times of runs of `steps` with `policies`, as shares of the full run's."""
+        keys = [(count, _text(policy)) for policy, count in zip(policies, steps, strict=True)]
+        new = [i for i, key in enumerate(keys) if key not in self._shares]
+        evaluator = self.engine.evaluator
+        measured = costs.shares(evaluator, [(steps[i], policies[i]) for i in new]) if new else []
+        for i, share in zip(new, measured, strict=True):
+            self._shares[keys[i]] = share
+            self._append(machine=_machine(evaluator), steps=keys[i][0], reuse=keys[i][1], share=share)
+        return [self._shares[key] for key in keys]
 
     def fits(self, policy: Policy, steps: int, memory_budget: int | None) -> bool:
         """Do maps and outputs of one batch fit into so many bytes?"""

@@ -3,7 +3,7 @@
 Fewer steps are judged by themselves, and each group of layers alone under schedules of rising savings. Errors are taken
 to add (as mean squares): so the joint schedules that should be best are known, and these are judged. Then points of the
 front are changed in one place at a time as long as the budget lasts. The front is of judged schedules alone; its times
-follow from costs measured on this machine.
+follow from costs measured on this machine, and are measured themselves where other pictures confirm it.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def ladder(
         cache: file of scores and, by machine, costs, appended to; the same search goes on from it.
         run_costs: of the engine's setting (:func:`attnreuse.study.costs.measure`); None: the cache's, or measured.
         confirm: the engine's setting with other prompts, by which the best schedules are judged again: of many
-            schedules that a few pictures cannot tell apart, the luckiest looks best. None: the front is the search's.
+            schedules that a few pictures cannot tell apart, the luckiest looks best. They are timed, too, unless
+            `run_costs` say what takes how long. None: the front is the search's.
         progress: called with the schedules judged, the budget, and how many points the front has.
 
     Raises:
@@ -116,15 +117,16 @@ def ladder(
             else f"fits the memory budget of {memory_budget:,} bytes"
         )
         raise AttnReuseError(f"no schedule {why}")
-    evaluations = len(climb.points)
+    evaluations, timed = len(climb.points), confirm is not None and run_costs is None
     if confirm is not None:
-        climb.confirm(Judge(engine.of(confirm), cache, climb.judge_policies.costs))
+        climb.confirm(Judge(engine.of(confirm), cache, climb.judge_policies.costs), timed)
     return Front(
         points=climb.front(),
         full_s=climb.full_s,
         evaluations=evaluations,
         pictures=len((confirm or setting).prompts),
         stopped=climb.stopped,
+        times="measured" if timed else "predicted",
     )
 
 
@@ -202,8 +204,8 @@ class _Ladder:
             barren = 0 if len(self.points) > before else barren + 1
         self.stopped = self.stopped or "nothing new"
 
-    def confirm(self, judge: Judge) -> None:
-        """Judge what lies on or near the front by other pictures; only that stays."""
+    def confirm(self, judge: Judge, timed: bool) -> None:
+        """Judge what lies on or near the front by other pictures, and time it where `timed`; only that stays."""
         chosen = self._near_front()
         confirmed: dict[Candidate, Point] = {}
         for at in range(0, len(chosen), WIDTH):
@@ -212,6 +214,11 @@ class _Ladder:
             for candidate, score in zip(some, scores, strict=True):
                 confirmed[candidate] = self.points[candidate].model_copy(update={"psnr_db": score["psnr"]})
             self.progress(len(confirmed), len(chosen), "confirmed by other pictures")
+        if timed:
+            self.progress(len(confirmed), len(chosen), "timing them")
+            shares = self.judge_policies.shares([self._policy(c) for c in chosen], [c.steps for c in chosen])
+            for candidate, share in zip(chosen, shares, strict=True):
+                confirmed[candidate] = confirmed[candidate].model_copy(update={"time": share})
         self.points = confirmed
 
     def _near_front(self) -> list[Candidate]:
