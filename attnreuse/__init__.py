@@ -5,7 +5,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from attnreuse import ops
+try:
+    from attnreuse import ops
+except ModuleNotFoundError as error:
+    if error.name != "attnreuse.kernels":
+        raise
+    raise ImportError(
+        f"Python finds the sources of attnreuse in {Path(__file__).parents[1]} before the installed package, which has "
+        "the kernels: start Python in another folder, or install with pip install -e ."
+    ) from None
 from attnreuse.binding.enabling import disable, enable
 from attnreuse.binding.report import Report
 from attnreuse.binding.session import Session

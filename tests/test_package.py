@@ -35,6 +35,16 @@ def test_policies_know_no_tensors():
     assert made.stdout.strip() == "(False, False, True, True)"
 
 
+def test_the_sources_alone_say_what_to_do(tmp_path):
+    """Without an editable install, Python started in a clone finds the sources before the installed package."""
+    shutil.copytree(
+        Path(__file__).parents[1] / "attnreuse", tmp_path / "attnreuse", ignore=lambda *_: ["assets", "kernels"]
+    )
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; import attnreuse"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert "start Python in another folder, or install with pip install -e ." in made.stderr
+
+
 def test_every_room_is_installed():
     """setup.py finds packages by their `__init__.py`; the installed ones are tested wherever tests import them."""
     source = Path(__file__).parents[1] / "attnreuse"
