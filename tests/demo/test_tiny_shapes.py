@@ -69,9 +69,9 @@ def obedience(shipped):
     """Shares of 64 held-out prompts, never trained on, that 20 DDIM steps with guidance get right."""
     prompts = held_out_prompts(64)
     verdicts = []
-    for start in range(0, 64, 16):
-        batch = prompts[start : start + 16]
-        generators = [torch.Generator().manual_seed(start + i) for i in range(16)]
+    for start in range(0, 64, 4):
+        batch = prompts[start : start + 4]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(4)]
         given = {"num_inference_steps": 20, "guidance_scale": attnreuse.TINY_SHAPES_GUIDANCE}
         images = shipped(batch, generator=generators, **given).images
         verdicts += [judge(np.array(image), parse(prompt)) for image, prompt in zip(images, batch, strict=True)]
