@@ -23,10 +23,10 @@ from attnreuse.demo import tiny_shapes
 from attnreuse.measure.timing import Times
 from attnreuse.search import InProcess, ladder
 from attnreuse.study.compare.measure import Measured, at_time, judged, timed
-from attnreuse.study.compare.methods import PLAIN, SAME_NOISE, Method, plain_steps, rule_for
+from attnreuse.study.compare.methods import PLAIN, Method, plain_steps, rule_for
 from attnreuse.study.compare.other_caches import OTHER_CACHES
 from attnreuse.study.evaluate import Evaluator, Setting
-from attnreuse.study.plots import Spot, pareto_figure
+from attnreuse.study.plots import Spot, pareto_figure, spot_name
 from attnreuse.study.search.front import Front, Point
 
 SAMPLERS = ("DDIM", "Euler a")
@@ -105,12 +105,12 @@ def table() -> None:
 
 
 def figure() -> None:
-    """PSNR over time of what was judged with the first sampler that stands in the README."""
+    """PSNR over time of what was judged with Euler a, for the README."""
     sampler = "Euler a"
     rows = [row for row in csv.DictReader(JUDGED.open()) if row["sampler"] == sampler and row["psnr_ci"]]
     spots = [
         Spot(
-            "" if row["family"] in ("ladder", SAME_NOISE) else row["method"].removesuffix(" plain steps"),
+            spot_name(row["method"], row["family"]),
             row["family"],
             Times(*(float(row[key]) for key in ("of_full", "p20", "p80"))),
             float(row["psnr"]),

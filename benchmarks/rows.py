@@ -26,7 +26,7 @@ def provenance(device: torch.device = torch.device("cpu")) -> dict[str, object]:
 
 def ratios(seconds: list[float], full: list[float]) -> dict[str, str]:
     """Median, 20th and 80th percentile of what a method takes, as shares of the full run of the same round."""
-    times = Times.of([own / whole for own, whole in zip(seconds, full, strict=True)])
+    times = Times.of_ratios(seconds, full)
     return {"of_full": f"{times.median:.4f}", "p20": f"{times.p20:.4f}", "p80": f"{times.p80:.4f}"}
 
 

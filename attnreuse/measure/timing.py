@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,27 @@ class Times:
             return cls(*seconds * 3)
         fifths = statistics.quantiles(seconds, n=5, method="inclusive")
         return cls(statistics.median(seconds), fifths[0], fifths[3])
+
+    @classmethod
+    def of_ratios(cls, seconds: list[float], full: list[float]) -> Times:
+        """Summary of `seconds` as shares of the full run's of the same round."""
+        return cls.of([own / whole for own, whole in zip(seconds, full, strict=True)])
+
+
+def in_turns(
+    calls: Sequence[Callable[[], Any]], rounds: int, tell: Callable[[int, int], None] = lambda done, call: None
+) -> list[list[Any]]:
+    """What each of `calls` gives in `rounds`, all in turns of random order: none always follows the same.
+
+    Args:
+        tell: called before each with how many are done, and which comes.
+    """
+    order, given = random.Random(0), [[] for _ in calls]
+    for done in range(0, rounds * len(calls), len(calls)):
+        for i, call in enumerate(order.sample(range(len(calls)), len(calls))):
+            tell(done + i, call)
+            given[call].append(calls[call]())
+    return given
 
 
 def keep_freed_memory() -> bool:

@@ -6,7 +6,6 @@ Timed alone, in a warm cache and without what a session does around them, layers
 from __future__ import annotations
 
 import functools
-import random
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -16,14 +15,13 @@ from typing import Any
 
 from torch.nn import Module
 
-from attnreuse.binding.enabling import enable
 from attnreuse.binding.hooks import Attached
 from attnreuse.binding.processors import attention_layers
 from attnreuse.binding.report import Report
 from attnreuse.binding.schedule import CACHED, Schedule
 from attnreuse.binding.shapes import LayerCost
 from attnreuse.errors import AttnReuseError
-from attnreuse.measure.timing import stopwatch
+from attnreuse.measure.timing import Times, in_turns, stopwatch
 from attnreuse.policy import Action, Policy
 from attnreuse.study.evaluate import Evaluator
 
@@ -82,16 +80,12 @@ def measure(evaluator: Evaluator, rounds: int = ROUNDS) -> RunCosts:
     Raises:
         AttnReuseError: a layer is not called as often in each step, or does not do what its policy says.
     """
-    setting = evaluator.setting
-    one = Evaluator(evaluator.pipe, replace(setting, prompts=setting.prompts[: setting.batch]), memo_bytes=0)
+    one = _one_batch(evaluator, evaluator.setting.steps)
     steps = one.executed_steps
     kinds = [None, *(Policy(steps=steps, reuse=[i % 2 and letter for i in range(steps)]) for letter in (True, "H"))]
-    runs: dict[bool, list[_Run]] = {True: [], False: []}  # by whether a session serves them
-    order = random.Random(0)
     _ = one.full  # warms up
-    for _ in range(rounds):
-        for policy in order.sample(kinds, len(kinds)):
-            runs[policy is not None].append(_timed(one, policy))
+    stock, reused, held = in_turns([functools.partial(_timed, one, policy) for policy in kinds], rounds)
+    runs: dict[bool, list[_Run]] = {False: stock, True: reused + held}  # by whether a session serves them
     taken: Taken = defaultdict(list)
     for run in runs[True] + runs[False]:
         for key, seconds in run.taken.items():
@@ -107,20 +101,23 @@ def shares(evaluator: Evaluator, runs: list[tuple[int, Policy]], rounds: int = R
 
     Medians over `rounds` of one batch, all in turns of random order.
     """
-    setting, order = evaluator.setting, random.Random(0)
-    one = replace(setting, prompts=setting.prompts[: setting.batch])
-    given = {"map_format": setting.map_format, "layers": setting.layers}
     full = Policy(steps=evaluator.executed_steps, reuse=[False] * evaluator.executed_steps)
-    runs = [(setting.steps, full), *runs]
-    seconds: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds):
-        for i in order.sample(range(len(runs)), len(runs)):
-            steps, policy = runs[i]
-            at = Evaluator(evaluator.pipe, replace(one, steps=steps), memo_bytes=0)
-            # A policy that never reuses is timed as the stock pipeline is: nobody enables it.
-            around = functools.partial(enable, at.pipe, policy, **given) if policy.reuse_steps else nullcontext
-            seconds[i].append(at.run(lambda start, around=around: around()).seconds)
-    return [statistics.median(a / b for a, b in zip(own, seconds[0], strict=True)) for own in seconds[1:]]
+
+    def seconds(steps: int, policy: Policy) -> float:
+        one = _one_batch(evaluator, steps)
+        # A policy that never reuses is timed as the stock pipeline is: nobody enables it.
+        return one.run(lambda start: one.enabled(policy) if policy.reuse_steps else nullcontext()).seconds
+
+    calls = [functools.partial(seconds, *run) for run in [(evaluator.setting.steps, full), *runs]]
+    whole, *others = in_turns(calls, rounds)
+    return [Times.of_ratios(own, whole).median for own in others]
+
+
+def _one_batch(evaluator: Evaluator, steps: int) -> Evaluator:
+    """Its first batch, of a run of `steps`, with nothing replayed."""
+    setting = evaluator.setting
+    setting = replace(setting, prompts=setting.prompts[: setting.batch], steps=steps)
+    return Evaluator(evaluator.pipe, setting, memo_bytes=0)
 
 
 def attention(evaluator: Evaluator) -> dict[str, float]:
@@ -131,7 +128,7 @@ def attention(evaluator: Evaluator) -> dict[str, float]:
 
 def _timed(evaluator: Evaluator, policy: Policy | None) -> _Run:
     """A run of one batch, stock or with `policy`, and what took how long in it."""
-    setting, unet = evaluator.setting, evaluator.pipe.unet
+    unet = evaluator.pipe.unet
     schedule = evaluator.schedule(policy or evaluator.policy([False] * evaluator.executed_steps, "stock"))
     mark, between = stopwatch(unet.device)
     layers, whole, within = attention_layers(unet), [], []
@@ -141,8 +138,7 @@ def _timed(evaluator: Evaluator, policy: Policy | None) -> _Run:
     @contextmanager
     def around(start: int) -> Iterator[None]:
         whole.append(mark())
-        given = {"map_format": setting.map_format, "layers": setting.layers}
-        serving = nullcontext() if policy is None else enable(evaluator.pipe, policy, **given)
+        serving = nullcontext() if policy is None else evaluator.enabled(policy)
         with serving as session, ExitStack() as stack:
             for module, found in timed:
                 stack.enter_context(_marked(module, found, mark))

@@ -209,11 +209,14 @@ class Evaluator:
 
         @contextmanager
         def enabled(start: int) -> Iterator[None]:
-            given = {"map_format": self.setting.map_format, "layers": self.setting.layers}
-            with enable(self.pipe, policy, **given) as session, self._replaying(session, start):
+            with self.enabled(policy) as session, self._replaying(session, start):
                 yield
 
         return self.run(enabled)
+
+    def enabled(self, policy: Policy) -> Session:
+        """Reuse on the pipeline with `policy`, the setting's map format and layers."""
+        return enable(self.pipe, policy, map_format=self.setting.map_format, layers=self.setting.layers)
 
     def run(self, around: Callable[[int], AbstractContextManager]) -> Sampled:
         """Pictures and final latents of the setting, the pipeline called within ``around(first picture)``."""

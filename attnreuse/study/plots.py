@@ -39,6 +39,13 @@ class Spot:
     psnr_ci: float | None = None
 
 
+def spot_name(method: str, family: str) -> str:
+    """What stands at a method's point: its name, or of joined families the number of plain steps, if anything."""
+    if family not in LINED:
+        return method
+    return method.removesuffix(" plain steps") if family == "plain steps" else ""
+
+
 def pareto_figure(spots: list[Spot], title: str) -> Any:
     """PSNR over time with their spreads; names stand beside the plot, with a line to their points."""
     named = [spot for spot in spots if spot.name and spot.family not in LINED]

@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
 from life import maps_alive
 from reference_run import reference
-from tiny_random import TOKENS, WIDTH, random_pipeline, random_unet, sample
+from tiny_random import TOKENS, WIDTH, from_another_thread, random_pipeline, random_unet, sample
 
 import attnreuse
 from attnreuse import Policy, hurry, periodic
@@ -848,16 +848,9 @@ def test_a_run_that_fails_in_one_thread_leaves_another_threads_run_alone(pipe):
         with contextlib.suppress(RuntimeError):
             sample(other, 4, callback_on_step_end=broken)
 
-    def between(pipe, step, t, kwargs):
-        if step == 1:
-            thread = threading.Thread(target=fail)
-            thread.start()
-            thread.join()
-        return kwargs
-
     with attnreuse.enable(pipe, LATE) as session:
         expected = sample(pipe, 4)
-        assert torch.equal(sample(pipe, 4, callback_on_step_end=between), expected)
+        assert torch.equal(sample(pipe, 4, callback_on_step_end=from_another_thread(fail)), expected)
         assert kinds(session) == (0, 1, 3)
 
 

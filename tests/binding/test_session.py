@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from life import maps_alive
-from tiny_random import prompt, random_pipeline, random_unet, sample
+from tiny_random import from_another_thread, prompt, random_pipeline, random_unet, sample
 
 import attnreuse
 from attnreuse import Policy, hurry, periodic
@@ -583,17 +583,10 @@ def test_a_call_from_another_thread_between_the_steps_harms_nobody(pipe, at):
     def call():
         outs.append(pipe.unet(given[0], pipe.scheduler.timesteps[at], given[1]).sample)
 
-    def intrude(pipe, step, t, kwargs):
-        if step == 1:
-            thread = threading.Thread(target=call)
-            thread.start()
-            thread.join()
-        return kwargs
-
     with attnreuse.enable(pipe, hurry(4, 2, None)) as session, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = sample(pipe, 4)
-        assert torch.equal(sample(pipe, 4, callback_on_step_end=intrude), expected)
+        assert torch.equal(sample(pipe, 4, callback_on_step_end=from_another_thread(call)), expected)
         assert session.report().layers[0].reused == 2
     call()
     assert torch.equal(outs[0], outs[1])

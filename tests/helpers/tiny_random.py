@@ -1,6 +1,7 @@
 """A Stable-Diffusion-shaped pipeline with random weights, made offline in a moment."""
 
 import os
+import threading
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -81,6 +82,19 @@ def sample(pipe, steps: int = 6, seed: int = 0, batch: int = 1, **call) -> torch
     g = [torch.Generator().manual_seed(seed + i) for i in range(batch * call.get("num_images_per_prompt", 1))]
     given = {**prompt(batch, seed), "generator": g, "num_inference_steps": steps, "output_type": "latent", **call}
     return pipe(**given).images
+
+
+def from_another_thread(call):
+    """A pipeline's callback that has `call` made by another thread after step 1, and waits for it."""
+
+    def callback(pipe, step, t, kwargs):
+        if step == 1:
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+        return kwargs
+
+    return callback
 
 
 def compile_denoiser(pipe, whole: bool, backend, fullgraph: bool = True) -> None:

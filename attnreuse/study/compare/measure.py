@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ import numpy as np
 from attnreuse.binding.enabling import enable
 from attnreuse.demo import tiny_shapes
 from attnreuse.errors import AttnReuseError
-from attnreuse.measure.timing import Times
+from attnreuse.measure.timing import Times, in_turns
 from attnreuse.planning.rows import strip
 from attnreuse.progress import Progress, silent
 from attnreuse.study import metrics
@@ -56,7 +56,7 @@ class Measured:
 
     def of_full(self, full: Measured) -> Times:
         """Its time as a share of the full run's of the same round."""
-        return Times.of([own / whole for own, whole in zip(self.latencies_s, full.latencies_s, strict=True)])
+        return Times.of_ratios(self.latencies_s, full.latencies_s)
 
     def row(self) -> dict[str, Any]:
         """Flat, ready for CSV."""
@@ -142,11 +142,14 @@ def timed(pipe: Any, setting: Setting, rows: list[Measured], rounds: int, progre
     """Add the seconds of one batch in each of `rounds`, all in turns; same noise takes what plain steps take."""
     one_batch = replace(setting, prompts=setting.prompts[: setting.batch])
     called = [row for row in rows if row.method.family != SAME_NOISE]
-    order = random.Random(0)
-    for i in range(rounds):
-        for j, row in enumerate(order.sample(called, len(called))):  # none always follows the same, which may slow it
-            progress(i * len(called) + j, rounds * len(called), f"timing {row.method.name}, round {i + 1} of {rounds}")
-            row.latencies_s.append(_timed(pipe, one_batch, row.method))
+
+    def tell(done: int, i: int) -> None:
+        now = f"timing {called[i].method.name}, round {done // len(called) + 1} of {rounds}"
+        progress(done, rounds * len(called), now)
+
+    calls = [functools.partial(_timed, pipe, one_batch, row.method) for row in called]
+    for row, seconds in zip(called, in_turns(calls, rounds, tell), strict=True):
+        row.latencies_s += seconds
     taken = {row.method.steps: row.latencies_s for row in rows if row.method.family == "plain steps"}
     for row in rows:
         row.latencies_s = taken[row.method.steps] if row.method.family == SAME_NOISE else row.latencies_s

@@ -14,7 +14,7 @@ from PIL import Image
 from attnreuse.errors import AttnReuseError
 from attnreuse.study.compare.groups import Comparison, Group
 from attnreuse.study.compare.measure import Measured
-from attnreuse.study.plots import FAMILY_COLORS, LINED, Spot, pareto_figure, pyplot
+from attnreuse.study.plots import FAMILY_COLORS, Spot, pareto_figure, pyplot, spot_name
 
 TEMPLATE = Path(__file__).parents[2] / "assets" / "comparison.html"
 OTHERS = {
@@ -68,7 +68,7 @@ def summary(group: Group) -> list[str]:
     said.append(
         f"At equal cost as the paper counts it (attention maps computed), {_above(won, len(known))} plain steps."
     )
-    faster = [r for r in reuse if r.of_full(group.full).median < 1]
+    faster = _faster(group)
     gained = [r.method.name for r in faster if r.plain_psnr is not None and r.scores["psnr"] > r.plain_psnr]
     said.append(
         f"{len(faster)} of {len(reuse)} schedules took less time than the full run; at equal measured time "
@@ -114,15 +114,13 @@ def _known(group: Group) -> list[str]:
 def _spot(row: Measured, full: Measured) -> Spot:
     """Where a method stands: its times as shares of the full run's of the same round."""
     time = row.of_full(full)
-    name = row.method.name
-    if row.method.family in LINED:
-        name = str(row.method.steps) if row.method.family == "plain steps" else ""
+    name = spot_name(row.method.name, row.method.family)
     return Spot(name, row.method.family, time, row.scores["psnr"], row.scores.get("psnr_ci"))
 
 
 def _finding(group: Group) -> str:
     """How the best of the schedules that reuse stands to plain steps of its time, in a line."""
-    faster = [r for r in _family(group, "reuse") if r.of_full(group.full).median < 1]
+    faster = _faster(group)
     known = [r for r in faster if r.plain_psnr is not None]
     if not known:
         return "No plain steps of the same time to compare with" if faster else "No schedule takes less time than full"
@@ -131,6 +129,11 @@ def _finding(group: Group) -> str:
     if gain <= 0:
         return "Plain steps of the same time are as good as any schedule"
     return f"{best.method.name}: {gain:.1f} dB above plain steps of the same time"
+
+
+def _faster(group: Group) -> list[Measured]:
+    """Schedules that take less time than the full run."""
+    return [r for r in _family(group, "reuse") if r.of_full(group.full).median < 1]
 
 
 def _family(group: Group, family: str) -> list[Measured]:
