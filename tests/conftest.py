@@ -17,6 +17,10 @@ from tiny_random import THREADS, random_pipeline
 torch.set_num_threads(THREADS)
 
 
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # of pytest-xdist: files of few tests, among them the longest, not last
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

@@ -1,6 +1,6 @@
 """The compile gate: every shipped kernel configuration builds for every architecture, as recorded; no GPU needed.
 
-While the kernels' sources are those that were recorded, one configuration in sixteen is built again.
+While the kernels' sources are those that were recorded, one configuration in 13 is built again.
 """
 
 import os

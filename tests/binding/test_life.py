@@ -20,7 +20,7 @@ def alone():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="fresh processes are forked")
 @given(st.integers(0, 2**32), st.integers(20, 60))
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_any_life_gives_the_bits_of_fresh_processes_and_keeps_no_map(alone, seed, acts):
     live(acts, seed, alone)
 
