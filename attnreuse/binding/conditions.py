@@ -13,8 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NAMES = ("encoder_hidden_states", "encoder_attention_mask", "attention_mask", "class_labels")
-NOT_TOLD = {"sample", "timestep", "return_dict", *NAMES}  # all that tells nothing about a call by being there
+NAMES = (
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "attention_mask",
+    "class_labels",
+    "pooled_projections",
+    "guidance",
+    "added_time_ids",
+    "image_embeddings",
+    "image_latents",
+    "fps",
+)
+NOT_TOLD = {"sample", "hidden_states", "timestep", "return_dict", *NAMES}  # by being there they tell nothing of a call
 
 
 class Conditions:

@@ -8,34 +8,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.nn import Dropout, Linear
+from torch.nn import Dropout, Linear, Module
 
 from attnreuse import ops
-from attnreuse.binding.processors import attention_layers, stock_of, stock_processors
+from attnreuse.adapters import Adapter, Form, adapter_of, parts
+from attnreuse.binding.processors import attention_layers, stock_of
 from attnreuse.errors import UnsupportedLayerError
 
-EXCLUDED = {
-    "fuser": "GLIGEN's fuser attends over grounding tokens, not image tokens",
-    "motion_modules": "motion modules attend over frames",
-}
+
+def part_of(pipe: Any) -> Any:
+    """The denoiser of a pipeline as it stands there, or None for a denoiser alone."""
+    return next((part for name in parts() if (part := getattr(pipe, name, None)) is not None), None)
 
 
 def find_denoiser(pipe: Any) -> Any:
-    """The UNet of a pipeline (or the UNet itself), out of its ``torch.compile`` wrapper."""
-    from diffusers import UNet2DConditionModel
+    """The denoiser of a pipeline (or the denoiser itself), out of its ``torch.compile`` wrapper.
 
+    Raises:
+        UnsupportedLayerError: it has none, or one that no adapter serves.
+    """
     denoiser = unwrapped(pipe)
-    if not isinstance(denoiser, UNet2DConditionModel):
+    if not isinstance(denoiser, Module):
         raise UnsupportedLayerError(
-            f"expected a pipeline with a UNet2DConditionModel, or such a model, got {type(pipe).__name__}"
-            + (f" with a {type(denoiser).__name__}" if denoiser is not pipe else "")
+            f"expected a pipeline with a {' or '.join(parts())}, or such a model, got {type(pipe).__name__}"
         )
+    adapter_of(denoiser)
     return denoiser
 
 
 def unwrapped(pipe: Any) -> Any:
-    """The ``unet`` of a pipeline, or what it is given, out of its ``torch.compile`` wrapper."""
-    denoiser = getattr(pipe, "unet", pipe)
+    """The denoiser of a pipeline, or what it is given, out of its ``torch.compile`` wrapper."""
+    part = part_of(pipe)
+    denoiser = pipe if part is None else part
     return getattr(denoiser, "_orig_mod", denoiser)
 
 
@@ -46,22 +50,23 @@ def model_name(pipe: Any) -> str:
 
 
 def layer_kinds(denoiser: Any) -> dict[str, str]:
-    """ "self" or "cross" of every attention layer, by name."""
-    return {n: "cross" if m.is_cross_attention else "self" for n, m in attention_layers(denoiser).items()}
+    """ "self", "cross" or "joint" of every attention layer, by name."""
+    adapter = adapter_of(denoiser)
+    return {name: adapter.kind(name, attn) for name, attn in attention_layers(denoiser).items()}
 
 
 def select_layers(kinds: dict[str, str], layers: str | Sequence[str] | None, named: Sequence[str] = ()) -> list[str]:
-    """Names that `layers` means: "self", "cross", "all", or ``fnmatch`` patterns of names.
+    """Names that `layers` means: "self" (joint attention, too), "cross", "all", or ``fnmatch`` patterns of names.
 
-    None means self-attention, and what a policy speaks of by its full name, which is in `named`.
+    None means "self", and what a policy speaks of by its full name, which is in `named`.
 
     Raises:
         ValueError: a pattern that matches no layer.
     """
     if layers is None:
-        return [name for name, kind in kinds.items() if kind == "self" or name in named]
+        return [name for name, kind in kinds.items() if kind != "cross" or name in named]
     if layers in ("all", "self", "cross"):
-        return [name for name, kind in kinds.items() if layers in ("all", kind)]
+        return [name for name, kind in kinds.items() if layers == "all" or (layers == "cross") == (kind == "cross")]
     patterns = [layers] if isinstance(layers, str) else list(layers)
     for pattern in patterns:
         if not fnmatch.filter(kinds, pattern):
@@ -72,58 +77,70 @@ def select_layers(kinds: dict[str, str], layers: str | Sequence[str] | None, nam
     return [name for name in kinds if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
 
 
-def head_dim(attn: Any) -> int:
-    """Channels of a head's values."""
-    return attn.to_v.out_features // attn.heads
+def form_of(adapter: Adapter, attn: Any) -> Form:
+    """How a layer attends with its processor, or, where that is another tool's, with the stock one."""
+    forms = adapter.forms()
+    return forms.get(type(stock_of(attn.processor))) or forms[adapter.stock(attn)]
 
 
-def never_served(name: str, attn: Any) -> str | None:
+def never_served(adapter: Adapter, name: str, attn: Any) -> str | None:
     """Why this layer cannot be served, whatever its processor; or None."""
-    for part, reason in EXCLUDED.items():
-        if part in name.split("."):
-            return reason
-    if head_dim(attn) > ops.MAX_HEAD_DIM:
-        return f"its heads have {head_dim(attn)} channels; at most {ops.MAX_HEAD_DIM} are served"
+    for part in name.split("."):
+        if part in adapter.left_alone:
+            return adapter.left_alone[part]
+    head_dim = form_of(adapter, attn).head_dim(attn)
+    if head_dim > ops.MAX_HEAD_DIM:
+        return f"its heads have {head_dim} channels; at most {ops.MAX_HEAD_DIM} are served"
     return None
 
 
 def holding_layers(denoiser: Any, layers: dict[str, Any] | None = None) -> list[str]:
     """Those of its `layers` (None: all) whose values depend on its context alone: they hold their output, not a map."""
-    if getattr(denoiser, "encoder_hid_proj", None) is not None:  # what they attend over is made anew at each call
+    adapter = adapter_of(denoiser)
+    if not adapter.hands_on_context(denoiser):  # what they attend over is made anew at each call
         return []
     layers = attention_layers(denoiser) if layers is None else layers
-    return [n for n, m in layers.items() if m.is_cross_attention and opaque(m) is None]
+    return [n for n, m in layers.items() if adapter.kind(n, m) == "cross" and opaque(form_of(adapter, m), m) is None]
 
 
-def opaque(attn: Any) -> str | None:
+def opaque(form: Form, attn: Any) -> str | None:
     """Why it cannot be told whether a layer would give the same output again, or None.
 
     Its values and output are made by plain layers, whose weights say all. Adapters, quantised layers, hooks and patches
     have a state of their own.
     """
-    if attn.residual_connection or attn.spatial_norm is not None or attn.norm_cross:
+    makers = form.makers(attn)
+    if makers is None:
         return "its output depends on more than its map and values"
-    for name, module, plain in (
-        ("to_v", attn.to_v, Linear),
-        ("to_out", attn.to_out[0], Linear),
-        ("to_out", attn.to_out[1], Dropout),
-    ):
-        if type(module) is not plain:
+    for name, module in makers.items():
+        if type(module) not in (Linear, Dropout):
             return f"its {name} is a {type(module).__name__}, not a plain layer"
         if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
             return f"another tool hooks into its {name}"
     return None
 
 
-def foreign(attn: Any) -> str | None:
+def foreign(adapter: Adapter, attn: Any) -> str | None:
     """Why the processor that this layer has now cannot be stood in for; or None."""
-    processor = type(stock_of(attn.processor))
-    if processor in stock_processors():
-        return None
-    served = " and ".join(t.__name__ for t in stock_processors())
-    return f"its processor is {processor.__name__}; only {served} are served"
+    processor, forms = stock_of(attn.processor), adapter.forms()
+    form = forms.get(type(processor))
+    if form is None:
+        usual = adapter.stock(attn).__name__
+        return f"its processor is {type(processor).__name__}; {usual} and its kin are served"
+    return diverted(processor) if form.dispatched else None
 
 
-def unsupported(name: str, attn: Any) -> str | None:
+def diverted(processor: Any) -> str | None:
+    """Why a processor that attends through diffusers' attention backends does it otherwise than torch; or None."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    if processor._parallel_config is not None:
+        return "context parallelism splits its tokens between devices"
+    active, _ = _AttentionBackendRegistry.get_active_backend()
+    backend = str(getattr(processor._attention_backend or active, "value", processor._attention_backend or active))
+    return None if backend == "native" else f"its attention backend is {backend!r}; only 'native' is served"
+
+
+def unsupported(adapter: Adapter, name: str, attn: Any) -> str | None:
     """Why this layer cannot be served as it is now, or None."""
-    return never_served(name, attn) or foreign(attn)
+    return never_served(adapter, name, attn) or foreign(adapter, attn)

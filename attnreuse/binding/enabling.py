@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from attnreuse.binding import loops
-from attnreuse.binding.denoiser import find_denoiser
+from attnreuse.binding.denoiser import find_denoiser, part_of
 from attnreuse.binding.session import ATTRIBUTE, Session
 from attnreuse.binding.shapes import parse_bytes
 from attnreuse.maps.formats import format_named
@@ -32,7 +32,7 @@ def enable(
     it computes exactly; the report counts such calls with the reason, and a warning names the first.
 
     Args:
-        pipe: a diffusers pipeline with a ``UNet2DConditionModel``, or such a denoiser.
+        pipe: a diffusers pipeline, or its denoiser; docs/adapters.md lists the models that are served.
         policy: which executed steps reuse: a :class:`Policy` for one number of steps; a rule for any, such as
             ``hurry(reuse=0.5)``; a file of either, or ``"user/name"`` on the Hugging Face Hub.
             None: ``hurry(reuse=0.5)``.
@@ -41,8 +41,8 @@ def enable(
         map_format: "fp32", "fp16", "bf16", "u8", "u7" or "u4".
         memory_budget: most bytes the maps of a denoiser call may take, a number or like "4GiB"; layers
             that do not fit only compute, and are reported. None: whatever the policy needs.
-        layers: "self", "cross", "all", or ``fnmatch`` patterns of layer names. None: self-attention, and the
-            layers that the policy speaks of by their full names.
+        layers: "self" (self-attention and joint attention), "cross", "all", or ``fnmatch`` patterns of layer names.
+            None: "self", and the layers that the policy speaks of by their full names.
         scheduler: for a denoiser without its pipeline whose timesteps are not taken from a tensor; or
             call :meth:`Session.step` in your loop.
         strict: whatever keeps a layer from doing what the policy says is an error instead of a warning, but for
@@ -58,7 +58,7 @@ def enable(
             levels where the scheduler has none.
     """
     denoiser = find_denoiser(pipe)
-    is_pipe = hasattr(pipe, "unet")
+    is_pipe = part_of(pipe) is not None
     options = (format_named(map_format), parse_bytes(memory_budget), layers, strict, hasattr(pipe, "_orig_mod"))
     session = Session(denoiser, pipe if is_pipe else None, scheduler, _fitted(policy, fit, pipe, scheduler), *options)
     disable(pipe)

@@ -11,14 +11,16 @@ import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
-from attnreuse.binding.denoiser import foreign, layer_kinds, never_served, opaque, select_layers
+from torch.nn import Module
+
+from attnreuse.adapters import adapter_of
+from attnreuse.binding.denoiser import diverted, foreign, layer_kinds, never_served, opaque, select_layers
 from attnreuse.binding.processors import (
     CAPTURE,
     COMPUTE,
     OTHER_SHAPE,
     ReuseAttnProcessor,
     attention_layers,
-    stock_processors,
 )
 from attnreuse.binding.report import LayerReport
 from attnreuse.binding.run import Branch, Run
@@ -39,9 +41,10 @@ class Layers:
         layers, named: as in :func:`~attnreuse.binding.denoiser.select_layers`.
 
     Attributes:
+        adapter: of the denoiser.
         all: every attention layer of the denoiser, by name.
         modules: those to serve, by name.
-        kinds: "self" or "cross", by name.
+        kinds: "self", "cross" or "joint", by name.
         around: the layers and the blocks they lie in.
         refused: layers that cannot be served, with the reason; those whose processor is another tool's are
             in `modules` all the same, since it may be taken off again.
@@ -52,9 +55,10 @@ class Layers:
 
     def __init__(self, denoiser: Any, layers: str | Sequence[str] | None, named: Sequence[str] = ()):
         modules, kinds = attention_layers(denoiser), layer_kinds(denoiser)
+        self.adapter = adapter_of(denoiser)
         wanted = select_layers(kinds, layers, named)
-        never = {name: reason for name in wanted if (reason := never_served(name, modules[name]))}
-        self.refused = never | {n: r for n in wanted if n not in never and (r := foreign(modules[n]))}
+        never = {name: reason for name in wanted if (reason := never_served(self.adapter, name, modules[name]))}
+        self.refused = never | {n: r for n in wanted if n not in never and (r := self._foreign(modules[n]))}
         if len(self.refused) == len(wanted):
             name, reason = next(iter(self.refused.items()), ("", "it has no attention layer to serve"))
             count = f"{len(wanted)} of {len(wanted)} layers cannot be served: {name}: " if wanted else ""
@@ -62,8 +66,8 @@ class Layers:
         self.all = modules
         self.modules = {name: modules[name] for name in wanted if name not in never}
         self.kinds = {name: kinds[name] for name in self.modules}
-        self._stock = set(stock_processors())
-        self._found = {module: module.processor for module in modules.values() if not foreign(module)}
+        self._forms = self.adapter.forms()
+        self._found = {attn: attn.processor for attn in modules.values() if self._has_default(attn)}
         parents = [name.split(".") for name in self.modules]
         paths = {".".join(parts[:i]) for parts in parents for i in range(1, len(parts) + 1)}
         self.around = [module for name, module in denoiser.named_modules() if name in paths]
@@ -80,18 +84,26 @@ class Layers:
 
     def foreign(self) -> dict[str, str]:
         """Layers whose processor is another tool's now, with the reason why they are left alone."""
-        return {name: reason for name, module in self.modules.items() if (reason := foreign(module))}
+        return {name: reason for name, module in self.modules.items() if (reason := self._foreign(module))}
+
+    def _foreign(self, module: Any) -> str | None:
+        return foreign(self.adapter, module)
 
     def reports(self) -> list[LayerReport]:
         """Empty reports of the layers."""
         return [LayerReport(name=name, kind=kind) for name, kind in self.kinds.items()]
 
     def put_back(self) -> None:
-        """Every layer that has a stock processor gets the one found at first, bit for bit."""
+        """Every layer that has a default processor, then and now, gets the one found at first, bit for bit."""
         self.disarm()
-        for module, processor in self._found.items():
-            if not foreign(module):
-                module.set_processor(processor)
+        for attn, processor in self._found.items():
+            if self._has_default(attn):
+                attn.set_processor(processor)
+
+    def _has_default(self, attn: Any) -> bool:
+        """Whether the processor is one that diffusers sets by itself: of torch's attention, or written out."""
+        default, now = self.adapter.stock(attn).__name__, type(attn.processor).__name__
+        return now.removesuffix("2_0") == default.removesuffix("2_0") and not self._foreign(attn)
 
     # -- a call
 
@@ -101,16 +113,17 @@ class Layers:
         Without a branch all compute, for the reason `off`.
         """
         self._reasons, self._armed, self._others, self._in_place = {}, [], [], True
-        stock = self._stock
+        forms = self._forms
         for (name, attributes, processor), planned in zip(self._entries, run.schedule.at(run.step), strict=True):
             current = attributes.get("processor")
             processor.did = processor.why = None
             action, reason = Action.COMPUTE, off
-            if type(current) not in stock:
+            form = forms.get(type(current))
+            if form is None or (form.dispatched and diverted(current)):
                 self._others.append(processor)
-                self._reasons[name] = foreign(self.modules[name])
+                self._reasons[name] = self._foreign(self.modules[name])
                 continue
-            processor.original = current
+            processor.original, processor.form = current, form
             attributes["processor"] = processor
             if branch is not None and planned != NOTHING:
                 action, reason = self._arm_layer(name, processor, *planned, run, branch, given)
@@ -132,11 +145,12 @@ class Layers:
         ring = branch.ring
         if name not in ring.plan.requests:
             return Action.COMPUTE, run.report.skipped.get(name) or branch.why or "it has no memory for a map"
-        context = given.get("encoder_hidden_states") if self.kinds[name] == "cross" else None
+        is_cross = self.kinds[name] == "cross"
+        context = given.get("encoder_hidden_states") if is_cross else None
         about, unfit = None, None
         if keep or planned is Action.HOLD:
-            unfit = NO_CONTEXT if self.kinds[name] == "cross" and context is None else opaque(self.modules[name])
-            about = None if unfit else _Weights(self.modules[name])
+            unfit = NO_CONTEXT if is_cross and context is None else opaque(processor.form, self.modules[name])
+            about = None if unfit else _Weights(processor.form.makers(self.modules[name]))
         action, reason = planned, self._missing(name, planned, about, unfit, run, branch)
         if reason is not None:
             action = Action.CAPTURE if run.schedule.reuses_after(name, run.step) else Action.COMPUTE
@@ -234,8 +248,8 @@ class _Weights:
     They are kept alive, so that no others can come to lie at their addresses.
     """
 
-    def __init__(self, attn: Any):
-        self._tensors = [p for m in (attn.to_v, attn.to_out[0]) for p in (m.weight, m.bias) if p is not None]
+    def __init__(self, makers: dict[str, Module]):
+        self._tensors = [p for maker in makers.values() for p in maker.parameters()]
         self._marks = [(id(p), p.data_ptr(), None if p.is_inference() else p._version) for p in self._tensors]
 
     def __eq__(self, other: object) -> bool:

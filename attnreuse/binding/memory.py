@@ -42,11 +42,11 @@ class Memory:
         waiting = [other for other in run.branches if other.step < run.step]
         if waiting and not branch.released:  # whose turn may not come: memory stays what the plan says
             min(waiting, key=lambda other: other.step).release("its memory went to another call of the step")
-        run.allocate(branch, self._plan(run, given))
+        run.allocate(branch, self._plan(run, branch.call.sample, given))
 
-    def _plan(self, run: Run, given: dict[str, Any]) -> RingPlan | None:
+    def _plan(self, run: Run, sample: torch.Tensor, given: dict[str, Any]) -> RingPlan | None:
         """Plan the maps of a branch for inputs of these shapes; layers left out are reported."""
-        names, sample = [n for n in self.layers.modules if n not in run.report.skipped], given["sample"]
+        names = [n for n in self.layers.modules if n not in run.report.skipped]
         try:
             shapes = map_shapes(self.denoiser, given, self.layers.all)
         except UnsupportedLayerError as error:

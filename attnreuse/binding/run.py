@@ -26,15 +26,15 @@ CROWD = 8  # calls of one step that a loop nobody announced may make before they
 
 
 class Call:
-    """A denoiser call: its sample ``[B, C, H, W]`` and its conditions.
+    """A denoiser call: its sample ``[B, ...]`` and its conditions.
 
     Args:
+        sample: what is denoised.
         given: arguments of the denoiser, by name.
         keep: the sample may be overwritten before the next step, so keep a copy.
     """
 
-    def __init__(self, given: dict[str, Any], keep: bool):
-        sample: Tensor = given["sample"]
+    def __init__(self, sample: Tensor, given: dict[str, Any], keep: bool):
         self.sample = sample.clone() if keep or sample.is_inference() else sample
         self.conditions = Conditions(given, len(sample))
         self.shape = (sample.shape[1:], sample.dtype, sample.device)
@@ -44,7 +44,7 @@ class Call:
         """One minus the cosine to these rows of an earlier sample, the farthest row's; 1 where that was overwritten."""
         if not earlier.sample.is_inference() and earlier.sample._version != earlier._version:
             return torch.ones((), device=self.sample.device)
-        now, then = self.sample.float().flatten(1), earlier.sample[rows].float().flatten(1)  # [B, C H W]
+        now, then = self.sample.float().flatten(1), earlier.sample[rows].float().flatten(1)  # [B, all others]
         return 1 - torch.nn.functional.cosine_similarity(now, then).amin()
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from attnreuse.binding import compiled, loops
 from attnreuse.binding.clock import Place, StepClock
-from attnreuse.binding.denoiser import find_denoiser, unwrapped
+from attnreuse.binding.denoiser import find_denoiser, part_of, unwrapped
 from attnreuse.binding.guard import ThreadGuard
 from attnreuse.binding.hooks import Attached, Hook, nothing
 from attnreuse.binding.layers import Layers
@@ -149,7 +149,7 @@ class Session:
                 return
         except UnsupportedLayerError:  # a wrapper, it may be
             self._notices.warn(
-                f"the pipeline's unet is a {type(self.pipe.unet).__name__} now; reuse stays on the model it had"
+                f"the pipeline's denoiser is a {type(part_of(self.pipe)).__name__} now; reuse stays on the model it had"
             )
             return
         self._shown = self.report()
@@ -198,15 +198,17 @@ class Session:
             self._layers.disarm()  # after an interrupt that no hook heard
             self._now = None
             given = dict(zip(self._parameters, args, strict=False)) | kwargs
-            if not given.keys() >= {"sample", "timestep"}:
+            adapter = self._layers.adapter
+            if not given.keys() >= {adapter.sample, "timestep"}:
                 return  # the denoiser itself says what is missing
+            timestep = adapter.timestep(given)
             loop = loops.current(self.denoiser, self.pipe)
             try:
-                place = self._clock.place(given["timestep"], lambda: self._schedulers(loop), loop)
+                place = self._clock.place(timestep, lambda: self._schedulers(loop), loop)
             except UnknownStepError as error:
                 self._not_placed(error)
             else:
-                self._placed(place, loop, given)
+                self._placed(place, loop, given, timestep)
         except BaseException:
             self._failed()
             raise
@@ -256,12 +258,13 @@ class Session:
         for layer in self._shown.layers:
             layer.count(Action.COMPUTE, Action.COMPUTE, None)
 
-    def _placed(self, place: Place, loop: loops.Loop | None, given: dict[str, Any]) -> None:
+    def _placed(self, place: Place, loop: loops.Loop | None, given: dict[str, Any], timestep: Any) -> None:
         """Find the run and the branch of this call, and arm the layers."""
         # A loop of somebody's own may run within a pipeline's, in a callback: that announced its own walk alone.
         announced = loop is not None and self._walks.setdefault(loop, place.walk) == place.walk
-        call = None if self._wants_gradient(given) else Call(given, keep=not announced)
-        match = self._find(place, loop, announced, call, given["timestep"])
+        sample = given[self._layers.adapter.sample]
+        call = None if self._wants_gradient(given) else Call(sample, given, keep=not announced)
+        match = self._find(place, loop, announced, call, timestep)
         run, branch = match.run, match.branch
         self._runs = [other for other in self._runs if other is not run] + [run]
         run.advance(match.step)
@@ -272,7 +275,7 @@ class Session:
             elif branch.is_whole(match.rows):
                 call.conditions.join(branch.call.conditions)
             else:
-                branch.ring.keep_rows(match.rows)
+                branch.ring.keep_rows(match.rows, len(branch.call.sample))
             branch.call, branch.step = call, run.step
             if branch.waits and run.step < run.schedule.last_reuse:
                 self._memory.give(run, branch, given)
@@ -342,7 +345,7 @@ class Session:
             run.off = run.off or self._resolver.mismatch(
                 run, self.pipe, first if loop is not None else place.position == 0
             )
-        whole = self._given_compiled or hasattr(getattr(self.pipe, "unet", None), "_orig_mod")
+        whole = self._given_compiled or hasattr(part_of(self.pipe), "_orig_mod")
         compiled.make_room(self, self.denoiser, whole, self._layers, schedule, self._notices.warn)
         return run
 

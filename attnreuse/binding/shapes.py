@@ -18,7 +18,8 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from attnreuse.binding.denoiser import head_dim
+from attnreuse.adapters import adapter_of
+from attnreuse.binding.denoiser import form_of
 from attnreuse.binding.processors import ShapeRecorder, attention_layers
 from attnreuse.binding.schedule import Schedule, kept_outputs
 from attnreuse.errors import UnsupportedLayerError
@@ -66,36 +67,35 @@ def map_shapes(denoiser: Any, inputs: dict[str, Any], layers: dict[str, Any] | N
     accepted = inspect.signature(type(denoiser).forward).parameters.keys() - {"self", "cross_attention_kwargs"}
     given = tree_map_only(Tensor, _on_meta, {name: inputs[name] for name in sorted(accepted & inputs.keys())})
     layers = layers or attention_layers(denoiser)
-    heads = {name: (attn.heads, head_dim(attn), attn.to_out[0].out_features) for name, attn in layers.items()}
-    key = f"{type(denoiser).__name__} {denoiser.to_json_string()} {heads} {given}"
+    adapter = adapter_of(denoiser)
+    forms = {name: form_of(adapter, attn) for name, attn in layers.items()}
+    sizes = {n: (attn.heads, forms[n].head_dim(attn), forms[n].channels(attn)) for n, attn in layers.items()}
+    key = f"{type(denoiser).__name__} {denoiser.to_json_string()} {sizes} {given}"
     if key not in _shapes:
         if len(_shapes) >= 256:
             _shapes.clear()
-        tokens = _record_tokens(denoiser, given, set(layers))
         _shapes[key] = {
-            name: LayerShape((b, heads[name][0], m, n), *heads[name][1:])
-            for name, (b, m, n) in tokens.items()
-            if name in heads
+            name: LayerShape((b, sizes[name][0], m, n), *sizes[name][1:])
+            for name, (b, _, m, n) in _record(denoiser, given, set(layers)).items()
         }
     return _shapes[key]
 
 
-def _record_tokens(denoiser: Any, given: dict[str, Any], layers: set[str]) -> dict[str, tuple[int, int, int]]:
-    """Queries and keys ``(B, M, N)`` that the layers of a stock twin of `denoiser` see."""
-    twin, said = None, ""
+def _record(denoiser: Any, given: dict[str, Any], layers: set[str]) -> dict[str, tuple[int, int, int, int]]:
+    """Map shapes ``(B, H, M, N)`` of the layers of a stock twin of `denoiser`."""
+    adapter, said = adapter_of(denoiser), ""
     for make in (_twin_of_config, _twin_of_modules):
         try:
             twin = make(denoiser)
             if set(attention_layers(twin)) != layers:
                 continue  # blocks were taken out or put in
-            tokens: dict[str, tuple[int, int, int]] = {}
+            shapes: dict[str, tuple[int, int, int, int]] = {}
             for name, attn in attention_layers(twin).items():
-                attn.set_processor(ShapeRecorder(name, tokens))
-            b, _, *size = given["sample"].shape
-            sample = given["sample"].new_empty(b, twin.conv_in.in_channels, *size)  # a widened conv_in changes no map
+                stock = adapter.stock(attn)
+                attn.set_processor(ShapeRecorder(name, shapes, stock(), adapter.forms()[stock]))
             with torch.no_grad():
-                twin(**{**given, "sample": sample})
-            return tokens
+                twin(**{**given, adapter.sample: adapter.resized(given[adapter.sample], twin)})
+            return shapes
         except Exception as error:  # whatever a changed model raises
             said = f": {type(error).__name__}: {error}"
     raise UnsupportedLayerError(f"the map shapes of this {type(denoiser).__name__} cannot be told{said}")
@@ -104,8 +104,7 @@ def _record_tokens(denoiser: Any, given: dict[str, Any], layers: set[str]) -> di
 def _twin_of_config(denoiser: Any) -> Any:
     """The model of this config, without weights."""
     with torch.device("meta"):
-        # IP-Adapters change this entry; image embeddings do not change the shapes of self-attention.
-        return type(denoiser).from_config({**denoiser.config, "encoder_hid_dim_type": None}).eval()
+        return type(denoiser).from_config(adapter_of(denoiser).config(denoiser)).eval()
 
 
 def _twin_of_modules(denoiser: Any) -> Any:

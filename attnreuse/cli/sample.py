@@ -50,6 +50,7 @@ def command(
 ) -> None:
     """Sample with full steps, with reuse, and with fewer steps of equal measured latency."""
     with clear_errors():
+        from attnreuse.binding.denoiser import find_denoiser
         from attnreuse.planning.samplers import step_options
         from attnreuse.study.sample import sample, sheet
 
@@ -62,6 +63,7 @@ def command(
             scheduler, guidance = scheduler or "Euler a", 7.5 if guidance is None else guidance
         pipe = load_pipeline(model, scheduler)
         step_options(pipe.scheduler, eta)
+        denoiser = find_denoiser(pipe)
         chosen = policy_for(policy, fit, model, pipe.scheduler, steps, reuse, max_age)
         with progress("runs") as tell:
             result = sample(
@@ -69,7 +71,7 @@ def command(
                 prompt or list(PROMPTS),
                 steps=steps,
                 policy=chosen,
-                map_format=map_format or default_format(pipe.unet.device, pipe.unet.dtype),
+                map_format=map_format or default_format(denoiser.device, denoiser.dtype),
                 seed=seed,
                 guidance=guidance,
                 eta=eta,

@@ -209,20 +209,30 @@ class MapRing:
         self.captured_at.clear()
         self.kept_at.clear()
 
-    def keep_rows(self, rows: list[int]) -> None:
-        """From now on all is of these rows of their batch, in this order; what is held is moved."""
+    def keep_rows(self, rows: list[int], batch: int) -> None:
+        """From now on all is of these rows of a `batch`, in this order; what is held is moved.
+
+        Where a layer sees several pictures for each row of the batch (frames), all of them go with it.
+        """
         for name, attn_map in self.places.items():
-            moved = self._map(name, (len(rows), *attn_map.shape[1:]))
+            kept = _of_each(rows, attn_map.shape[0] // batch)
+            moved = self._map(name, (len(kept), *attn_map.shape[1:]))
             if name in self.captured_at:
-                parts = (attn_map.codes[rows], attn_map.block_max[rows], attn_map.lse[rows])  # copies: the maps overlap
+                parts = (attn_map.codes[kept], attn_map.block_max[kept], attn_map.lse[kept])  # copies: the maps overlap
                 for target, part in zip((moved.codes, moved.block_max, moved.lse), parts, strict=True):
                     target.copy_(part)
             self.places[name], self.outlines[name] = moved, outline(moved.shape, self.buffer.device)
         for name, output in self.outputs.items():
-            moved = self._output(name, (len(rows), *output.shape[1:]))
+            kept = _of_each(rows, output.shape[0] // batch)
+            moved = self._output(name, (len(kept), *output.shape[1:]))
             if name in self.kept_at:
-                moved.write(output.read(output.shape)[rows])
+                moved.write(output.read(output.shape)[kept])
             self.outputs[name] = moved
+
+
+def _of_each(rows: list[int], count: int) -> list[int]:
+    """Numbers of the pictures of these rows, `count` for each."""
+    return [row * count + i for row in rows for i in range(count)]
 
 
 def outline(shape: tuple[int, ...], device: torch.device) -> Tensor:

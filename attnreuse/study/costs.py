@@ -15,6 +15,7 @@ from typing import Any
 
 from torch.nn import Module
 
+from attnreuse.binding.denoiser import find_denoiser
 from attnreuse.binding.hooks import Attached
 from attnreuse.binding.processors import attention_layers
 from attnreuse.binding.report import Report
@@ -128,12 +129,12 @@ def attention(evaluator: Evaluator) -> dict[str, float]:
 
 def _timed(evaluator: Evaluator, policy: Policy | None) -> _Run:
     """A run of one batch, stock or with `policy`, and what took how long in it."""
-    unet = evaluator.pipe.unet
+    denoiser = find_denoiser(evaluator.pipe)
     schedule = evaluator.schedule(policy or evaluator.policy([False] * evaluator.executed_steps, "stock"))
-    mark, between = stopwatch(unet.device)
-    layers, whole, within = attention_layers(unet), [], []
+    mark, between = stopwatch(denoiser.device)
+    layers, whole, within = attention_layers(denoiser), [], []
     marks: dict[str, list[Any]] = {name: [] for name in schedule.actions}
-    timed = [(unet, within), *((layers[name], found) for name, found in marks.items())]
+    timed = [(denoiser, within), *((layers[name], found) for name, found in marks.items())]
 
     @contextmanager
     def around(start: int) -> Iterator[None]:

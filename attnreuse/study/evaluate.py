@@ -23,12 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attnreuse.adapters import adapter_of
 from attnreuse.binding.clock import executed_steps
 from attnreuse.binding.denoiser import (
     find_denoiser,
     holding_layers,
     layer_kinds,
     model_name,
+    part_of,
     select_layers,
     unsupported,
 )
@@ -171,7 +173,8 @@ class Evaluator:
         """Digest of everything that decides a score besides the schedule: names a cache's rows."""
         about = {**asdict(self.setting), "model": self.model, "scheduler": self.scheduler}
         about["layers"] = self.setting.layers or "self"
-        about |= {"dtype": str(self.pipe.unet.dtype), "device": self.pipe.unet.device.type}
+        denoiser = find_denoiser(self.pipe)
+        about |= {"dtype": str(denoiser.dtype), "device": denoiser.device.type}
         about |= {"config": {k: v for k, v in self.pipe.scheduler.config.items() if not k.startswith("_")}}
         about |= {"weights": _some_weights(self.pipe)}
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -251,10 +254,10 @@ class Evaluator:
     def served(self, policy: Policy | None = None) -> list[str]:
         """Names of the layers that the setting (or else `policy`) means and that can be served, as they are called."""
         denoiser = find_denoiser(self.pipe)
-        modules = attention_layers(denoiser)
+        modules, adapter = attention_layers(denoiser), adapter_of(denoiser)
         named = policy.patterns if policy else ()
         wanted = set(select_layers(layer_kinds(denoiser), self.setting.layers, named))
-        return [name for name in self.shapes() if name in wanted and unsupported(name, modules[name]) is None]
+        return [name for name in self.shapes() if name in wanted and unsupported(adapter, name, modules[name]) is None]
 
     def map_sizes(self, policy: Policy | None = None) -> dict[str, int]:
         """Elements of the map of each layer served, see :meth:`served`."""
@@ -266,7 +269,7 @@ class Evaluator:
 
     def map_bytes(self, policy: Policy) -> int:
         """Bytes of the buffer that `policy` needs here."""
-        served, dtype = self.served(policy), self.pipe.unet.dtype
+        served, dtype = self.served(policy), find_denoiser(self.pipe).dtype
         requests = map_requests(self.schedule(policy), served, self.shapes(), dtype)
         return plan_ring(requests, format_named(self.setting.map_format)).nbytes
 
@@ -274,7 +277,7 @@ class Evaluator:
     def _replaying(self, session: Session, batch: int) -> Iterator[None]:
         """Within, the denoiser's forward answers from the memo as long as the schedule agrees with it."""
         denoiser = session.denoiser
-        if denoiser is not self.pipe.unet:
+        if denoiser is not part_of(self.pipe):
             raise AttnReuseError("a compiled denoiser cannot be replayed: search and analyse before torch.compile")
         digests, inputs = digests_of(session.actions, self.setting.steps), self.reference._inputs
         first_live = self._memo.first_live(batch, digests, session.actions)

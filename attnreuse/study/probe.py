@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreuse.binding.denoiser import find_denoiser
+from attnreuse.adapters import Form, Inputs, adapter_of
+from attnreuse.binding.denoiser import find_denoiser, form_of
 from attnreuse.binding.enabling import enable
 from attnreuse.binding.hooks import Attached
 from attnreuse.binding.processors import ReuseAttnProcessor, attention_layers
@@ -23,17 +24,17 @@ Visit = Callable[[int, str, Tensor], Tensor | None]  # (step, layer, map [B, H, 
 class ProbeAttnProcessor(ReuseAttnProcessor):
     """Shows `visit` the layer's map at the steps wanted, and applies what it gives back, if anything."""
 
-    def __init__(self, original: Any, visit: Callable[[Tensor], Tensor | None]):
-        super().__init__(original)
+    def __init__(self, original: Any, form: Form, visit: Callable[[Tensor], Tensor | None]):
+        super().__init__(original, form)
         self.visit = visit
 
     def _fits(self, attn: Any, hidden_states: Tensor, context: Tensor | None) -> bool:
         return True  # it makes a map as the layer comes
 
-    def _capture(self, attn: Any, hidden_states: Tensor, context: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        b, h, n, _ = value.shape
-        self.slot = AttentionMap.empty(format_named("fp32"), (b, h, hidden_states.shape[1], n), value.device)
-        output = super()._capture(attn, hidden_states, context, value, mask)
+    def _capture(self, attn: Any, inputs: Inputs, value: Tensor) -> Tensor:
+        shape = self.form.map_shape(attn, inputs.given, inputs.context)
+        self.slot = AttentionMap.empty(format_named("fp32"), shape, value.device)
+        output = super()._capture(attn, inputs, value)
         instead = self.visit(self.slot.dense())
         return output if instead is None else instead.to(value.dtype) @ value
 
@@ -43,10 +44,13 @@ def probing(evaluator: Evaluator, steps: set[int], visit: Visit) -> Iterator[Non
     """Within, `visit` sees every served layer's map at these executed steps, and may replace it."""
     denoiser = find_denoiser(evaluator.pipe)
     modules = {name: attention_layers(denoiser)[name] for name in evaluator.served()}
+    adapter = adapter_of(denoiser)
     never = Policy(steps=evaluator.executed_steps, reuse=[False] * evaluator.executed_steps)
 
     def probe(name: str) -> ProbeAttnProcessor:
-        return ProbeAttnProcessor(modules[name].processor, lambda attn_map: visit(session.tick.step, name, attn_map))
+        attn = modules[name]
+        see = lambda attn_map: visit(session.tick.step, name, attn_map)  # noqa: E731
+        return ProbeAttnProcessor(attn.processor, form_of(adapter, attn), see)
 
     probes = {module: probe(name) for name, module in modules.items()}
 

@@ -146,7 +146,8 @@ def sample(
 
     baseline, reuse = Way("full steps", steps), Way("reuse", steps)
     progress(next(begun), 1 + 5 * rounds, f"warm-up, {min(WARM_UP, steps)} steps")
-    served = tuple(select_layers(layer_kinds(find_denoiser(pipe)), None, policy.patterns))
+    denoiser = find_denoiser(pipe)
+    served = tuple(select_layers(layer_kinds(denoiser), None, policy.patterns))
     attention = costs.attention(Evaluator(pipe, replace(setting, steps=min(WARM_UP, steps), layers=served)))
     ways, order = [baseline, reuse], random.Random(0)
     for turn in range(2 * rounds):
@@ -158,7 +159,7 @@ def sample(
     for way in ways:
         way.psnr_db = [psnr(picture, target) for picture, target in zip(way.pictures, baseline.pictures, strict=True)]
     about = {"model": model_name(pipe), "scheduler": type(pipe.scheduler).__name__, "guidance": guidance, "seed": seed}
-    measured_on = {**about, **environment(pipe.unet.device), "dtype": str(pipe.unet.dtype)}
+    measured_on = {**about, **environment(denoiser.device), "dtype": str(denoiser.dtype)}
     return SampleResult(prompts, policy, *ways, reports[-1], *_attention(reports[-1], attention), measured_on)
 
 

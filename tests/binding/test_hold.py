@@ -329,10 +329,11 @@ def test_compiled_layers_see_a_context_that_a_hook_changes(pipe, whole):
 
 @pytest.mark.parametrize("shape", [(2, 16, 12), (2, 12, 4, 4)], ids=["tokens", "image"])
 def test_outputs_keep_the_shape_of_their_input(shape):
+    from attnreuse.adapters.forms import Plain
     from attnreuse.binding.processors import ReuseAttnProcessor
 
     attn = Attention(12, heads=2, dim_head=6, rescale_output_factor=2.0).eval()
-    processor = ReuseAttnProcessor(attn.processor)
+    processor = ReuseAttnProcessor(attn.processor, Plain())
     attn.set_processor(processor)
     first, second = torch.randn(shape), torch.randn(shape)
     expected = processor.original(attn, first)

@@ -11,13 +11,18 @@ import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from life import maps_alive
 from tiny_random import from_another_thread, prompt, random_pipeline, random_unet, sample
 
 import attnreuse
 from attnreuse import Policy, hurry, periodic
 from attnreuse.binding.session import ATTRIBUTE
+
+
+class TheirAttnProcessor(AttnProcessor2_0):
+    """Another tool's."""
+
 
 SCHEDULERS = [
     "DDIMScheduler",
@@ -327,25 +332,27 @@ def test_layers_self_cross_all_and_patterns(pipe):
 
 
 def test_unsupported_processors_are_left_alone_and_told(pipe):
-    theirs = SlicedAttnProcessor(slice_size=1)
+    theirs = TheirAttnProcessor()
     pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(theirs)
-    with pytest.warns(UserWarning, match="leaves 1 of the chosen layers alone.*SlicedAttnProcessor"):
+    with pytest.warns(UserWarning, match="leaves 1 of the chosen layers alone.*TheirAttnProcessor"):
         session = attnreuse.enable(pipe, hurry(4, 2, None))
     with session:
         sample(pipe, 4)
         assert pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor is theirs
     assert list(session.report().skipped) == ["mid_block.attentions.0.transformer_blocks.0.attn1"]
-    assert "SlicedAttnProcessor" in str(session.report())
-    with pytest.raises(attnreuse.UnsupportedLayerError, match="SlicedAttnProcessor"):
+    assert "TheirAttnProcessor" in str(session.report())
+    with pytest.raises(attnreuse.UnsupportedLayerError, match="TheirAttnProcessor"):
         attnreuse.enable(pipe, hurry(4, 2, None), strict=True)
 
 
 def test_nothing_to_serve_is_an_error(pipe):
-    pipe.unet.set_attn_processor(SlicedAttnProcessor(slice_size=1))
+    pipe.unet.set_attn_processor(TheirAttnProcessor())
     with pytest.raises(attnreuse.UnsupportedLayerError, match="7 of 7 layers cannot be served"):
         attnreuse.enable(pipe, hurry(4, 2, None))
-    with pytest.raises(attnreuse.UnsupportedLayerError, match="expected a pipeline with a UNet2DConditionModel"):
+    with pytest.raises(attnreuse.UnsupportedLayerError, match=r"Linear is not served.*attnreuse\.adapters\.register"):
         attnreuse.enable(torch.nn.Linear(2, 2), hurry(4, 2, None))
+    with pytest.raises(attnreuse.UnsupportedLayerError, match=r"expected a pipeline with a unet.*, got str"):
+        attnreuse.enable("stabilityai/sdxl-turbo", hurry(4, 2, None))
 
 
 @pytest.mark.parametrize(
@@ -435,10 +442,6 @@ def test_lora_loaded_while_enabled(pipe, tmp_path):
     assert torch.equal(sample(pipe, 4), plain)
 
 
-class TheirAttnProcessor(AttnProcessor2_0):
-    """Another tool's."""
-
-
 def test_processors_that_others_set_stay_theirs(pipe):
     session = attnreuse.enable(pipe, hurry(4, 2, None))
     pipe.unet.set_attn_processor(TheirAttnProcessor())
@@ -454,11 +457,12 @@ def test_processors_that_others_set_stay_theirs(pipe):
 def test_layers_reuse_again_once_others_take_their_processors_off(pipe):
     with attnreuse.enable(pipe, hurry(4, 2, None)) as session:
         expected = sample(pipe, 4)
-        pipe.enable_attention_slicing(1)
-        with pytest.warns(UserWarning, match="SlicedAttnProcessor"):
+        before = dict(pipe.unet.attn_processors)
+        pipe.unet.set_attn_processor(TheirAttnProcessor())
+        with pytest.warns(UserWarning, match="TheirAttnProcessor"):
             sample(pipe, 4)
         assert session.report().layers[0].reused == 0
-        pipe.disable_attention_slicing()
+        pipe.unet.set_attn_processor(before)
         assert torch.equal(sample(pipe, 4), expected)
         assert not session.report().skipped
 

@@ -95,18 +95,19 @@ def test_capture_writes_only_inside_its_slot(name):
         assert (ring.buffer[end:] == 0xA5).all()
 
 
+@pytest.mark.parametrize("frames", [1, 2])  # pictures of a video for each row of the batch
 @pytest.mark.parametrize("rows", [[1], [2, 0], [0, 1, 2], [2, 1, 0]])
 @pytest.mark.parametrize("name", FORMATS)
-def test_rows_that_are_kept_keep_their_maps(name, rows):
-    shape = (3, 2, 33, 129)
+def test_rows_that_are_kept_keep_their_maps(name, rows, frames):
+    shape = (3 * frames, 2, 33, 129)
     made = [MapRequest("held", shape, 0, 1, 1), MapRequest("not yet", shape, 0, 1, 1)]
     ring = MapRing(plan_ring(made, FORMATS[name]), CPU)
-    q, k, v = torch.randn(3, 2, 33, 40), torch.randn(3, 2, 129, 40), torch.randn(3, 2, 129, 40)
+    q, k, v = (torch.randn(3 * frames, 2, tokens, 40) for tokens in (33, 129, 129))
     ops.capture(q, k, v, into=ring.places["held"])
     ring.captured("held", 0)
-    expected = [part(ring.slots["held"])[rows] for part in PARTS]
-    ring.keep_rows(rows)
+    expected = [part(ring.slots["held"]).unflatten(0, (3, frames))[rows].flatten(0, 1) for part in PARTS]
+    ring.keep_rows(rows, batch=3)
     assert set(ring.slots) == {"held"}
     assert all(torch.equal(part(ring.slots["held"]), was) for part, was in zip(PARTS, expected, strict=True))
-    assert ring.places["not yet"].shape == (len(rows), 2, 33, 129)
+    assert ring.places["not yet"].shape == (len(rows) * frames, 2, 33, 129)
     assert ring.slots["held"].storage.data_ptr() >= ring.buffer.data_ptr()

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from attnreuse.binding.denoiser import find_denoiser
 from attnreuse.measure.environment import environment, package_version
 from attnreuse.planning.samplers import make_scheduler, step_options
 from attnreuse.policy import Policy, Rule
@@ -117,6 +118,7 @@ def compare(
             groups.append(Group(label, at.steps, at.map_format, rows, notes))
     finally:
         pipe.scheduler = own
-    about = {**environment(pipe.unet.device), "dtype": str(pipe.unet.dtype)}
+    denoiser = find_denoiser(pipe)
+    about = {**environment(denoiser.device), "dtype": str(denoiser.dtype)}
     about |= {name: found for name in ("DeepCache", "tomesd") if (found := package_version(name))}
     return Comparison(setting, groups, about, rounds)

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from attnreuse.binding.denoiser import find_denoiser
 from attnreuse.measure.environment import environment
 from attnreuse.measure.timing import keeps_freed_memory
 from attnreuse.planning.rows import strip
@@ -131,7 +132,7 @@ class Judge:
 
 def _machine(evaluator: Evaluator) -> str:
     """What the costs of a run belong to besides its setting."""
-    about = environment(evaluator.pipe.unet.device)
+    about = environment(find_denoiser(evaluator.pipe).device)
     kept = ", freed memory kept" if keeps_freed_memory() else ""
     return f"{about['device']}, {about['threads']} threads, torch {about['torch']}{kept}"
 

@@ -56,7 +56,7 @@ def layer_groups(evaluator: Evaluator, by: Literal["kind", "level", "layer"]) ->
     """
     if by not in ("kind", "level", "layer"):
         raise ValueError(f"by must be 'kind', 'level' or 'layer', got {by!r}")
-    kinds, shapes = layer_kinds(evaluator.pipe.unet), evaluator.shapes()
+    kinds, shapes = layer_kinds(find_denoiser(evaluator.pipe)), evaluator.shapes()
     groups: dict[str, list[str]] = {}
     for name in evaluator.served():
         label = {"kind": kinds[name], "level": f"{kinds[name]}@{shapes[name].map[2]}", "layer": name}[by]

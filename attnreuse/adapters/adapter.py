@@ -1,0 +1,87 @@
+"""What a family of denoisers is to the rest of the package, and which families there are."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from attnreuse.adapters.forms import Form
+from attnreuse.errors import UnsupportedLayerError
+
+
+class Adapter:
+    """A family of denoisers: subclass it, and :func:`register` an instance.
+
+    Attributes:
+        models: names of the classes that it serves.
+        part: attribute of a pipeline that holds such a model.
+        sample: argument of its forward with the noisy sample; the first axis is the batch.
+        left_alone: why layers only compute, by a part of their name.
+    """
+
+    models: ClassVar[tuple[str, ...]] = ()
+    part: ClassVar[str] = "unet"
+    sample: ClassVar[str] = "sample"
+    left_alone: ClassVar[Mapping[str, str]] = {}
+
+    def forms(self) -> Mapping[type, Form]:
+        """By stock processor, exactly: how layers that have it attend."""
+        raise NotImplementedError
+
+    def stock(self, attn: Any) -> type:
+        """The stock processor of a layer that nobody has changed."""
+        raise NotImplementedError
+
+    def kind(self, name: str, attn: Any) -> str:
+        """What a layer attends over: see :meth:`Form.kind`."""
+        return self.forms()[self.stock(attn)].kind(attn)
+
+    def hands_on_context(self, denoiser: Any) -> bool:
+        """Whether cross-attention layers attend over the very ``encoder_hidden_states`` that the denoiser is given."""
+        return True
+
+    def timestep(self, given: Mapping[str, Any]) -> Any:
+        """The timestep of a call with the arguments `given`, as the scheduler has it."""
+        return given["timestep"]
+
+    def config(self, denoiser: Any) -> dict[str, Any]:
+        """Config of a denoiser whose layers see the same numbers of tokens, and that is called without adapters."""
+        return dict(denoiser.config)
+
+    def resized(self, sample: Tensor, twin: Any) -> Tensor:
+        """A sample of the same size for `twin`, which may take other channels."""
+        return sample
+
+
+_adapters: dict[str, Adapter] = {}  # by class name
+
+
+def register(adapter: Adapter) -> None:
+    """Serve the models of `adapter` from now on, instead of what served them before."""
+    for model in adapter.models:
+        _adapters[model] = adapter
+
+
+def adapter_of(denoiser: Any) -> Adapter:
+    """The adapter of a denoiser's class, or of the nearest of its base classes.
+
+    Raises:
+        UnsupportedLayerError: there is none; the message names the nearest family.
+    """
+    for cls in type(denoiser).__mro__:
+        if cls.__name__ in _adapters:
+            return _adapters[cls.__name__]
+    name = type(denoiser).__name__
+    nearest = (difflib.get_close_matches(name, _adapters, 1, 0.5) or [next(iter(_adapters))])[0]
+    raise UnsupportedLayerError(
+        f"{name} is not served; the nearest model that is served is {nearest}. To serve it, subclass "
+        "attnreuse.adapters.Adapter (docs/adapters.md says how) and attnreuse.adapters.register it"
+    )
+
+
+def parts() -> list[str]:
+    """Attributes of pipelines that may hold a denoiser."""
+    return list(dict.fromkeys(adapter.part for adapter in _adapters.values()))
