@@ -8,6 +8,7 @@ __all__ = ["Adapter", "Form", "Inputs", "Query", "adapter_of", "parts", "registe
 
 for adapter in (
     unets.UNet(),
+    unets.AnimateDiff(),
     unets.VideoUNet(),
     unets.SpatioTemporalUNet(),
     unets.Kandinsky3(),

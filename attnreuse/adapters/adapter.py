@@ -17,13 +17,13 @@ class Adapter:
 
     Attributes:
         models: names of the classes that it serves.
-        part: attribute of a pipeline that holds such a model.
+        parts: attributes of a pipeline that may hold such a model.
         sample: argument of its forward with the noisy sample; the first axis is the batch.
         left_alone: why layers only compute, by a part of their name.
     """
 
     models: ClassVar[tuple[str, ...]] = ()
-    part: ClassVar[str] = "unet"
+    parts: ClassVar[tuple[str, ...]] = ("unet",)
     sample: ClassVar[str] = "sample"
     left_alone: ClassVar[Mapping[str, str]] = {}
 
@@ -84,4 +84,4 @@ def adapter_of(denoiser: Any) -> Adapter:
 
 def parts() -> list[str]:
     """Attributes of pipelines that may hold a denoiser."""
-    return list(dict.fromkeys(adapter.part for adapter in _adapters.values()))
+    return list(dict.fromkeys(part for adapter in _adapters.values() for part in adapter.parts))

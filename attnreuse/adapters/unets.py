@@ -35,6 +35,7 @@ class UNet(Adapter):
     """Stable Diffusion 1, 2 and XL, Kolors, Kandinsky 2, DeepFloyd, unCLIP, and models without conditions."""
 
     models = ("UNet2DConditionModel", "UNet2DModel")
+    parts = ("unet", "decoder")  # of unCLIP
     left_alone: ClassVar = {"fuser": "GLIGEN's fuser attends over grounding tokens, not image tokens"}
 
     def forms(self) -> Mapping[type, Form]:
@@ -59,12 +60,18 @@ class UNet(Adapter):
         return sample.new_empty(b, twin.conv_in.in_channels, *size)
 
 
-class VideoUNet(UNet):
-    """AnimateDiff, I2VGen-XL and ModelScope: spatial layers see each frame as a picture of the batch."""
+class AnimateDiff(UNet):
+    """AnimateDiff: spatial layers see each frame as a picture of the batch."""
 
-    models = ("UNetMotionModel", "UNet3DConditionModel", "I2VGenXLUNet")
+    models = ("UNetMotionModel",)
+    left_alone: ClassVar = {"motion_modules": "motion modules attend over frames"}
+
+
+class VideoUNet(UNet):
+    """I2VGen-XL and ModelScope: the same, with temporal layers of other names."""
+
+    models = ("UNet3DConditionModel", "I2VGenXLUNet")
     left_alone: ClassVar = {
-        "motion_modules": "motion modules attend over frames",
         "temp_attentions": "temporal layers attend over frames",
         "transformer_in": "temporal layers attend over frames",
         "image_latents_temporal_encoder": "temporal layers attend over frames",
@@ -73,16 +80,15 @@ class VideoUNet(UNet):
     def hands_on_context(self, denoiser: Any) -> bool:
         return False  # it is repeated for every frame
 
+    def resized(self, sample: Tensor, twin: Any) -> Tensor:
+        return sample
+
 
 class SpatioTemporalUNet(VideoUNet):
     """Stable Video Diffusion."""
 
     models = ("UNetSpatioTemporalConditionModel",)
     left_alone: ClassVar = {"temporal_transformer_blocks": "temporal layers attend over frames"}
-
-    def resized(self, sample: Tensor, twin: Any) -> Tensor:
-        b, frames, _, *size = sample.shape
-        return sample.new_empty(b, frames, twin.conv_in.in_channels, *size)
 
 
 class Kandinsky3(UNet):
