@@ -2,7 +2,10 @@
 
 from attnreuse.adapters import unets
 from attnreuse.adapters.adapter import Adapter, adapter_of, parts, register
+from attnreuse.adapters.flux import Flux
 from attnreuse.adapters.forms import Form, Inputs, Query
+from attnreuse.adapters.pixart import PixArt
+from attnreuse.adapters.sd3 import SD3
 
 __all__ = ["Adapter", "Form", "Inputs", "Query", "adapter_of", "parts", "register"]
 
@@ -13,5 +16,8 @@ for adapter in (
     unets.SpatioTemporalUNet(),
     unets.Kandinsky3(),
     unets.DreamLite(),
+    PixArt(),
+    SD3(),
+    Flux(),
 ):
     register(adapter)

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from attnreuse.adapters.forms import Form
@@ -43,9 +44,9 @@ class Adapter:
         """Whether cross-attention layers attend over the very ``encoder_hidden_states`` that the denoiser is given."""
         return True
 
-    def timestep(self, given: Mapping[str, Any]) -> Any:
-        """The timestep of a call with the arguments `given`, as the scheduler has it."""
-        return given["timestep"]
+    def as_given(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """What a denoiser is given for the scheduler's `timesteps`, where that is a tensor of `dtype`."""
+        return timesteps
 
     def config(self, denoiser: Any) -> dict[str, Any]:
         """Config of a denoiser whose layers see the same numbers of tokens, and that is called without adapters."""

@@ -6,6 +6,8 @@ captured and reused between them.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -258,6 +260,25 @@ class AddedKV:
         if not attn.only_cross_attention:
             projected = torch.cat([projected, own(inputs.tokens)], dim=1)
         return split_heads(projected, attn.heads)
+
+
+@functools.cache
+def attention_forms() -> Mapping[type, Form]:
+    """Of the processors of the class ``Attention`` that image models use."""
+    from diffusers.models import attention_processor as stock
+
+    plain, older = Plain(), Plain(scaled=True)
+    return {
+        stock.AttnProcessor2_0: plain,
+        stock.AttnProcessor: older,
+        stock.SlicedAttnProcessor: older,
+        stock.XFormersAttnProcessor: older,
+        stock.FusedAttnProcessor2_0: Fused(),
+        stock.AttnAddedKVProcessor2_0: AddedKV(),
+        stock.AttnAddedKVProcessor: AddedKV(scaled=True),
+        stock.XFormersAttnAddedKVProcessor: AddedKV(scaled=True),
+        stock.SlicedAttnAddedKVProcessor: AddedKV(scaled=True, spatial=True),
+    }
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from attnreuse.adapters.adapter import Adapter
-from attnreuse.adapters.forms import AddedKV, Dispatched, Form, Fused, Plain
-
-
-@functools.cache
-def attention_forms() -> Mapping[type, Form]:
-    """Of the processors of the class ``Attention`` that image models use."""
-    from diffusers.models import attention_processor as stock
-
-    plain, older = Plain(), Plain(scaled=True)
-    return {
-        stock.AttnProcessor2_0: plain,
-        stock.AttnProcessor: older,
-        stock.SlicedAttnProcessor: older,
-        stock.XFormersAttnProcessor: older,
-        stock.FusedAttnProcessor2_0: Fused(),
-        stock.AttnAddedKVProcessor2_0: AddedKV(),
-        stock.AttnAddedKVProcessor: AddedKV(scaled=True),
-        stock.XFormersAttnAddedKVProcessor: AddedKV(scaled=True),
-        stock.SlicedAttnAddedKVProcessor: AddedKV(scaled=True, spatial=True),
-    }
+from attnreuse.adapters.forms import Dispatched, Form, attention_forms
 
 
 class UNet(Adapter):

@@ -57,9 +57,14 @@ class Place:
 
 
 class StepClock:
-    """Places denoiser calls by their timestep, or by what :meth:`set` said."""
+    """Places denoiser calls by their timestep, or by what :meth:`set` said.
+
+    Attributes:
+        as_given: what the denoiser is given for a scheduler's timesteps, where that has a dtype.
+    """
 
     def __init__(self) -> None:
+        self.as_given: Callable[[Tensor, torch.dtype], Tensor] = lambda timesteps, dtype: timesteps
         self._told: tuple[object, int, int] | None = None  # token of the walk, step, steps
         self._told_in: object = None  # the loop it was told in
         self._last: Place | None = None
@@ -97,7 +102,7 @@ class StepClock:
             self._last = _on_walk(timestep, self._last) or _by_address(timestep, schedulers())
             if self._last is not None:
                 return self._last
-        return _by_scheduler(timestep, [s for s in schedulers() if _has_timesteps(s)])
+        return _by_scheduler(timestep, [s for s in schedulers() if _has_timesteps(s)], self.as_given)
 
 
 def _has_timesteps(scheduler: Any) -> bool:
@@ -134,7 +139,7 @@ def _position(t: Tensor, timesteps: Tensor) -> int:
     return (t.storage_offset() - timesteps.storage_offset()) // (timesteps.stride(0) or 1)
 
 
-def _by_scheduler(timestep: Any, schedulers: list[Any]) -> Place:
+def _by_scheduler(timestep: Any, schedulers: list[Any], as_given: Callable[[Tensor, torch.dtype], Tensor]) -> Place:
     """The place of a timestep by its value among a scheduler's, or by the scheduler's own count."""
     if not schedulers:
         raise UnknownStepError(f"no scheduler to read the step from: pass scheduler= to attnreuse.enable, or {HELP}")
@@ -143,11 +148,12 @@ def _by_scheduler(timestep: Any, schedulers: list[Any]) -> Place:
     for scheduler in schedulers:
         timesteps = scheduler.timesteps
         index = getattr(scheduler, "step_index", None)
+        index = getattr(scheduler, "begin_index", None) if index is None else index
         if index is not None and index < len(timesteps) and t.device.type != "cpu":
             return Place(timesteps, index, len(timesteps), scheduler)  # a look at the value would wait for the device
         if not _one_place(t) and not (t == t.flatten()[0]).all():
             raise UnknownStepError(f"cannot tell the step: the timesteps of the call differ within the batch; {HELP}")
-        positions = (timesteps.cpu() == t.flatten()[0].cpu()).nonzero().flatten().tolist()
+        positions = (as_given(timesteps.cpu(), t.dtype) == t.flatten()[0].cpu()).nonzero().flatten().tolist()
         if index in positions or len(positions) == 1:
             return Place(timesteps, index if index in positions else positions[0], len(timesteps), scheduler)
         times = f"{len(positions)} times" if positions else "not"

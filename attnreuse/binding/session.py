@@ -90,6 +90,7 @@ class Session:
         self.denoiser = denoiser
         self._parameters = list(inspect.signature(type(denoiser).forward).parameters)[1:]
         self._layers = Layers(denoiser, self._chosen, self.policy.patterns)
+        self._clock.as_given = self._layers.adapter.as_given
         self._resolver = Resolver(self.policy, denoiser, self._layers, self._clock, self._notices)
         self._memory = Memory(denoiser, self._layers, self.map_format, self._budget, self._notices)
         refused = self._layers.refused
@@ -198,17 +199,15 @@ class Session:
             self._layers.disarm()  # after an interrupt that no hook heard
             self._now = None
             given = dict(zip(self._parameters, args, strict=False)) | kwargs
-            adapter = self._layers.adapter
-            if not given.keys() >= {adapter.sample, "timestep"}:
+            if not given.keys() >= {self._layers.adapter.sample, "timestep"}:
                 return  # the denoiser itself says what is missing
-            timestep = adapter.timestep(given)
             loop = loops.current(self.denoiser, self.pipe)
             try:
-                place = self._clock.place(timestep, lambda: self._schedulers(loop), loop)
+                place = self._clock.place(given["timestep"], lambda: self._schedulers(loop), loop)
             except UnknownStepError as error:
                 self._not_placed(error)
             else:
-                self._placed(place, loop, given, timestep)
+                self._placed(place, loop, given)
         except BaseException:
             self._failed()
             raise
@@ -258,13 +257,13 @@ class Session:
         for layer in self._shown.layers:
             layer.count(Action.COMPUTE, Action.COMPUTE, None)
 
-    def _placed(self, place: Place, loop: loops.Loop | None, given: dict[str, Any], timestep: Any) -> None:
+    def _placed(self, place: Place, loop: loops.Loop | None, given: dict[str, Any]) -> None:
         """Find the run and the branch of this call, and arm the layers."""
         # A loop of somebody's own may run within a pipeline's, in a callback: that announced its own walk alone.
         announced = loop is not None and self._walks.setdefault(loop, place.walk) == place.walk
         sample = given[self._layers.adapter.sample]
         call = None if self._wants_gradient(given) else Call(sample, given, keep=not announced)
-        match = self._find(place, loop, announced, call, timestep)
+        match = self._find(place, loop, announced, call, given["timestep"])
         run, branch = match.run, match.branch
         self._runs = [other for other in self._runs if other is not run] + [run]
         run.advance(match.step)

@@ -1,6 +1,7 @@
 """What every adapter keeps, whatever its family: one test for each line of the contract."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ STEPS = 6
 POLICY = Policy(steps=STEPS, reuse=".RR.RR")
 NEVER = Policy(steps=STEPS, reuse="......")
 CLOSE = dict(rtol=0, atol=1e-4)
+SCHEDULER = SimpleNamespace(timesteps=None)
 
 
 @pytest.fixture(params=ZOO)
@@ -28,17 +30,28 @@ def walk(animal, seed=0, steps=STEPS):
     """Outputs of the denoiser at each of `steps`, for samples that change a little from step to step."""
     g = torch.Generator().manual_seed(seed)
     sample, given = torch.randn(animal.sample, generator=g), conditions(animal, seed)
-    timesteps, outputs = torch.linspace(900, 100, steps), []
-    for t in timesteps:
+    outputs = []
+    for t in timesteps(steps):
         outputs.append(call(animal, sample, t, given))
         sample = sample + 0.1 * torch.randn(animal.sample, generator=g)
     return outputs
 
 
+def timesteps(steps):
+    """Those of a new run."""
+    SCHEDULER.timesteps = torch.linspace(900, 100, steps)
+    return SCHEDULER.timesteps
+
+
 def call(animal, sample, timestep, given):
-    name = adapter_of(animal.model).sample
+    adapter = adapter_of(animal.model)
+    timestep = adapter.as_given(timestep.expand(len(sample)), torch.float32)
     with torch.no_grad():
-        return animal.model(**{name: sample, "timestep": timestep}, **given, return_dict=False)[0]
+        return animal.model(**{adapter.sample: sample, "timestep": timestep}, **given, return_dict=False)[0]
+
+
+def enabled(animal, policy, **options):
+    return attnreuse.enable(animal.model, policy, scheduler=SCHEDULER, **options)
 
 
 def served(animal):
@@ -51,7 +64,7 @@ def served(animal):
 
 def test_never_reusing_equals_stock(animal):
     expected = walk(animal)
-    with attnreuse.enable(animal.model, NEVER, layers="all"):
+    with enabled(animal, NEVER, layers="all"):
         for now, then in zip(walk(animal), expected, strict=True):
             torch.testing.assert_close(now, then, **CLOSE)
 
@@ -60,7 +73,7 @@ def test_a_map_reused_in_its_own_step_equals_exact_attention(animal):
     given, sample, t = conditions(animal), torch.randn(animal.sample), torch.tensor(500)
     expected = call(animal, sample, t, given)
     policy = Policy(steps=2, reuse=".R")
-    with attnreuse.enable(animal.model, policy, map_format="fp32", layers="all", strict=False) as session:
+    with enabled(animal, policy, map_format="fp32", layers="all", strict=False) as session:
         for step in range(2):
             session.step(step, 2)
             torch.testing.assert_close(call(animal, sample, t, given), expected, **CLOSE)
@@ -74,7 +87,7 @@ def test_reuse_projects_no_query_and_no_key(animal):
             module = getattr(attn, name, None)
             if module is not None:
                 module.register_forward_pre_hook(lambda *_: calls.append(session.tick.step))
-    with attnreuse.enable(animal.model, POLICY, layers="all") as session:
+    with enabled(animal, POLICY, layers="all") as session:
         walk(animal)
     assert set(calls) <= {0, 3}
     assert {layer.reused + layer.held for layer in session.report().layers} == {4}
@@ -84,7 +97,7 @@ def test_a_fused_projection_gives_values_alone(monkeypatch):
     animal, sizes = ZOO["fused"](), []
     linear = torch.nn.functional.linear
     monkeypatch.setattr("attnreuse.adapters.forms.linear", lambda x, w, b: sizes.append(w.shape[0]) or linear(x, w, b))
-    with attnreuse.enable(animal.model, POLICY):
+    with enabled(animal, POLICY):
         walk(animal)
     attn = next(iter(served(animal).values()))
     assert attn.to_q.out_features in sizes
@@ -94,7 +107,7 @@ def test_a_fused_projection_gives_values_alone(monkeypatch):
 def test_disable_puts_everything_back(animal):
     expected = walk(animal)
     processors = [id(attn.processor) for attn in attention_layers(animal.model).values()]
-    with attnreuse.enable(animal.model, POLICY, layers="all"):
+    with enabled(animal, POLICY, layers="all"):
         reused = walk(animal)
     assert any(not torch.equal(now, then) for now, then in zip(reused, expected, strict=True))
     assert all(torch.equal(now, then) for now, then in zip(walk(animal), expected, strict=True))
@@ -102,15 +115,15 @@ def test_disable_puts_everything_back(animal):
 
 
 def test_a_run_sees_no_map_of_another(animal):
-    with attnreuse.enable(animal.model, POLICY, layers="all"):
+    with enabled(animal, POLICY, layers="all"):
         alone = walk(animal, seed=1)
-    with attnreuse.enable(animal.model, POLICY, layers="all"):
+    with enabled(animal, POLICY, layers="all"):
         walk(animal, seed=0)
         assert all(torch.equal(now, then) for now, then in zip(walk(animal, seed=1), alone, strict=True))
 
 
 def test_reports_name_every_layer_and_every_byte(animal):
-    with attnreuse.enable(animal.model, POLICY, layers="all") as session:
+    with enabled(animal, POLICY, layers="all") as session:
         walk(animal)
     report, names = session.report(), set(attention_layers(animal.model))
     assert {layer.name for layer in report.layers} == set(served(animal))
@@ -124,13 +137,12 @@ def test_rows_of_the_batch_keep_their_maps(animal):
     sample, given = torch.randn(animal.sample, generator=g), conditions(animal)
     half, few = sample[1:], {name: _second(value) for name, value in given.items()}
     policy = Policy(steps=3, reuse=".RR")
-    timesteps = torch.linspace(900, 100, 3)
-    with attnreuse.enable(animal.model, policy, map_format="fp32", layers="all"):
-        for t in timesteps:
+    with enabled(animal, policy, map_format="fp32", layers="all"):
+        for t in timesteps(3):
             whole = call(animal, sample, t, given)
-    with warnings.catch_warnings(), attnreuse.enable(animal.model, policy, map_format="fp32", layers="all") as session:
+    with warnings.catch_warnings(), enabled(animal, policy, map_format="fp32", layers="all") as session:
         warnings.simplefilter("ignore" if not animal.rows_told else "error")
-        for i, t in enumerate(timesteps.clone()):
+        for i, t in enumerate(timesteps(3)):
             last = call(animal, sample, t, given) if i == 0 else call(animal, half, t, few)
     if animal.rows_told:
         torch.testing.assert_close(last, whole[1:], **CLOSE)
@@ -158,12 +170,12 @@ def test_a_compiled_layer_has_a_graph_per_action(animal):
     torch._dynamo.reset()
     attn.compile(backend=backend, fullgraph=True)
     policy = Policy(steps=STEPS, reuse="..R.RR")  # compute, capture and reuse
-    with attnreuse.enable(animal.model, policy, layers="all") as session:
+    with enabled(animal, policy, layers="all") as session:
         compiled = walk(animal)
     layer = next(layer for layer in session.report().layers if layer.name == name)
     assert (layer.computed, layer.captured, layer.reused) == (1, 2, 3)
     assert len(graphs) == 3
     attn._compiled_call_impl = None
-    with attnreuse.enable(animal.model, policy, layers="all"):
+    with enabled(animal, policy, layers="all"):
         for now, then in zip(walk(animal), compiled, strict=True):
             torch.testing.assert_close(now, then, **CLOSE)

@@ -208,6 +208,75 @@ def dreamlite() -> Animal:
     return Animal(unet.eval(), (B, 4, S, S), {"encoder_hidden_states": TEXT})
 
 
+def pixart() -> Animal:
+    torch.manual_seed(0)
+    model = diffusers.PixArtTransformer2DModel(
+        sample_size=S,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=72,
+        in_channels=4,
+        cross_attention_dim=144,
+        caption_channels=24,
+    )
+    mask = torch.ones(B, TOKENS)
+    mask[1, -2:] = 0
+    given = {"encoder_hidden_states": (B, TOKENS, 24)}
+    constants = {"encoder_attention_mask": mask, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    return Animal(_alive(model), (B, 4, S, S), given, constants)
+
+
+def sd3(fuse: bool = False, **changes: Any) -> Animal:
+    torch.manual_seed(0)
+    config = dict(
+        sample_size=S,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=4,
+        joint_attention_dim=24,
+        caption_projection_dim=32,
+        pooled_projection_dim=20,
+        pos_embed_max_size=S,
+    )
+    model = diffusers.SD3Transformer2DModel(**{**config, **changes})
+    if fuse:
+        model.fuse_qkv_projections()
+    given = {"encoder_hidden_states": (B, TOKENS, 24), "pooled_projections": (B, 20)}
+    return Animal(_alive(model), (B, 4, S, S), given)
+
+
+def flux(fuse: bool = False) -> Animal:
+    torch.manual_seed(0)
+    model = diffusers.FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    if fuse:
+        model.fuse_qkv_projections()
+    places = torch.cartesian_prod(torch.arange(1), torch.arange(4), torch.arange(4)).float()
+    given = {"encoder_hidden_states": (B, TOKENS, 24), "pooled_projections": (B, 20)}
+    constants = {"txt_ids": torch.zeros(TOKENS, 3), "img_ids": places, "guidance": torch.full((B,), 3.5)}
+    return Animal(_alive(model), (B, 16, 4), given, constants)
+
+
+def _alive(model: Any) -> Any:
+    """The model, whose gates and norms are not those of a model before its first training step."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any() or bool((p == 1).all()):
+                p.add_(0.1 * torch.randn(p.shape))
+    return model.eval()
+
+
 def fake_xformers(monkeypatch: Any) -> None:
     """xFormers' attention, written out: it has no wheel for every machine."""
 
@@ -238,4 +307,10 @@ ZOO = {
     "I2VGen-XL": i2vgen,
     "Stable Video Diffusion": stable_video,
     "DreamLite": dreamlite,
+    "PixArt": pixart,
+    "SD3": sd3,
+    "SD3, fused": lambda: sd3(fuse=True),
+    "SD3.5": lambda: sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
+    "Flux": flux,
+    "Flux, fused": lambda: flux(fuse=True),
 }

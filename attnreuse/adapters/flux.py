@@ -1,0 +1,53 @@
+"""FLUX.1: joint attention with rotary positions; later blocks have text and image tokens in one stream."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnreuse.adapters.adapter import Adapter
+from attnreuse.adapters.forms import Form, Inputs, Query
+from attnreuse.adapters.joint import Joint
+
+
+class FluxJoint(Joint):
+    """``FluxAttnProcessor``."""
+
+    dispatched = True
+
+    def kind(self, attn: Any) -> str:
+        return "joint"
+
+    def _placed(self, made: Query, inputs: Inputs) -> Query:
+        query, key = made.query, made.key
+        if inputs.extra is not None:
+            from diffusers.models.embeddings import apply_rotary_emb
+
+            query, key = (apply_rotary_emb(x, inputs.extra, sequence_dim=2) for x in (query, key))
+        return Query(query, key, inputs.mask)
+
+
+@functools.cache
+def _forms() -> Mapping[type, Form]:
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+    return {FluxAttnProcessor: FluxJoint(image_first=False)}
+
+
+class Flux(Adapter):
+    models = ("FluxTransformer2DModel",)
+    parts = ("transformer",)
+    sample = "hidden_states"
+
+    def forms(self) -> Mapping[type, Form]:
+        return _forms()
+
+    def stock(self, attn: Any) -> type:
+        return next(iter(_forms()))
+
+    def as_given(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        return timesteps.to(dtype) / 1000

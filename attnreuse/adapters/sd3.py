@@ -1,0 +1,33 @@
+"""Stable Diffusion 3 and 3.5: joint attention, in some blocks beside self-attention of the image tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from attnreuse.adapters.adapter import Adapter
+from attnreuse.adapters.forms import Form
+from attnreuse.adapters.joint import Joint
+
+
+@functools.cache
+def _forms() -> Mapping[type, Form]:
+    from diffusers.models import attention_processor as stock
+
+    return {
+        stock.JointAttnProcessor2_0: Joint(image_first=True, fused=False),
+        stock.FusedJointAttnProcessor2_0: Joint(image_first=True, fused=True, normed=False),
+    }
+
+
+class SD3(Adapter):
+    models = ("SD3Transformer2DModel",)
+    parts = ("transformer",)
+    sample = "hidden_states"
+
+    def forms(self) -> Mapping[type, Form]:
+        return _forms()
+
+    def stock(self, attn: Any) -> type:
+        return next(iter(_forms()))
