@@ -143,6 +143,8 @@ class Layers:
     ) -> tuple[Action, str | None]:
         """Tell a layer what to do; gives that, and why it is not as planned, if it is not."""
         ring = branch.ring
+        if name in branch.idle:
+            return Action.COMPUTE, None
         if name not in ring.plan.requests:
             return Action.COMPUTE, run.report.skipped.get(name) or branch.why or "it has no memory for a map"
         is_cross = self.kinds[name] == "cross"

@@ -42,20 +42,22 @@ class Memory:
         waiting = [other for other in run.branches if other.step < run.step]
         if waiting and not branch.released:  # whose turn may not come: memory stays what the plan says
             min(waiting, key=lambda other: other.step).release("its memory went to another call of the step")
-        run.allocate(branch, self._plan(run, branch.call.sample, given))
+        run.allocate(branch, self._plan(run, branch, given))
 
-    def _plan(self, run: Run, sample: torch.Tensor, given: dict[str, Any]) -> RingPlan | None:
+    def _plan(self, run: Run, branch: Branch, given: dict[str, Any]) -> RingPlan | None:
         """Plan the maps of a branch for inputs of these shapes; layers left out are reported."""
-        names = [n for n in self.layers.modules if n not in run.report.skipped]
+        names, sample = [n for n in self.layers.modules if n not in run.report.skipped], branch.call.sample
         try:
             shapes = map_shapes(self.denoiser, given, self.layers.all)
         except UnsupportedLayerError as error:
             self.notices.only_compute(run, dict.fromkeys(names, str(error)))
             return None
         dtype = ops.unserved_dtype(sample.dtype)
-        unserved = {n: dtype or "the model does not call it" for n in names if dtype or n not in shapes}
-        self.notices.only_compute(run, unserved)
-        names = [n for n in names if n not in unserved]
+        branch.idle = frozenset(n for n in names if n not in shapes)
+        elsewhere = {name for other in run.branches for name in other.ring.plan.requests}  # skip-layer guidance
+        never = dict.fromkeys(branch.idle - elsewhere, "the model does not call it")
+        self.notices.only_compute(run, dict.fromkeys(names, dtype) if dtype else never)
+        names = [] if dtype else [n for n in names if n in shapes]
         for name in names if self.notices.strict else []:
             reason = ops.fallback_reason(self.map_format, sample.device, sample.dtype, shapes[name].head_dim)
             if reason:

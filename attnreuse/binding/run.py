@@ -61,6 +61,7 @@ class Branch:
         released: it has lost its memory.
         unproven: the latest step at which its conditions alone told that the call continues it.
         missed: layers whose latest capture did not happen, with the reason.
+        idle: layers that the model does not call in its calls.
     """
 
     call: Call
@@ -71,6 +72,7 @@ class Branch:
     released: bool = False
     unproven: int = -1
     missed: dict[str, str] = field(default_factory=dict)
+    idle: frozenset[str] = frozenset()
 
     def rows(self, call: Call, values: bool = True) -> list[int] | None:
         """For each row of `call`, the row of this branch that attends over the same; or None.

@@ -1,0 +1,173 @@
+"""Pipelines of diffusers with denoisers of each family: one line puts reuse on, and what they do besides goes on."""
+
+import warnings
+
+import diffusers
+import pytest
+import torch
+from tiny_random import TOKENS, WIDTH, random_pipeline
+from zoo import ZOO, added
+
+import attnreuse
+from attnreuse import hurry
+
+STEPS = 6
+
+
+def embeds(seed, *shape):
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pixart():
+    pipe = diffusers.PixArtSigmaPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=random_pipeline().vae,
+        transformer=ZOO["PixArt"]().model,
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+    )
+    mask = torch.ones(1, TOKENS)
+    given = dict(prompt_embeds=embeds(0, TOKENS, 24), prompt_attention_mask=mask, negative_prompt=None)
+    given |= dict(negative_prompt_embeds=embeds(1, TOKENS, 24), negative_prompt_attention_mask=mask)
+    return _quiet(pipe), {**given, "use_resolution_binning": False}
+
+
+def sd3(name="SD3.5", **call):
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer=ZOO[name]().model,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=random_pipeline().vae,
+        **dict.fromkeys(
+            ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+        ),
+    )
+    pipe.vae.register_to_config(shift_factor=0.0)
+    given = dict(prompt_embeds=embeds(0, TOKENS, 24), pooled_prompt_embeds=embeds(2, 20))
+    given |= dict(negative_prompt_embeds=embeds(1, TOKENS, 24), negative_pooled_prompt_embeds=embeds(3, 20))
+    return _quiet(pipe), {**given, **call}
+
+
+def sd3_heun():
+    pipe, given = sd3("SD3")
+    pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)
+    return pipe, given
+
+
+def flux(dtype=torch.float32, **call):
+    model = ZOO["Flux"]().model
+    model.register_to_config(in_channels=16)
+    model.x_embedder = torch.nn.Linear(16, 32)  # of 2 x 2 latents of 4 channels
+    model.proj_out = torch.nn.Linear(32, 16)
+    pipe = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=random_pipeline().vae,
+        transformer=model,
+        **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")),
+    )
+    given = dict(prompt_embeds=embeds(0, TOKENS, 24), pooled_prompt_embeds=embeds(2, 20), **call)
+    pipe.transformer.to(dtype)
+    return _quiet(pipe), {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+
+
+def flux_with_true_guidance():
+    return flux(
+        true_cfg_scale=3.0,
+        negative_prompt_embeds=embeds(1, TOKENS, 24),
+        negative_pooled_prompt_embeds=embeds(3, 20),
+    )
+
+
+def animatediff():
+    base, animal = random_pipeline(), ZOO["AnimateDiff"]()
+    pipe = diffusers.AnimateDiffPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        tokenizer=None,
+        unet=animal.model,
+        motion_adapter=None,
+        scheduler=base.scheduler,
+    )
+    given = dict(prompt_embeds=embeds(0, TOKENS, WIDTH), negative_prompt_embeds=embeds(1, TOKENS, WIDTH))
+    return _quiet(pipe), {**given, "num_frames": 3}
+
+
+def ddpm():
+    return _quiet(diffusers.DDPMPipeline(ZOO["UNet2DModel"]().model, diffusers.DDPMScheduler())), {"output_type": "np"}
+
+
+def deepfloyd():
+    unet = added(out_channels=8).model
+    pipe = diffusers.IFPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        unet=unet,
+        scheduler=diffusers.DDPMScheduler(variance_type="learned_range"),
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
+    )
+    given = dict(prompt_embeds=embeds(0, TOKENS, 24), negative_prompt_embeds=embeds(1, TOKENS, 24))
+    return _quiet(pipe), {**given, "output_type": "pt"}
+
+
+PIPELINES = {
+    "PixArt-Sigma": pixart,
+    "SD3": lambda: sd3("SD3"),
+    "SD3.5": sd3,
+    "SD3, Heun": sd3_heun,
+    "SD3, skip-layer guidance": lambda: sd3(
+        "SD3", skip_guidance_layers=[0], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0
+    ),
+    "Flux": flux,
+    "Flux, bf16": lambda: flux(torch.bfloat16),
+    "Flux, true guidance": flux_with_true_guidance,
+    "AnimateDiff": animatediff,
+    "DDPM": ddpm,
+    "DeepFloyd": deepfloyd,
+}
+
+
+def sample(pipe, given, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    call = {"output_type": "latent", "num_inference_steps": STEPS, "generator": g, **given}
+    if not isinstance(pipe, diffusers.DDPMPipeline):
+        call |= {"height": 16, "width": 16} if hasattr(pipe, "vae") else {"height": 8, "width": 8}
+    made = pipe(**call)
+    return torch.as_tensor(made.images if hasattr(made, "images") else made.frames)
+
+
+@pytest.fixture(params=PIPELINES)
+def made(request):
+    return PIPELINES[request.param]()
+
+
+def test_one_line_reuses(made):
+    pipe, given = made
+    stock = sample(pipe, given)
+    with warnings.catch_warnings(), attnreuse.enable(pipe) as session:
+        warnings.filterwarnings("error", message="attnreuse")
+        if "skip_guidance_layers" in given:  # whose calls begin at the second step
+            warnings.filterwarnings(
+                "ignore", message=".*at step 1 instead of reusing: its map of step 0 was not captured"
+            )
+        first, second = sample(pipe, given), sample(pipe, given)
+    assert torch.equal(first, second)
+    change = (first - stock).norm() / stock.norm()
+    assert 0 < change < 0.5
+    for layer in session.report().layers:
+        assert layer.reused > 0
+        assert not layer.reasons or "skip_guidance_layers" in given
+    assert torch.equal(sample(pipe, given), stock)
+
+
+def test_never_reusing_equals_stock(made):
+    pipe, given = made
+    stock = sample(pipe, given)
+    with attnreuse.enable(pipe, hurry(reuse=0.0)):
+        torch.testing.assert_close(sample(pipe, given), stock, rtol=0, atol=1e-4)
