@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCALED = ["fp16", "bf16", "u8", "u4"]
-HEAD_DIMS = [40, 64, 80, 96, 128, 160]
+HEAD_DIMS = [40, 64, 72, 80, 96, 128, 160]
 CASES = [(1, 1, 1), (63, 77, 4), (111, 300, 1), (128, 256, 4)]  # M, N, factor of q: flat and peaky rows
 
 

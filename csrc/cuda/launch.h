@@ -26,7 +26,7 @@ inline unsigned blocks_for(int64_t items, int64_t per_block) {
 }
 
 // Head dims with kernels of reuse.
-#define HEAD_DIMS(CASE) CASE(40) CASE(64) CASE(80) CASE(96) CASE(128) CASE(160)
+#define HEAD_DIMS(CASE) CASE(40) CASE(64) CASE(72) CASE(80) CASE(96) CASE(128) CASE(160)
 constexpr const char* kNoKernel = "no kernel for this format and head dim (u8 and u4 at 40, 64, 80, 96, 128, 160 have one)";
 
 }  // namespace attnreuse

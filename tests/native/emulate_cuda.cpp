@@ -167,7 +167,7 @@ void check_head_dim() {
 }  // namespace
 
 int main() {
-  check_head_dim<40>(), check_head_dim<64>(), check_head_dim<80>();
+  check_head_dim<40>(), check_head_dim<64>(), check_head_dim<72>(), check_head_dim<80>();
   check_head_dim<96>(), check_head_dim<128>(), check_head_dim<160>();
   check_reuse<40, 8>(1, 1), check_reuse<64, 4>(129, 257);
   check_hopper<40, 8, 1>(150, 3), check_hopper<64, 8, 2>(129, 700);  // more blocks of keys than stages
