@@ -21,12 +21,18 @@ class Adapter:
         parts: attributes of a pipeline that may hold such a model.
         sample: argument of its forward with the noisy sample; the first axis is the batch.
         left_alone: why layers only compute, by a part of their name.
+        rows: of the batch for each picture, under classifier-free guidance.
+        tokens: of a prompt; None: as many as the text encoder takes.
+        makes_videos: its pipelines give frames instead of pictures.
     """
 
     models: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[tuple[str, ...]] = ("unet",)
     sample: ClassVar[str] = "sample"
     left_alone: ClassVar[Mapping[str, str]] = {}
+    rows: ClassVar[int] = 2
+    tokens: ClassVar[int | None] = None
+    makes_videos: ClassVar[bool] = False
 
     def forms(self) -> Mapping[type, Form]:
         """By stock processor, exactly: how layers that have it attend."""
@@ -51,6 +57,15 @@ class Adapter:
     def config(self, denoiser: Any) -> dict[str, Any]:
         """Config of a denoiser whose layers see the same numbers of tokens, and that is called without adapters."""
         return dict(denoiser.config)
+
+    def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
+        """Arguments of the denoiser's forward, on meta: `batch` samples of `size` (height, width) latents.
+
+        Args:
+            tokens: of a prompt.
+            frames: of a video; else ignored.
+        """
+        raise NotImplementedError
 
     def resized(self, sample: Tensor, twin: Any) -> Tensor:
         """A sample of the same size for `twin`, which may take other channels."""
@@ -81,6 +96,11 @@ def adapter_of(denoiser: Any) -> Adapter:
         f"{name} is not served; the nearest model that is served is {nearest}. To serve it, subclass "
         "attnreuse.adapters.Adapter (docs/adapters.md says how) and attnreuse.adapters.register it"
     )
+
+
+def empty(*shape: int) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, device="meta")
 
 
 def parts() -> list[str]:

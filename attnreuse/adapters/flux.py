@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreuse.adapters.adapter import Adapter
+from attnreuse.adapters.adapter import Adapter, empty
 from attnreuse.adapters.forms import Form, Inputs, Query
 from attnreuse.adapters.joint import Joint
 
@@ -42,12 +42,27 @@ class Flux(Adapter):
     models = ("FluxTransformer2DModel",)
     parts = ("transformer",)
     sample = "hidden_states"
+    rows = 1  # guidance is embedded
+    tokens = 512
 
     def forms(self) -> Mapping[type, Form]:
         return _forms()
 
     def stock(self, attn: Any) -> type:
         return next(iter(_forms()))
+
+    def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
+        config = denoiser.config
+        patches = (size[0] // 2) * (size[1] // 2)
+        given = {
+            "hidden_states": empty(batch, patches, config["in_channels"]),
+            "timestep": empty(batch),
+            "encoder_hidden_states": empty(batch, tokens, config["joint_attention_dim"]),
+            "pooled_projections": empty(batch, config["pooled_projection_dim"]),
+            "txt_ids": empty(tokens, 3),
+            "img_ids": empty(patches, 3),
+        }
+        return given | {"guidance": empty(batch)} if config["guidance_embeds"] else given
 
     def as_given(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         return timesteps.to(dtype) / 1000

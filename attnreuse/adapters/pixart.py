@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from attnreuse.adapters.adapter import Adapter
+from attnreuse.adapters.adapter import Adapter, empty
 from attnreuse.adapters.forms import Form, attention_forms
 
 
@@ -15,6 +15,7 @@ class PixArt(Adapter):
     models = ("PixArtTransformer2DModel",)
     parts = ("transformer",)
     sample = "hidden_states"
+    tokens = 300
 
     def forms(self) -> Mapping[type, Form]:
         return attention_forms()
@@ -23,6 +24,20 @@ class PixArt(Adapter):
         from diffusers.models.attention_processor import AttnProcessor2_0
 
         return AttnProcessor2_0
+
+    def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
+        config = denoiser.config
+        additional = config["use_additional_conditions"]
+        if additional is None:
+            additional = config["sample_size"] == 128
+        known = {"resolution": empty(batch, 2), "aspect_ratio": empty(batch, 1)}
+        return {
+            "hidden_states": empty(batch, config["in_channels"], *size),
+            "timestep": empty(batch),
+            "encoder_hidden_states": empty(batch, tokens, config["caption_channels"] or config["cross_attention_dim"]),
+            "encoder_attention_mask": empty(batch, tokens),
+            "added_cond_kwargs": known if additional else dict.fromkeys(known),
+        }
 
     def hands_on_context(self, denoiser: Any) -> bool:
         return denoiser.caption_projection is None

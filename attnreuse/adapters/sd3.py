@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from attnreuse.adapters.adapter import Adapter
+from attnreuse.adapters.adapter import Adapter, empty
 from attnreuse.adapters.forms import Form
 from attnreuse.adapters.joint import Joint
 
@@ -25,9 +25,19 @@ class SD3(Adapter):
     models = ("SD3Transformer2DModel",)
     parts = ("transformer",)
     sample = "hidden_states"
+    tokens = 333  # 77 of CLIP, 256 of T5
 
     def forms(self) -> Mapping[type, Form]:
         return _forms()
 
     def stock(self, attn: Any) -> type:
         return next(iter(_forms()))
+
+    def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
+        config = denoiser.config
+        return {
+            "hidden_states": empty(batch, config["in_channels"], *size),
+            "timestep": empty(batch),
+            "encoder_hidden_states": empty(batch, tokens, config["joint_attention_dim"]),
+            "pooled_projections": empty(batch, config["pooled_projection_dim"]),
+        }

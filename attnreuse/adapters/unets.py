@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from attnreuse.adapters.adapter import Adapter
+from attnreuse.adapters.adapter import Adapter, empty
 from attnreuse.adapters.forms import Dispatched, Form, attention_forms
 
 
@@ -34,6 +34,24 @@ class UNet(Adapter):
         config = dict(denoiser.config)
         return config | {"encoder_hid_dim_type": None} if "encoder_hid_dim_type" in config else config
 
+    def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
+        config = denoiser.config
+        given: dict[str, Any] = {"sample": empty(batch, config["in_channels"], *size), "timestep": 1}
+        width, hidden = config.get("cross_attention_dim"), config.get("encoder_hid_dim")
+        kind, added = config.get("encoder_hid_dim_type"), {}
+        if kind == "image_proj":
+            given["encoder_hidden_states"], added = None, {"image_embeds": empty(batch, hidden)}
+        elif width is not None:
+            width = hidden if kind == "text_proj" else width if isinstance(width, int) else width[0]
+            given["encoder_hidden_states"] = empty(batch, tokens, width)
+        if config.get("addition_embed_type") == "text_time":  # SDXL
+            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+            added |= {"text_embeds": empty(batch, pooled), "time_ids": empty(batch, 6)}
+        if config.get("num_class_embeds") or config.get("class_embed_type"):
+            wide = config.get("projection_class_embeddings_input_dim")
+            given["class_labels"] = empty(batch, wide) if wide else empty(batch).long()
+        return given | {"added_cond_kwargs": added} if added else given
+
     def resized(self, sample: Tensor, twin: Any) -> Tensor:
         # A widened conv_in, as inpainting models have it, changes no map.
         b, _, *size = sample.shape
@@ -44,13 +62,21 @@ class AnimateDiff(UNet):
     """AnimateDiff: spatial layers see each frame as a picture of the batch."""
 
     models = ("UNetMotionModel",)
+    makes_videos = True
     left_alone: ClassVar = {"motion_modules": "motion modules attend over frames"}
+
+    def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
+        config = denoiser.config
+        given = super().inputs(denoiser, batch, size, tokens, frames)
+        text = empty(batch * frames, tokens, config["cross_attention_dim"])
+        return given | {"sample": empty(batch, config["in_channels"], frames, *size), "encoder_hidden_states": text}
 
 
 class VideoUNet(UNet):
     """I2VGen-XL and ModelScope: the same, with temporal layers of other names."""
 
     models = ("UNet3DConditionModel", "I2VGenXLUNet")
+    makes_videos = True
     left_alone: ClassVar = {
         "temp_attentions": "temporal layers attend over frames",
         "transformer_in": "temporal layers attend over frames",
@@ -59,6 +85,14 @@ class VideoUNet(UNet):
 
     def hands_on_context(self, denoiser: Any) -> bool:
         return False  # it is repeated for every frame
+
+    def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
+        config = denoiser.config
+        sample, width = empty(batch, config["in_channels"], frames, *size), config["cross_attention_dim"]
+        given = {"sample": sample, "timestep": 1, "encoder_hidden_states": empty(batch, tokens, width)}
+        if type(denoiser).__name__ == "I2VGenXLUNet":
+            given |= {"image_latents": sample, "image_embeddings": empty(batch, width), "fps": empty(batch).long()}
+        return given
 
     def resized(self, sample: Tensor, twin: Any) -> Tensor:
         return sample
@@ -70,6 +104,15 @@ class SpatioTemporalUNet(VideoUNet):
     models = ("UNetSpatioTemporalConditionModel",)
     left_alone: ClassVar = {"temporal_transformer_blocks": "temporal layers attend over frames"}
 
+    def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
+        config = denoiser.config
+        return {
+            "sample": empty(batch, frames, config["in_channels"], *size),
+            "timestep": 1,
+            "encoder_hidden_states": empty(batch, 1, config["cross_attention_dim"]),
+            "added_time_ids": empty(batch, 3),
+        }
+
 
 class Kandinsky3(UNet):
     """Kandinsky 3, whose self-attention layers are given their own tokens as a context."""
@@ -79,6 +122,15 @@ class Kandinsky3(UNet):
 
     def kind(self, name: str, attn: Any) -> str:
         return "self" if name.endswith("attentions.0.attention") else "cross"
+
+    def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
+        config = denoiser.config
+        return {
+            "sample": empty(batch, config["in_channels"], *size),
+            "timestep": 1,
+            "encoder_hidden_states": empty(batch, tokens, config["encoder_hid_dim"]),
+            "encoder_attention_mask": empty(batch, tokens),
+        }
 
 
 class DreamLite(UNet):

@@ -44,6 +44,7 @@ def command(
     width: Annotated[int | None, typer.Option(min=8, help="Pixels. Default: the model's own.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at once. Guidance doubles the denoiser's rows.")] = 4,
     guidance: Annotated[bool, typer.Option(help="Whether classifier-free guidance is on.")] = True,
+    frames: Annotated[int | None, typer.Option(min=1, help="Of a video, for models that make one.")] = None,
     memory_budget: MemoryBudget = None,
     measure: Annotated[bool, typer.Option(help="Whether runs are timed here, to predict the gain.")] = True,
     as_json: AsJson = False,
@@ -51,7 +52,8 @@ def command(
     """Tell the memory of a policy and whether it pays here, before a run, from the model's configs alone."""
     with clear_errors():
         from attnreuse.measure.environment import default_device
-        from attnreuse.study.plan import Blueprint, forecast
+        from attnreuse.study.blueprint import Blueprint
+        from attnreuse.study.plan import forecast
 
         if policy is not None:
             refuse_beside(context, "--policy", "reuse", "max_age")
@@ -72,6 +74,7 @@ def command(
             memory_budget=memory_budget,
             dtype=dtype,
             measure_on=device if measure else None,
+            frames=frames,
         )
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,6 +40,16 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "python": platform.python_version(),
         **versions,
     }
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of the device that nobody uses; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def default_device() -> torch.device:

@@ -229,10 +229,15 @@ class Evaluator:
             last["latents"] = given["latents"]
             return given
 
+        def keep(step: int, timestep: Any, latents: Tensor) -> None:
+            last["latents"] = latents
+
+        taken = inspect.signature(type(self.pipe).__call__).parameters
+        called = {"callback_on_step_end": keep_latents} if "callback_on_step_end" in taken else {"callback": keep}
         for start, prompts in self.setting.batches():
             last: dict[str, Tensor] = {}
             with around(start):
-                call = self.setting.call(start, len(prompts)) | {"callback_on_step_end": keep_latents}
+                call = self.setting.call(start, len(prompts)) | called
                 begin = time.perf_counter()
                 pictures.append(self.pipe(prompts, **call).images)
                 seconds += time.perf_counter() - begin

@@ -5,140 +5,30 @@ Times come from runs of a pipeline of those configs with random weights: they ta
 
 from __future__ import annotations
 
-import inspect
 import itertools
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from pydantic import computed_field
+from torch.utils.flop_counter import FlopCounterMode
 
-from attnreuse.binding.denoiser import holding_layers, layer_kinds, select_layers
+from attnreuse.binding.denoiser import holding_layers, layer_kinds, never_served, select_layers
+from attnreuse.binding.processors import attention_layers
 from attnreuse.binding.schedule import Schedule
-from attnreuse.binding.shapes import LayerCost, map_requests, map_shapes, parse_bytes
-from attnreuse.errors import UnsupportedLayerError
+from attnreuse.binding.shapes import LayerCost, Shapes, map_requests, map_shapes, parse_bytes
 from attnreuse.maps.formats import format_named
 from attnreuse.maps.ring import RingPlan, plan_ring
-from attnreuse.planning.samplers import make_scheduler
 from attnreuse.policy import Action, Policy
 from attnreuse.results import Result
 from attnreuse.study import costs
+from attnreuse.study.blueprint import Blueprint
 from attnreuse.study.costs import RunCosts
 from attnreuse.study.evaluate import Evaluator, Setting
 
 TIMED_STEPS, ROUNDS = 4, 2  # of each kind of run that is timed
 PAYS = 0.97  # share of the full run's time above which a saving is within what two runs differ by
-NOT_CALLED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that a plain run does without
-
-
-@dataclass
-class Blueprint:
-    """A pipeline without its weights: the denoiser on the meta device, its scheduler, sizes.
-
-    Attributes:
-        model: folder or hub name.
-        local: read files that are here, ask no hub.
-        index: its parts and their classes.
-        vae_scale: pixels per latent, along a side.
-        tokens: of a prompt.
-    """
-
-    model: str
-    local: bool
-    index: dict[str, Any]
-    denoiser: Any
-    scheduler: Any
-    vae_scale: int
-    tokens: int
-
-    @classmethod
-    def load(cls, model: str, scheduler: str | None = None, local: bool = False) -> Blueprint:
-        """Read the configs of a pipeline folder or hub name; `scheduler` as in :func:`make_scheduler`."""
-        from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-
-        given: dict[str, Any] = {"local_files_only": local}
-        index = DiffusionPipeline.load_config(model, **given)
-        if index.get("unet", [None, None])[1] != "UNet2DConditionModel":
-            raise UnsupportedLayerError(
-                f"{model}: expected a pipeline with a UNet2DConditionModel, got {sorted(index)}"
-            )
-        config = UNet2DConditionModel.load_config(model, subfolder="unet", **given)
-        with torch.device("meta"):
-            denoiser = UNet2DConditionModel.from_config(config)
-        vae = AutoencoderKL.load_config(model, subfolder="vae", **given)
-        text = UNet2DConditionModel.load_config(model, subfolder="text_encoder", **given)
-        return cls(
-            model,
-            local,
-            index,
-            denoiser.eval(),
-            make_scheduler(DDIMScheduler.load_config(model, subfolder="scheduler", **given), scheduler),
-            2 ** (len(vae["block_out_channels"]) - 1),
-            text.get("max_position_embeddings") or text.get("text_config", {}).get("max_position_embeddings", 77),
-        )
-
-    @property
-    def side(self) -> int:
-        """The model's own resolution in pixels."""
-        return self.denoiser.config.sample_size * self.vae_scale
-
-    def inputs(self, size: tuple[int, int], batch: int) -> dict[str, Any]:
-        """Arguments of the denoiser's forward for pictures of `size` (height, width), on meta."""
-        config = self.denoiser.config
-        height, width = (-(-pixels // self.vae_scale) for pixels in size)
-        given: dict[str, Any] = {
-            "sample": torch.empty(batch, config.in_channels, height, width, device="meta"),
-            "timestep": 1,
-            "encoder_hidden_states": torch.empty(batch, self.tokens, config.cross_attention_dim, device="meta"),
-        }
-        if config.addition_embed_type == "text_time":  # SDXL
-            ids = config.projection_class_embeddings_input_dim
-            pooled = ids - 6 * config.addition_time_embed_dim
-            given["added_cond_kwargs"] = {
-                "text_embeds": torch.empty(batch, pooled, device="meta"),
-                "time_ids": torch.empty(batch, 6, device="meta"),
-            }
-        return given
-
-    def with_random_weights(self, dtype: torch.dtype, device: torch.device) -> Any:
-        """The pipeline of these configs; nothing but its tokenizers' files is read.
-
-        Raises:
-            UnsupportedLayerError: it cannot be made so.
-        """
-        import diffusers
-
-        name = self.index["_class_name"]
-        cls = getattr(diffusers, name, None)
-        if cls is None:
-            raise UnsupportedLayerError(f"{self.model}: diffusers has no {name}; --no-measure plans it")
-        taken = inspect.signature(cls.__init__).parameters
-        parts = {name: value for name, value in self.index.items() if name in taken}
-        for name, made_by in parts.items():
-            if isinstance(made_by, (list, tuple)):
-                parts[name] = None if name in NOT_CALLED or made_by[1] is None else self._part(name, *made_by)
-        if "requires_safety_checker" in taken:
-            parts["requires_safety_checker"] = False
-        pipe = cls(**parts).to(device, dtype)
-        pipe.scheduler = self.scheduler
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    def _part(self, name: str, library: str, cls_name: str) -> Any:
-        import diffusers
-        import transformers
-
-        given = {"subfolder": name, "local_files_only": self.local}
-        cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), cls_name, None)
-        if cls is None:
-            raise UnsupportedLayerError(
-                f"{self.model}: its {name} is a {cls_name} of {library}, which is not at hand; --no-measure plans it"
-            )
-        if library == "diffusers":
-            return cls.from_config(cls.load_config(self.model, **given))
-        if not hasattr(cls, "config_class"):  # a tokenizer
-            return cls.from_pretrained(self.model, **given)
-        return cls(cls.config_class.from_pretrained(self.model, **given)).eval()
 
 
 class LayerForecast(Result):
@@ -188,17 +78,21 @@ class Forecast(Result):
 
     Attributes:
         asked_steps: ``num_inference_steps``, whose executed steps the policy is for.
+        attention_products: share of a denoiser call's multiplications that softmax(QK')V makes, of all layers.
         predicted_bytes: of the buffer.
         dropped: bytes of the maps that the memory budget leaves out, by layer.
+        not_timed: why there is no `run`, where there is none.
     """
 
     policy: Policy
     asked_steps: int
     map_format: str
+    attention_products: float
     predicted_bytes: int
     dropped: dict[str, int]
     layers: list[LayerForecast]
     run: RunForecast | None
+    not_timed: str | None
 
     def __rich__(self) -> Any:
         from rich import box
@@ -207,7 +101,8 @@ class Forecast(Result):
         from rich.text import Text
 
         table = Table(box=box.SIMPLE, pad_edge=False)
-        for column in ("layers", "kind", "map", "heads", "MiB", "", "compute", "capture", "reuse", "hold"):
+        timed = ("compute", "capture", "reuse", "hold") if self.run else ()
+        for column in ("layers", "kind", "map", "heads", "MiB", "", *timed):
             table.add_column(column, justify="left" if column in ("kind", "") else "right")
         for (kind, shape, dim, fate), group in itertools.groupby(sorted(self.layers, key=_alike), key=_alike):
             layers = list(group)
@@ -220,13 +115,14 @@ class Forecast(Result):
             steps += f", {self.policy.steps} denoiser calls"
         size = f"{self.map_format} maps: a buffer of {self.predicted_bytes / 2**20:.1f} MiB"
         title = f"{steps}; {self.policy}; {size}"
-        timed = [Text("Times are milliseconds of one layer at one step.")] if self.run else []
-        return Group(Text(title), table, *timed, Text(self.verdict()))
+        said = [Text("Times are milliseconds of one layer at one step.")] if self.run else []
+        return Group(Text(title), table, *said, Text(self.verdict()))
 
     def verdict(self) -> str:
         """What the figures say, in sentences."""
         if self.run is None:
-            return "Whether it pays is not measured (--no-measure)."
+            share = f"Attention makes {self.attention_products:.0%} of a step's multiplications."
+            return f"{share} Whether it pays is not measured ({self.not_timed})."
         run, steps = self.run, self.asked_steps
         share = f"The layers that reuse take {run.attention_share:.0%} of a step's time here."
         took = f"This policy should take {run.ratio:.2f} of the time of {steps} full steps ({run.full_s:.2f} s)"
@@ -257,23 +153,30 @@ def forecast(
     dtype: torch.dtype,
     memory_budget: int | str | None = None,
     measure_on: torch.device | None = None,
+    frames: int | None = None,
 ) -> Forecast:
     """Plan `policy` for a batch of `pictures` of `size` (height, width) in `dtype`.
 
     Args:
         asked_steps: ``num_inference_steps`` whose executed steps the policy is for.
-        guidance: classifier-free guidance doubles the denoiser's rows.
+        guidance: classifier-free guidance is on, which gives most denoisers two rows for each picture.
         measure_on: time runs on this device; None: do not.
+        frames: of a video, for models that make one; None: as the model's config says.
     """
     chosen, denoiser = format_named(map_format), blueprint.denoiser
     kinds = layer_kinds(denoiser)
-    wanted = set(select_layers(kinds, layers, policy.patterns))
-    shapes = map_shapes(denoiser, blueprint.inputs(size, pictures * (2 if guidance else 1)))
+    modules, adapter = attention_layers(denoiser), blueprint.adapter
+    chosen_layers = select_layers(kinds, layers, policy.patterns)
+    wanted = {name for name in chosen_layers if never_served(adapter, name, modules[name]) is None}
+    inputs = blueprint.inputs(size, pictures * (adapter.rows if guidance else 1), frames or blueprint.frames)
+    shapes = map_shapes(denoiser, inputs)
     schedule = Schedule(policy, [name for name in shapes if name in wanted], holding_layers(denoiser))
     requests = {r.name: r for r in map_requests(schedule, list(schedule.actions), shapes, dtype)}
     ring = plan_ring(list(requests.values()), chosen, parse_bytes(memory_budget))
-    run_costs = None
+    run_costs, not_timed = None, "--no-measure"
     if measure_on is not None:
+        not_timed = blueprint.not_timed(dtype, measure_on)
+    if not_timed is None:
         setting = Setting(
             ("",) * pictures, TIMED_STEPS, guidance=7.5 if guidance else 1.0, size=size, map_format=chosen.name,
             layers=tuple(schedule.actions), batch=pictures,
@@ -299,11 +202,23 @@ def forecast(
         policy=policy,
         asked_steps=asked_steps,
         map_format=chosen.name,
+        attention_products=_attention_products(denoiser, inputs, shapes),
         predicted_bytes=ring.nbytes,
         dropped=ring.dropped,
         layers=rows,
         run=run,
+        not_timed=not_timed,
     )
+
+
+def _attention_products(denoiser: Any, inputs: dict[str, Any], shapes: Shapes) -> float:
+    """Share of the multiplications of one call that attention makes."""
+    attention = sum(4 * math.prod(layer.map) * layer.head_dim for layer in shapes.values())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        denoiser(**inputs)
+    counted = counter.get_flop_counts()["Global"].items()  # attention is one op, or written out
+    others = sum(n for op, n in counted if "attention" not in str(op) and "bmm" not in str(op))
+    return attention / (attention + others)
 
 
 def _run(run_costs: RunCosts, schedule: Schedule, ring: RingPlan, asked_steps: int) -> RunForecast:
