@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnreuse.adapters.forms import Form
+from attnreuse.adapters.unserved import figures
 from attnreuse.errors import UnsupportedLayerError
 
 
@@ -81,21 +82,32 @@ def register(adapter: Adapter) -> None:
         _adapters[model] = adapter
 
 
-def adapter_of(denoiser: Any) -> Adapter:
+def adapter_of(denoiser: Any, size: tuple[int, int] | None = None, frames: int | None = None) -> Adapter:
     """The adapter of a denoiser's class, or of the nearest of its base classes.
 
     Raises:
-        UnsupportedLayerError: there is none; the message names the nearest family.
+        UnsupportedLayerError: there is none; the message says what reuse would meet in runs of `size` (height, width
+            in pixels) and `frames`, where that is known, and names the nearest model that is served.
     """
     for cls in type(denoiser).__mro__:
         if cls.__name__ in _adapters:
             return _adapters[cls.__name__]
     name = type(denoiser).__name__
-    nearest = (difflib.get_close_matches(name, _adapters, 1, 0.5) or [next(iter(_adapters))])[0]
+    known = figures(denoiser, size, frames)
+    if known is not None:
+        raise UnsupportedLayerError(f"{name} is not served: {known}")
     raise UnsupportedLayerError(
-        f"{name} is not served; the nearest model that is served is {nearest}. To serve it, subclass "
+        f"{name} is not served; the nearest model that is served is {_nearest(denoiser)}. To serve it, subclass "
         "attnreuse.adapters.Adapter (docs/adapters.md says how) and attnreuse.adapters.register it"
     )
+
+
+def _nearest(denoiser: Any) -> str:
+    """The model whose layers attend by the same processors, or else the one of the likeliest name."""
+    attends = {type(getattr(module, "processor", None)) for module in denoiser.modules()}
+    kin = [model for model, adapter in _adapters.items() if attends & adapter.forms().keys()]
+    name = type(denoiser).__name__
+    return (difflib.get_close_matches(name, kin or _adapters, 1, 0.0) or [next(iter(_adapters))])[0]
 
 
 def empty(*shape: int) -> Tensor:

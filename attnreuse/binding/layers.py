@@ -16,6 +16,7 @@ from torch.nn import Module
 from attnreuse.adapters import adapter_of
 from attnreuse.binding.denoiser import diverted, foreign, layer_kinds, never_served, opaque, select_layers
 from attnreuse.binding.processors import (
+    ANY_CONTEXT,
     CAPTURE,
     COMPUTE,
     OTHER_SHAPE,
@@ -162,7 +163,7 @@ class Layers:
             processor.slot, processor.outline = ring.places[name], ring.outlines[name]
         if keep or action is Action.HOLD:
             processor.output, processor.kept = ring.outputs[name], False
-            processor.context = context
+            processor.context = ANY_CONTEXT if self.kinds[name] == "joint" else context
         if keep or action is not Action.COMPUTE:
             self._armed.append((name, processor, keep, about))
         return action, reason

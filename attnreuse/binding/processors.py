@@ -19,6 +19,7 @@ OTHER_SHAPE = "it attends over other tokens than its map is planned for (another
 CALLED_AGAIN = "it was called several times in one denoiser call"
 OVERRIDDEN = "another tool overrides its attention"
 OTHER_CONTEXT = "it attends over another tensor than the denoiser was given (another tool changes it)"
+ANY_CONTEXT: Any = object()
 OTHER_OUTPUT = "its output has another size or dtype than planned"
 
 
@@ -48,7 +49,8 @@ class ReuseAttnProcessor:
         slot: the map of the next call, ``(B, H, M, N)``, when it captures or reuses.
         outline: a tensor of the slot's shape; code compiled for any size takes its sizes as symbols.
         output: what the next call gives when it holds, else where its output is kept; or None.
-        context: what the next call attends over where that is the denoiser's, else None; checked for `output`.
+        context: what the next call attends over where that is the denoiser's, else None; checked for `output`, unless
+            it is ANY_CONTEXT.
         did: what the layer did, likewise; None as long as it was not called.
         kept: it wrote its output to `output`.
         why: why it computed instead of what it was to do, or did not keep its output; or None.
@@ -117,7 +119,7 @@ class ReuseAttnProcessor:
             return OTHER_SHAPE
         if self.did is not None:
             return CALLED_AGAIN
-        if self.output is not None and context is not self.context:
+        if self.output is not None and self.context is not ANY_CONTEXT and context is not self.context:
             return OTHER_CONTEXT
         return OVERRIDDEN if _overridden() else None
 

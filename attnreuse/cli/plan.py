@@ -58,7 +58,8 @@ def command(
         if policy is not None:
             refuse_beside(context, "--policy", "reuse", "max_age")
         path, local = find_model(model)
-        blueprint = Blueprint.load(path, scheduler, local)
+        size = (height, width) if height and width else None
+        blueprint = Blueprint.load(path, scheduler, local, size, frames)
         device = default_device()
         dtype = default_dtype(device)
         chosen = policy_for(policy, fit, model, blueprint.scheduler, steps, reuse, max_age)

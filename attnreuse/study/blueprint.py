@@ -42,8 +42,20 @@ class Blueprint:
     tokens: int
 
     @classmethod
-    def load(cls, model: str, scheduler: str | None = None, local: bool = False) -> Blueprint:
-        """Read the configs of a pipeline folder or hub name; `scheduler` as in :func:`make_scheduler`.
+    def load(
+        cls,
+        model: str,
+        scheduler: str | None = None,
+        local: bool = False,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+    ) -> Blueprint:
+        """Read the configs of a pipeline folder or hub name.
+
+        Args:
+            scheduler: as in :func:`make_scheduler`.
+            local: ask no hub.
+            size, frames: of the runs that are planned, for what is said of a model that is not served.
 
         Raises:
             UnsupportedLayerError: its denoiser is not served; the message says why.
@@ -68,7 +80,7 @@ class Blueprint:
             raise UnsupportedLayerError(f"{model}: diffusers has no {index[part][1]}")
         with torch.device("meta"):
             denoiser = made_by.from_config(config(part)).eval().to("meta")  # some parts ignore the context
-        adapter, vae, text = adapter_of(denoiser), present("vae", "movq"), present("text_encoder")
+        adapter, vae, text = adapter_of(denoiser, size, frames), present("vae", "movq"), present("text_encoder")
         tokens = adapter.tokens
         if tokens is None:
             known = config(text) if text else {}
