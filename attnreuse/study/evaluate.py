@@ -237,7 +237,7 @@ class Evaluator:
         for start, prompts in self.setting.batches():
             last: dict[str, Tensor] = {}
             with around(start):
-                call = self.setting.call(start, len(prompts)) | called
+                call = _guided(self.pipe, self.setting.call(start, len(prompts)) | called, len(prompts))
                 begin = time.perf_counter()
                 pictures.append(self.pipe(prompts, **call).images)
                 seconds += time.perf_counter() - begin
@@ -306,6 +306,15 @@ class Evaluator:
             warnings.filterwarnings("ignore", f".*{re.escape(NOT_CALLED)}")
             with Attached(denoiser, forward=replay):
                 yield
+
+
+def _guided(pipe: Any, call: dict[str, Any], count: int) -> dict[str, Any]:
+    """The arguments of a call, guidance by a second call where the denoiser has no guidance embedded (FLUX.1)."""
+    taken = inspect.signature(type(pipe).__call__).parameters
+    if "guidance_scale" not in call or "true_cfg_scale" not in taken or find_denoiser(pipe).config.guidance_embeds:
+        return call
+    scale = call.pop("guidance_scale")
+    return call | {"true_cfg_scale": scale, "negative_prompt": [""] * count}
 
 
 def _some_weights(pipe: Any) -> str:

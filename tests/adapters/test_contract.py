@@ -185,3 +185,20 @@ def test_a_compiled_layer_has_a_graph_per_action(animal):
     with enabled(animal, policy, layers="all"):
         for now, then in zip(walk(animal), compiled, strict=True):
             torch.testing.assert_close(now, then, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["Flux", "SD3.5", "PixArt", "added keys"])
+def test_a_compiled_denoiser_has_a_graph_per_pattern(name):
+    animal, graphs = ZOO[name](), []
+
+    def backend(module, example_inputs):
+        graphs.append(module)
+        return module.forward
+
+    with enabled(animal, POLICY):
+        expected = walk(animal)
+    torch._dynamo.reset()
+    animal.model.compile(backend=backend, fullgraph=True)
+    with enabled(animal, POLICY):
+        assert all(torch.equal(now, then) for now, then in zip(walk(animal), expected, strict=True))
+    assert len(graphs) == 2

@@ -171,3 +171,18 @@ def test_never_reusing_equals_stock(made):
     stock = sample(pipe, given)
     with attnreuse.enable(pipe, hurry(reuse=0.0)):
         torch.testing.assert_close(sample(pipe, given), stock, rtol=0, atol=1e-4)
+
+
+def test_caches_of_diffusers_are_compared_and_leave_nothing_behind():
+    from attnreuse.study.compare.other_caches import caches_for
+
+    pipe, given = flux_with_true_guidance()
+    given = {**given, "num_inference_steps": 8}
+    stock = sample(pipe, given)
+    caches = caches_for(pipe)
+    assert {name.partition("(")[0] for name in caches} == {"FirstBlockCache", "TaylorSeer", "PAB"}
+    for around in caches.values():
+        with around(pipe):
+            cached = sample(pipe, given)
+        assert (cached - stock).norm() < 0.1 * stock.norm()
+        assert torch.equal(sample(pipe, given), stock)

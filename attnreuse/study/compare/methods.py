@@ -12,7 +12,7 @@ from attnreuse.binding.clock import executed_steps
 from attnreuse.planning.levels import resolved
 from attnreuse.planning.rows import count_of
 from attnreuse.policy import Policy, Rule, hurry, periodic
-from attnreuse.study.compare.other_caches import OTHER_CACHES, deepcache
+from attnreuse.study.compare.other_caches import OTHER_CACHES, caches_for, deepcache
 from attnreuse.study.evaluate import Setting
 
 SAME_NOISE = "plain steps, same noise"
@@ -80,8 +80,10 @@ def methods(
             found.append(Method(policy.name, "reuse", setting.steps, policy, setting.map_format))
     found += plain_steps(_plain_counts(setting.steps, as_costly))
     if others:
-        found += [Method(name, "other cache", setting.steps, around=around) for name, around in OTHER_CACHES.items()]
-        found.append(_on_deepcache(setting, rule_for(pipe.scheduler, setting.steps, 0.5)))
+        caches = caches_for(pipe)
+        found += [Method(name, "other cache", setting.steps, around=around) for name, around in caches.items()]
+        if caches is OTHER_CACHES:
+            found.append(_on_deepcache(setting, rule_for(pipe.scheduler, setting.steps, 0.5)))
     few = max(2, setting.steps // 2)
     found += [_on_fewer_steps(pipe, setting, few), *on_fewer]
     if student is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from attnreuse.binding.denoiser import find_denoiser
 from attnreuse.errors import AttnReuseError
 from attnreuse.measure.environment import package_version
 
@@ -79,9 +80,55 @@ def attention_broadcast(interval: int) -> Around:
     return around
 
 
+def of_diffusers(config: str, **options: Any) -> Around:
+    """A cache of diffusers for transformers (``CacheMixin``), by the name of its config and what is set in it."""
+
+    @contextmanager
+    def around(pipe: Any) -> Iterator[None]:
+        import diffusers
+
+        made_by = getattr(diffusers, config, None)
+        if made_by is None:
+            raise AttnReuseError(f"this diffusers has no {config}")
+        denoiser = find_denoiser(pipe)
+        denoiser.enable_cache(made_by(**options))
+        try:
+            yield
+        finally:
+            denoiser.disable_cache()
+
+    return around
+
+
+def caches_for(pipe: Any) -> dict[str, Around]:
+    """Those that apply to the pipeline's denoiser, by name.
+
+    MagCache is left out, since it needs figures of the very model, and FasterCache, which fails on FLUX.1 in
+    diffusers 0.42.
+    """
+    denoiser = find_denoiser(pipe)
+    if hasattr(denoiser, "enable_cache"):
+        return TRANSFORMER_CACHES
+    return OTHER_CACHES if type(denoiser).__name__ == "UNet2DConditionModel" else {}
+
+
 OTHER_CACHES: dict[str, Around] = {
     "DeepCache(2)": deepcache(2),
     "DeepCache(3)": deepcache(3),
     "tomesd(0.5)": token_merging(0.5),
     "PAB(2)": attention_broadcast(2),
+}
+ALWAYS = (-1, 10**9)  # timesteps at which outputs may be skipped
+ATTENTION = ("transformer_blocks.*attn", "single_transformer_blocks.*attn")
+TRANSFORMER_CACHES: dict[str, Around] = {
+    "FirstBlockCache(0.05)": of_diffusers("FirstBlockCacheConfig", threshold=0.05),
+    "FirstBlockCache(0.1)": of_diffusers("FirstBlockCacheConfig", threshold=0.1),
+    "TaylorSeer(2)": of_diffusers("TaylorSeerCacheConfig", cache_interval=2, taylor_factors_dtype=None),
+    "PAB(2)": of_diffusers(
+        "PyramidAttentionBroadcastConfig",
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=ALWAYS,
+        spatial_attention_block_identifiers=ATTENTION,
+        current_timestep_callback=lambda: 0,
+    ),
 }
