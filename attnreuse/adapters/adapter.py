@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -21,6 +22,8 @@ class Adapter:
         models: names of the classes that it serves.
         parts: attributes of a pipeline that may hold such a model.
         sample: argument of its forward with the noisy sample; the first axis is the batch.
+        each_step: arguments of its forward, and keys in tables of such, that are made anew at each step: residuals of
+            side networks. All other tensors are conditions: a layer reuses as long as they stay the same.
         left_alone: why layers only compute, by a part of their name.
         rows: of the batch for each picture, under classifier-free guidance.
         tokens: of a prompt; None: as many as the text encoder takes.
@@ -30,6 +33,7 @@ class Adapter:
     models: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[tuple[str, ...]] = ("unet",)
     sample: ClassVar[str] = "sample"
+    each_step: ClassVar[tuple[str, ...]] = ()
     left_alone: ClassVar[Mapping[str, str]] = {}
     rows: ClassVar[int] = 2
     tokens: ClassVar[int | None] = None
@@ -104,8 +108,10 @@ def adapter_of(denoiser: Any, size: tuple[int, int] | None = None, frames: int |
 
 def _nearest(denoiser: Any) -> str:
     """The model whose layers attend by the same processors, or else the one of the likeliest name."""
-    attends = {type(getattr(module, "processor", None)) for module in denoiser.modules()}
-    kin = [model for model, adapter in _adapters.items() if attends & adapter.forms().keys()]
+    attends, kin = {type(getattr(module, "processor", None)) for module in denoiser.modules()}, []
+    for model, adapter in _adapters.items():
+        with contextlib.suppress(ImportError):  # an older diffusers does not have every model
+            kin += [model] if attends & adapter.forms().keys() else []
     name = type(denoiser).__name__
     return (difflib.get_close_matches(name, kin or _adapters, 1, 0.0) or [next(iter(_adapters))])[0]
 

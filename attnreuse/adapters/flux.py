@@ -28,7 +28,10 @@ class FluxJoint(Joint):
             from diffusers.models.embeddings import apply_rotary_emb
 
             query, key = (apply_rotary_emb(x, inputs.extra, sequence_dim=2) for x in (query, key))
-        return Query(query, key, inputs.mask)
+        mask = inputs.mask
+        if mask is not None and mask.ndim == 2:  # of keys, [B, N], as diffusers' native backend takes it
+            mask = mask[:, None, None]
+        return Query(query, key, mask)
 
 
 @functools.cache
@@ -42,6 +45,7 @@ class Flux(Adapter):
     models = ("FluxTransformer2DModel",)
     parts = ("transformer",)
     sample = "hidden_states"
+    each_step = ("controlnet_block_samples", "controlnet_single_block_samples", "ip_hidden_states")
     rows = 1  # guidance is embedded
     tokens = 512
 

@@ -86,7 +86,22 @@ class Form(Protocol):
         """The layers that make its values and its output, by name; None where its output depends on more."""
 
 
-class Plain:
+class Projected:
+    """What the forms here have in common: projections ``to_q`` and ``to_out``, and an output of one tensor."""
+
+    dispatched = False
+
+    def head_dim(self, attn: Any) -> int:
+        return attn.to_q.out_features // attn.heads
+
+    def channels(self, attn: Any) -> int:
+        return attn.to_out[0].out_features
+
+    def flat(self, given: Any) -> Tensor:
+        return given
+
+
+class Plain(Projected):
     """``AttnProcessor2_0`` and its kin: one stream of tokens, which attends over itself or over a context.
 
     Args:
@@ -94,19 +109,11 @@ class Plain:
             ``AttnProcessor2_0`` does the reverse.
     """
 
-    dispatched = False
-
     def __init__(self, scaled: bool = False):
         self._scaled = scaled
 
     def kind(self, attn: Any) -> str:
         return "cross" if attn.is_cross_attention else "self"
-
-    def head_dim(self, attn: Any) -> int:
-        return attn.to_q.out_features // attn.heads
-
-    def channels(self, attn: Any) -> int:
-        return attn.to_out[0].out_features
 
     def map_shape(self, attn: Any, given: Tensor, context: Tensor | None) -> tuple[int, int, int, int]:
         queries = given.shape[1] if given.ndim == 3 else given.shape[2] * given.shape[3]
@@ -144,9 +151,6 @@ class Plain:
         if attn.residual_connection:
             output = output + inputs.given
         return output / attn.rescale_output_factor
-
-    def flat(self, given: Tensor) -> Tensor:
-        return given
 
     def unflat(self, flat: Tensor, given: Tensor, context: Tensor | None) -> Tensor:
         return flat if given.ndim == 3 else flat.view(len(given), -1, *given.shape[2:])
@@ -193,7 +197,7 @@ class Fused(Plain):
         return attn.to_q(tokens), attn.to_kv(context).chunk(2, dim=-1)[0]
 
 
-class AddedKV:
+class AddedKV(Projected):
     """``AttnAddedKVProcessor2_0`` and its kin: keys and values of a context stand before those of the tokens.
 
     Args:
@@ -201,19 +205,11 @@ class AddedKV:
         spatial: it applies ``attn.spatial_norm``, as ``SlicedAttnAddedKVProcessor`` does.
     """
 
-    dispatched = False
-
     def __init__(self, scaled: bool = False, spatial: bool = False):
         self._scaled, self._spatial = scaled, spatial
 
     def kind(self, attn: Any) -> str:
         return "cross" if attn.only_cross_attention else "joint"
-
-    def head_dim(self, attn: Any) -> int:
-        return attn.to_q.out_features // attn.heads
-
-    def channels(self, attn: Any) -> int:
-        return attn.to_out[0].out_features
 
     def map_shape(self, attn: Any, given: Tensor, context: Tensor | None) -> tuple[int, int, int, int]:
         queries = given[0, 0].numel()
@@ -244,9 +240,6 @@ class AddedKV:
     def finish(self, attn: Any, inputs: Inputs, output: Tensor) -> Tensor:
         output = attn.to_out[1](attn.to_out[0](output.transpose(1, 2).flatten(2)))
         return output.transpose(-1, -2).reshape(inputs.given.shape) + inputs.given
-
-    def flat(self, given: Tensor) -> Tensor:
-        return given
 
     def unflat(self, flat: Tensor, given: Tensor, context: Tensor | None) -> Tensor:
         return flat.view(given.shape)
@@ -288,7 +281,8 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 def last_part(projection: Module, x: Tensor, parts: int) -> Tensor:
     """The last of `parts` that a fused projection of `x` gives; the others are not computed where it is plain."""
-    if type(projection) is not Linear or projection._forward_hooks or projection._forward_pre_hooks:
+    hooked = "forward" in projection.__dict__ or projection._forward_hooks or projection._forward_pre_hooks
+    if type(projection) is not Linear or hooked:  # offloaded weights come with the call alone
         return projection(x).chunk(parts, dim=-1)[-1]
     size = projection.out_features // parts
     return linear(x, projection.weight[-size:], None if projection.bias is None else projection.bias[-size:])

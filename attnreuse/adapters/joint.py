@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from attnreuse.adapters.forms import Inputs, Query, last_part, split_heads
+from attnreuse.adapters.forms import Inputs, Projected, Query, last_part, split_heads
 
 
-class Joint:
+class Joint(Projected):
     """Layers of two streams, each with projections of its own, or of one stream without a context.
 
     Args:
@@ -20,19 +20,14 @@ class Joint:
         normed: queries and keys have norms, where the layer has them.
     """
 
-    dispatched = False
-
     def __init__(self, image_first: bool, fused: bool | None = None, normed: bool = True):
         self._image_first, self._fuses, self._normed = image_first, fused, normed
 
     def kind(self, attn: Any) -> str:
         return "self" if attn.added_kv_proj_dim is None else "joint"
 
-    def head_dim(self, attn: Any) -> int:
-        return attn.to_q.out_features // attn.heads
-
     def channels(self, attn: Any) -> int:
-        return attn.to_q.out_features if attn.pre_only else attn.to_out[0].out_features
+        return attn.to_q.out_features if attn.pre_only else super().channels(attn)
 
     def map_shape(self, attn: Any, given: Tensor, context: Tensor | None) -> tuple[int, int, int, int]:
         tokens = given.shape[1] + (0 if context is None else context.shape[1])

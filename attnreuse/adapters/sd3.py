@@ -25,6 +25,7 @@ class SD3(Adapter):
     models = ("SD3Transformer2DModel",)
     parts = ("transformer",)
     sample = "hidden_states"
+    each_step = ("block_controlnet_hidden_states", "ip_hidden_states", "temb")
     tokens = 333  # 77 of CLIP, 256 of T5
 
     def forms(self) -> Mapping[type, Form]:

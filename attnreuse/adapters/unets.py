@@ -16,6 +16,11 @@ class UNet(Adapter):
 
     models = ("UNet2DConditionModel", "UNet2DModel")
     parts = ("unet", "decoder")  # of unCLIP
+    each_step = (
+        "down_block_additional_residuals",
+        "mid_block_additional_residual",
+        "down_intrablock_additional_residuals",
+    )
     left_alone: ClassVar = {"fuser": "GLIGEN's fuser attends over grounding tokens, not image tokens"}
 
     def forms(self) -> Mapping[type, Form]:
@@ -32,25 +37,41 @@ class UNet(Adapter):
     def config(self, denoiser: Any) -> dict[str, Any]:
         # IP-Adapters change this entry; image embeddings do not change the shapes of self-attention.
         config = dict(denoiser.config)
-        return config | {"encoder_hid_dim_type": None} if "encoder_hid_dim_type" in config else config
+        return (
+            config | {"encoder_hid_dim_type": None} if config.get("encoder_hid_dim_type") == "ip_image_proj" else config
+        )
 
     def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
         config = denoiser.config
         given: dict[str, Any] = {"sample": empty(batch, config["in_channels"], *size), "timestep": 1}
         width, hidden = config.get("cross_attention_dim"), config.get("encoder_hid_dim")
         kind, added = config.get("encoder_hid_dim_type"), {}
+        width = width if width is None or isinstance(width, int) else width[0]
         if kind == "image_proj":
             given["encoder_hidden_states"], added = None, {"image_embeds": empty(batch, hidden)}
         elif width is not None:
-            width = hidden if kind == "text_proj" else width if isinstance(width, int) else width[0]
-            given["encoder_hidden_states"] = empty(batch, tokens, width)
-        if config.get("addition_embed_type") == "text_time":  # SDXL
+            of_text = hidden if kind in ("text_proj", "text_image_proj") else width
+            given["encoder_hidden_states"] = empty(batch, tokens, of_text)
+        addition = config.get("addition_embed_type")
+        if addition == "text_time":  # SDXL
             pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
             added |= {"text_embeds": empty(batch, pooled), "time_ids": empty(batch, 6)}
+        elif addition == "text_image":  # Kandinsky 2.1
+            added |= {"text_embeds": empty(batch, width), "image_embeds": empty(batch, width)}
+        elif addition == "image_hint":  # Kandinsky 2.2's ControlNet: a picture of 8 pixels a latent
+            added |= {"hint": empty(batch, 3, 8 * size[0], 8 * size[1])}
         if config.get("num_class_embeds") or config.get("class_embed_type"):
-            wide = config.get("projection_class_embeddings_input_dim")
-            given["class_labels"] = empty(batch, wide) if wide else empty(batch).long()
+            given["class_labels"] = self._labels(config, batch)
         return given | {"added_cond_kwargs": added} if added else given
+
+    def _labels(self, config: Mapping[str, Any], batch: int) -> Tensor:
+        """Classes by number, or whatever the model embeds instead."""
+        kind = config.get("class_embed_type")
+        if kind == "identity":  # unCLIP
+            return empty(batch, config.get("time_embedding_dim") or 4 * config["block_out_channels"][0])
+        if kind in ("projection", "simple_projection"):
+            return empty(batch, config["projection_class_embeddings_input_dim"])
+        return empty(batch) if kind == "timestep" else empty(batch).long()
 
     def resized(self, sample: Tensor, twin: Any) -> Tensor:
         # A widened conv_in, as inpainting models have it, changes no map.

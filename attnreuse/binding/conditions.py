@@ -7,48 +7,31 @@ what is written to them, so they are kept as copies and always compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-
-NAMES = (
-    "encoder_hidden_states",
-    "encoder_attention_mask",
-    "attention_mask",
-    "class_labels",
-    "pooled_projections",
-    "guidance",
-    "added_time_ids",
-    "image_embeddings",
-    "image_latents",
-    "fps",
-)
-NOT_TOLD = {"sample", "hidden_states", "timestep", "return_dict", *NAMES}  # by being there they tell nothing of a call
 
 
 class Conditions:
     """The conditions of one denoiser call, row by row.
 
     Args:
-        given: arguments of the denoiser, by name.
+        given: arguments of the denoiser, by name, besides its sample and timestep.
         batch: rows of its sample.
+        each_step: names of what is made anew at each step, and is no condition.
 
     Attributes:
         group: one object for calls whose conditions are known to be the same, row by row.
         extras: names of further arguments, such as a ControlNet's residuals.
     """
 
-    def __init__(self, given: dict[str, Any], batch: int):
+    def __init__(self, given: dict[str, Any], batch: int, each_step: Collection[str] = ()):
         self.batch, self.group = batch, object()
-        self.extras = {name for name, value in given.items() if value is not None} - NOT_TOLD
-        self.tensors = {name: given[name] for name in NAMES if isinstance(given.get(name), Tensor)}
-        for name, value in (given.get("added_cond_kwargs") or {}).items():
-            parts = value if isinstance(value, (list, tuple)) else [value]
-            self.tensors |= {
-                f"{name}[{i}]" if len(parts) > 1 else name: v for i, v in enumerate(parts) if isinstance(v, Tensor)
-            }
+        self.tensors = dict(_tensors_in(given, each_step))
+        compared = {name.partition(".")[0].partition("[")[0] for name in self.tensors}
+        self.extras = {name for name, value in given.items() if value is not None} - compared - {"return_dict"}
         self._versions = {name: None if t.is_inference() else t._version for name, t in self.tensors.items()}
         self._addresses = {name: t.data_ptr() for name, t in self.tensors.items()}
         self._kept = {name: t.clone() if t.is_inference() else t for name, t in self.tensors.items()}
@@ -124,6 +107,19 @@ class Conditions:
     def _per_row(self, name: str) -> bool:
         t = self.tensors[name]
         return t.ndim > 0 and len(t) == self.batch
+
+
+def _tensors_in(given: dict[str, Any], each_step: Collection[str], above: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors among arguments, also in tables and lists of them, each with its name."""
+    for name, value in given.items():
+        if name in each_step:
+            continue
+        if isinstance(value, Tensor):
+            yield above + name, value
+        elif isinstance(value, dict):
+            yield from _tensors_in(value, each_step, f"{above}{name}.")
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors_in({f"{name}[{i}]": item for i, item in enumerate(value)}, each_step, above)
 
 
 def _matched(rows: int, others: int, same: Callable[[int, int], bool]) -> list[int] | None:

@@ -29,8 +29,9 @@ def find_denoiser(pipe: Any) -> Any:
     """
     denoiser = unwrapped(pipe)
     if not isinstance(denoiser, Module):
+        without = "".join(f" whose {name} is None" for name in parts() if hasattr(pipe, name))
         raise UnsupportedLayerError(
-            f"expected a pipeline with a {' or '.join(parts())}, or such a model, got {type(pipe).__name__}"
+            f"expected a pipeline with a {' or '.join(parts())}, or such a model, got {type(pipe).__name__}{without}"
         )
     adapter_of(denoiser)
     return denoiser
@@ -127,6 +128,8 @@ def foreign(adapter: Adapter, attn: Any) -> str | None:
     if form is None:
         usual = adapter.stock(attn).__name__
         return f"its processor is {type(processor).__name__}; {usual} and its kin are served"
+    if type(getattr(attn.to_q, "weight", None)).__name__ == "DTensor":
+        return "tensor parallelism splits its heads between devices"
     return diverted(processor) if form.dispatched else None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from attnreuse.binding import loops
-from attnreuse.binding.denoiser import find_denoiser, part_of
+from attnreuse.binding.denoiser import find_denoiser, part_of, unwrapped
 from attnreuse.binding.session import ATTRIBUTE, Session
 from attnreuse.binding.shapes import parse_bytes
 from attnreuse.maps.formats import format_named
@@ -80,8 +80,9 @@ def _fitted(policy: Policy | Rule | str | Path | None, fit: str, pipe: Any, sche
 
 def disable(pipe: Any) -> None:
     """Undo :func:`enable` on a pipeline or denoiser; nothing happens where nothing was enabled."""
-    sessions = [getattr(find_denoiser(pipe), ATTRIBUTE, None)]
-    sessions += [session for session in loops.listeners() if session.pipe is pipe]  # of a denoiser it had before
+    sessions = [session for session in loops.listeners() if session.pipe is pipe]  # also of a denoiser it had before
+    denoiser = unwrapped(pipe) if sessions else find_denoiser(pipe)
+    sessions.append(getattr(denoiser, ATTRIBUTE, None))
     for session in sessions:
         if session is not None:
             session.disable()

@@ -22,6 +22,7 @@ from attnreuse.binding.processors import (
     OTHER_SHAPE,
     ReuseAttnProcessor,
     attention_layers,
+    takes_extra,
 )
 from attnreuse.binding.report import LayerReport
 from attnreuse.binding.run import Branch, Run
@@ -125,6 +126,7 @@ class Layers:
                 self._reasons[name] = self._foreign(self.modules[name])
                 continue
             processor.original, processor.form = current, form
+            processor.takes_extra = takes_extra(type(current))
             attributes["processor"] = processor
             if branch is not None and planned != NOTHING:
                 action, reason = self._arm_layer(name, processor, *planned, run, branch, given)

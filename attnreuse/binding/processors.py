@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -33,6 +35,14 @@ def stock_of(processor: Any) -> Any:
     return processor.original if type(processor) is ReuseAttnProcessor else processor
 
 
+@functools.cache
+def takes_extra(processor: type) -> bool:
+    """Whether a processor takes a fourth argument by name: rotary embeddings, or the embedded timestep."""
+    taken = inspect.signature(processor.__call__).parameters.values()
+    named = [p for p in taken if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return len(named) > 5  # self, the layer, tokens, context and mask come before
+
+
 class ReuseAttnProcessor:
     """Stands in for a stock processor on one layer, for one denoiser call.
 
@@ -44,6 +54,7 @@ class ReuseAttnProcessor:
     Attributes:
         original: the processor it replaced.
         form: how that processor attends.
+        takes_extra: that processor takes a fourth argument.
         action: what the next call is to do: "compute", "capture", "reuse" or "hold" (:class:`Action` by value:
             the compiler guards a string on every layer, but one and the same enum member on the first alone).
         slot: the map of the next call, ``(B, H, M, N)``, when it captures or reuses.
@@ -58,6 +69,7 @@ class ReuseAttnProcessor:
 
     def __init__(self, original: Any = None, form: Form | None = None):
         self.original, self.form = original, form
+        self.takes_extra = original is not None and takes_extra(type(original))
         self.action = COMPUTE
         self.did: str | None = None
         self.why: str | None = None
@@ -95,7 +107,7 @@ class ReuseAttnProcessor:
         if action == HOLD:
             return self.form.unflat(self.output.read(self.output.shape), hidden_states, context)
         if action == COMPUTE:
-            extra = args if temb is None and not args else (temb, *args)  # some processors warn of a fourth argument
+            extra = (temb, *args) if self.takes_extra else args
             output = self.original(attn, hidden_states, encoder_hidden_states, attention_mask, *extra, **kwargs)
         else:
             output = self._with_map(attn, self.form.inputs(attn, hidden_states, context, attention_mask, temb))
@@ -115,10 +127,10 @@ class ReuseAttnProcessor:
 
     def _misfit(self, attn: Any, hidden_states: Tensor, context: Tensor | None) -> str | None:
         """Why this call cannot do what it is to do, or None."""
-        if not self._fits(attn, hidden_states, context):
-            return OTHER_SHAPE
         if self.did is not None:
             return CALLED_AGAIN
+        if not self._fits(attn, hidden_states, context):
+            return OTHER_SHAPE
         if self.output is not None and self.context is not ANY_CONTEXT and context is not self.context:
             return OTHER_CONTEXT
         return OVERRIDDEN if _overridden() else None
@@ -156,12 +168,14 @@ class ShapeRecorder:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        temb: Any = None,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
         context = None if encoder_hidden_states is hidden_states else encoder_hidden_states
         self.shapes[self.name] = self.form.map_shape(attn, hidden_states, context)
-        return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
+        extra = (temb, *args) if takes_extra(type(self.original)) else args
+        return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, *extra, **kwargs)
 
 
 def _overridden() -> bool:

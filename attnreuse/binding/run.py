@@ -7,7 +7,6 @@ the same conditions. Maps belong to a branch, and only what its layers have writ
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,13 +29,13 @@ class Call:
 
     Args:
         sample: what is denoised.
-        given: arguments of the denoiser, by name.
+        conditions: whose rows are those of the sample.
         keep: the sample may be overwritten before the next step, so keep a copy.
     """
 
-    def __init__(self, sample: Tensor, given: dict[str, Any], keep: bool):
+    def __init__(self, sample: Tensor, conditions: Conditions, keep: bool):
         self.sample = sample.clone() if keep or sample.is_inference() else sample
-        self.conditions = Conditions(given, len(sample))
+        self.conditions = conditions
         self.shape = (sample.shape[1:], sample.dtype, sample.device)
         self._version = None if self.sample.is_inference() else self.sample._version
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from attnreuse.binding import compiled, loops
 from attnreuse.binding.clock import Place, StepClock
+from attnreuse.binding.conditions import Conditions
 from attnreuse.binding.denoiser import find_denoiser, part_of, unwrapped
 from attnreuse.binding.guard import ThreadGuard
 from attnreuse.binding.hooks import Attached, Hook, nothing
@@ -261,8 +262,7 @@ class Session:
         """Find the run and the branch of this call, and arm the layers."""
         # A loop of somebody's own may run within a pipeline's, in a callback: that announced its own walk alone.
         announced = loop is not None and self._walks.setdefault(loop, place.walk) == place.walk
-        sample = given[self._layers.adapter.sample]
-        call = None if self._wants_gradient(given) else Call(sample, given, keep=not announced)
+        call = None if self._wants_gradient(given) else self._call(given, keep=not announced)
         match = self._find(place, loop, announced, call, given["timestep"])
         run, branch = match.run, match.branch
         self._runs = [other for other in self._runs if other is not run] + [run]
@@ -298,6 +298,12 @@ class Session:
         if message is not None:
             run.warned = True
             self._notices.complain(StaleMapError(message), " (session.report() counts such calls)")
+
+    def _call(self, given: dict[str, Any], keep: bool) -> Call:
+        adapter = self._layers.adapter
+        sample = given[adapter.sample]
+        others = {name: value for name, value in given.items() if name not in (adapter.sample, "timestep")}
+        return Call(sample, Conditions(others, len(sample), adapter.each_step), keep)
 
     def _wants_gradient(self, given: dict[str, Any]) -> bool:
         if not torch.is_grad_enabled():

@@ -99,6 +99,56 @@ def test_half_precision_timesteps_that_the_pipeline_scales_are_told_apart():
     assert steps == list(range(100))
 
 
+FLUX_TOKENS = TOKENS + 16
+
+
+def flux_mask(hidden):
+    mask = torch.ones(2, 1, FLUX_TOKENS, FLUX_TOKENS, dtype=torch.bool)
+    mask[..., hidden] = False
+    return {"joint_attention_kwargs": {"attention_mask": mask}}
+
+
+CHANGES = {
+    "mask": (flux_mask(slice(TOKENS, TOKENS + 8)), flux_mask(slice(TOKENS + 8, FLUX_TOKENS))),
+    "positions": ({"img_ids": torch.zeros(16, 3)}, {"img_ids": torch.arange(48.0).view(16, 3)}),
+    "pooled text": ({"pooled_projections": torch.zeros(2, 20)}, {"pooled_projections": torch.ones(2, 20)}),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.filterwarnings("ignore:attnreuse")
+def test_a_step_whose_arguments_changed_computes(name):
+    animal = ZOO["Flux"]()
+    scheduler, sample = SimpleNamespace(timesteps=torch.tensor([900.0, 500.0])), torch.randn(animal.sample)
+
+    def step(i):
+        given = {**conditions(animal), **CHANGES[name][i]}
+        return animal.model(sample, timestep=scheduler.timesteps[i].expand(2) / 1000, **given, return_dict=False)[0]
+
+    policy = Policy(steps=2, reuse=".R")
+    with torch.no_grad():
+        expected = step(1)
+        with attnreuse.enable(animal.model, policy, map_format="fp32", scheduler=scheduler) as session:
+            step(0)
+            assert torch.equal(step(1), expected)
+    for layer in session.report().layers:
+        assert layer.reused == 0
+        assert list(layer.reasons) == ["the prompt has changed"]
+
+
+def test_flux_takes_a_mask_of_keys():
+    animal = ZOO["Flux"]()
+    mask = torch.ones(2, FLUX_TOKENS, dtype=torch.bool)
+    mask[1, 2:TOKENS] = False
+    given = {**conditions(animal), "joint_attention_kwargs": {"attention_mask": mask}}
+    scheduler, sample = SimpleNamespace(timesteps=torch.tensor([900.0, 500.0])), torch.randn(animal.sample)
+    with torch.no_grad():
+        expected = animal.model(sample, timestep=torch.full((2,), 0.9), **given, return_dict=False)[0]
+        with attnreuse.enable(animal.model, Policy(steps=2, reuse=".R"), map_format="fp32", scheduler=scheduler):
+            out = animal.model(sample, timestep=scheduler.timesteps[0].expand(2) / 1000, **given, return_dict=False)[0]
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
+
+
 # -- an adapter from outside
 
 

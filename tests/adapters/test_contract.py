@@ -3,9 +3,10 @@
 import warnings
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
-from zoo import ZOO, conditions, fake_xformers
+from zoo import FRAMES, ZOO, B, conditions, fake_xformers
 
 import attnreuse
 from attnreuse import Policy
@@ -157,10 +158,11 @@ def test_rows_of_the_batch_keep_their_maps(animal):
 
 
 def _second(value):
-    """The second half of the rows of an argument."""
+    """The second half of the rows of an argument, if it has some for each picture or frame."""
     if isinstance(value, dict):
         return {name: _second(part) for name, part in value.items()}
-    return value[len(value) // 2 :] if isinstance(value, torch.Tensor) else value
+    has_rows = isinstance(value, torch.Tensor) and len(value) in (B, B * FRAMES)
+    return value[len(value) // 2 :] if has_rows else value
 
 
 def test_a_compiled_layer_has_a_graph_per_action(animal):
@@ -185,6 +187,31 @@ def test_a_compiled_layer_has_a_graph_per_action(animal):
     with enabled(animal, policy, layers="all"):
         for now, then in zip(walk(animal), compiled, strict=True):
             torch.testing.assert_close(now, then, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "fused", "added keys", "SD3, fused", "Flux, fused"])
+def test_offloaded_weights_are_there_when_values_are_made(name):
+    animal = ZOO[name]()
+    with enabled(animal, POLICY):
+        expected = walk(animal)
+    accelerate.cpu_offload(animal.model, execution_device=torch.device("cpu"))
+    with enabled(animal, POLICY) as session:
+        assert all(torch.equal(now, then) for now, then in zip(walk(animal), expected, strict=True))
+    assert {layer.reused for layer in session.report().layers} == {4}
+
+
+@pytest.mark.parametrize("name", ["fused", "SD3, fused", "Flux, fused"])
+def test_what_a_tool_makes_of_a_fused_projection_counts(name):
+    animal = ZOO[name]()
+    for attn in served(animal).values():
+        if hasattr(attn, "to_qkv"):
+            attn.to_qkv.forward = lambda x, own=attn.to_qkv.forward: own(x) / 2
+    given, sample, t = conditions(animal), torch.randn(animal.sample), torch.tensor(500)
+    expected = call(animal, sample, t, given)
+    with enabled(animal, Policy(steps=2, reuse=".R"), map_format="fp32") as session:
+        for step in range(2):
+            session.step(step, 2)
+            torch.testing.assert_close(call(animal, sample, t, given), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["Flux", "SD3.5", "PixArt", "added keys"])

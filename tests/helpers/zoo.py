@@ -98,6 +98,28 @@ def kandinsky2() -> Animal:
     return Animal(unet, (B, 4, S, S), {"added_cond_kwargs": {"image_embeds": (B, 24)}}, {"encoder_hidden_states": None})
 
 
+def kandinsky21() -> Animal:
+    animal = kandinsky2()
+    unet = random_unet(
+        **{k: animal.model.config[k] for k in ("down_block_types", "mid_block_type", "up_block_types")},
+        encoder_hid_dim=24,
+        encoder_hid_dim_type="text_image_proj",
+        addition_embed_type="text_image",
+        attention_head_dim=8,
+        resnet_time_scale_shift="scale_shift",
+    )
+    given = {"encoder_hidden_states": (B, TOKENS, 24)}
+    return Animal(
+        unet, (B, 4, S, S), {**given, "added_cond_kwargs": {"text_embeds": (B, WIDTH), "image_embeds": (B, WIDTH)}}
+    )
+
+
+def unclip() -> Animal:
+    animal = added(class_embed_type="identity")
+    animal.given["class_labels"] = (B, 64)
+    return animal
+
+
 def kandinsky3() -> Animal:
     torch.manual_seed(0)
     unet = diffusers.Kandinsky3UNet(
@@ -115,7 +137,7 @@ def kandinsky3() -> Animal:
     return Animal(unet.eval(), (B, 4, S, S), given, {"encoder_attention_mask": mask}, ("add_time_condition",))
 
 
-def unconditional() -> Animal:
+def unconditional(processor: Any = None) -> Animal:
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(
         **SMALL,
@@ -125,6 +147,9 @@ def unconditional() -> Animal:
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
+    for attn in unet.modules() if processor else ():
+        if hasattr(attn, "set_processor"):
+            attn.set_processor(processor)
     return Animal(unet.eval(), (B, 3, S, S), rows_told=False)
 
 
@@ -299,9 +324,12 @@ ZOO = {
     "added keys, sliced": lambda: added(stock.SlicedAttnAddedKVProcessor(1)),
     "added keys, xFormers": lambda: added(stock.XFormersAttnAddedKVProcessor()),
     "added keys, AttnAddedKVProcessor": lambda: added(stock.AttnAddedKVProcessor()),
-    "Kandinsky 2": kandinsky2,
+    "Kandinsky 2.1": kandinsky21,
+    "Kandinsky 2.2": kandinsky2,
+    "unCLIP": unclip,
     "Kandinsky 3": kandinsky3,
     "UNet2DModel": unconditional,
+    "UNet2DModel, sliced": lambda: unconditional(stock.SlicedAttnProcessor(1)),
     "AnimateDiff": motion,
     "ModelScope": modelscope,
     "I2VGen-XL": i2vgen,
