@@ -224,15 +224,17 @@ class _Ladder:
     def _near_front(self) -> list[Candidate]:
         """All fewer steps, and the schedules that lie least below the best of those that take no longer.
 
-        Of more than ``CONFIRMED`` on the front itself as many, evenly from the fastest to the slowest.
+        Where more than ``CONFIRMED`` lie on the front itself, as many of them, evenly from the fastest to the slowest.
         """
         best, gaps = -math.inf, {}
         for candidate, point in self._by_time():
             best = max(best, point.psnr_db)
             gaps[candidate] = best - point.psnr_db if candidate.rows else 0.0
-        front = [candidate for candidate, gap in gaps.items() if gap == 0]
-        if len(front) > CONFIRMED:
-            return [front[i * (len(front) - 1) // (CONFIRMED - 1)] for i in range(CONFIRMED)]
+        plain = [candidate for candidate in gaps if not candidate.rows]
+        front = [candidate for candidate, gap in gaps.items() if gap == 0 and candidate.rows]
+        room = max(2, CONFIRMED - len(plain))
+        if len(front) > room:
+            return plain + [front[i * (len(front) - 1) // (room - 1)] for i in range(room)]
         return sorted((c for c, gap in gaps.items() if gap <= NEAR), key=gaps.__getitem__)[:CONFIRMED]
 
     # -- judging
