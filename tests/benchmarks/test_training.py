@@ -1,13 +1,17 @@
 """The training script of the shipped pipeline: resumes as if never stopped, teaches what it says."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import distill_tiny_shapes as distilling
 import pytest
 import torch
+import train_tiny_flux as flux_training
 import train_tiny_shapes as training
+import transformer
 
 from attnreuse.demo.tiny_shapes import Caption
+from attnreuse.study.evaluate import Evaluator, Setting
 
 
 @pytest.fixture
@@ -96,3 +100,34 @@ def test_a_student_is_taught_where_two_guided_steps_lead(begin):
     scheduler.set_timesteps(10)
     assert begin in scheduler.timesteps
     torch.testing.assert_close(scheduler.step(taught, begin, start).prev_sample, led, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", transformer.SAMPLERS)
+def test_flow_matching_is_taught_where_its_samplers_lead(sampler):
+    """What the loss wants, the velocity away from the picture, leads noise to the picture."""
+    latents, g = torch.randn(4, 16, 16), torch.Generator().manual_seed(0)
+
+    def exact(noised, timestep, **_):
+        return SimpleNamespace(sample=(noised - latents) / timestep.view(-1, 1, 1))
+
+    text = torch.zeros(4, 24, 128), torch.zeros(4, 128)
+    assert flux_training.flow_loss(exact, 8, latents, text, g) < 1e-8
+    scheduler = transformer.SAMPLERS[sampler](shift=flux_training.SHIFT)
+    scheduler.set_timesteps(10, mu=1.0, sigmas=None)
+    x = torch.randn(latents.shape, generator=g)
+    for t in scheduler.timesteps:
+        x = scheduler.step(exact(x, t / 1000).sample, t, x).prev_sample
+    torch.testing.assert_close(x, latents, atol=1e-3, rtol=1e-3)
+
+
+def test_the_small_flux_samples_what_a_prompt_says_and_reuses():
+    torch.manual_seed(0)
+    pipe = flux_training.pipeline(flux_training.Shipped(), flux_training.build())
+    setting = Setting(("a red circle on gray", "a cyan square on white"), 4, guidance=2.5, size=(64, 64))
+    for made_by in transformer.SAMPLERS.values():
+        pipe.scheduler = made_by(shift=flux_training.SHIFT)
+        sampled = Evaluator(pipe, setting)
+        assert sampled.full.pictures.shape == (2, 64, 64, 3)
+        assert not (sampled.full.pictures[0] == sampled.full.pictures[1]).all()
+        reusing = sampled.policy([i % 2 > 0 for i in range(sampled.executed_steps)], "every other")
+        assert 20 < sampled.scores(reusing)["psnr"] < 90
