@@ -1,5 +1,6 @@
 """The search of the ladder: compute, reuse or hold, per step and group of layers."""
 
+import itertools
 import sys
 import time
 from dataclasses import replace
@@ -225,10 +226,14 @@ def test_what_is_confirmed_is_timed_once(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(costs, "shares", shares)
     monkeypatch.setattr(costs, "measure", cheap)
     first = ladder(InProcess(made), by="kind", budget=30, cache=tmp_path / "c.jsonl", confirm=others)
-    assert first.times == "measured"
-    steps_and_rows = {(steps, str(policy.reuse)): 0.2 + 0.001 * i for i, (steps, policy) in enumerate(timed[0])}
-    for point in first.points:
-        assert point.time == steps_and_rows[point.steps, str(point.policy.reuse)]
+    assert first.times == "fitted"
+    predicted = ladder(InProcess(made), by="kind", budget=30, cache=tmp_path / "c.jsonl")
+    times = {(p.steps, str(p.policy.reuse)): p.time for p in predicted.points}
+    both = [(times[key], p.time) for p in first.points if (key := (p.steps, str(p.policy.reuse))) in times]
+    assert len(both) > 2
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(both)]
+    assert slopes == pytest.approx(slopes[:1] * len(slopes))  # one line for all
+    assert all(0.2 <= measured < 0.2 + 0.001 * len(timed[0]) for _, measured in both)
     assert ladder(InProcess(made), by="kind", budget=30, cache=tmp_path / "c.jsonl", confirm=others) == first
     assert len(timed) == 1
 

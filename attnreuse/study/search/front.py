@@ -31,7 +31,9 @@ class Front(Result):
         full_s: predicted seconds of one batch with every step computed.
         evaluations: distinct schedules judged, those read from the cache included.
         pictures: over which the points' PSNR are means: those that confirm, else those of the search.
-        times: "measured", of confirmed points, in turns with the full run; else "predicted" from costs.
+        times: "predicted" from costs; or "fitted": moved by the line that leads the predictions of the confirmed points
+            to what they took, measured in turns with the full run. Files of earlier searches say "measured": each by
+            its own runs.
         stopped: "budget", "time", or "nothing new" where no change of the front was left to judge.
     """
 
@@ -41,7 +43,7 @@ class Front(Result):
     evaluations: int
     pictures: int
     stopped: str
-    times: Literal["predicted", "measured"] = "predicted"
+    times: Literal["predicted", "fitted", "measured"] = "predicted"
 
     def pick(self, floor: float | None = None, time: float | None = None) -> Point:
         """The fastest point of at least `floor` dB; without a floor the best that takes at most `time`.

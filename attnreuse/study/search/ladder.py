@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -126,7 +127,7 @@ def ladder(
         evaluations=evaluations,
         pictures=len((confirm or setting).prompts),
         stopped=climb.stopped,
-        times="measured" if timed else "predicted",
+        times="fitted" if timed else "predicted",
     )
 
 
@@ -217,7 +218,8 @@ class _Ladder:
         if timed:
             self.progress(len(confirmed), len(chosen), "timing them")
             shares = self.judge_policies.shares([self._policy(c) for c in chosen], [c.steps for c in chosen])
-            for candidate, share in zip(chosen, shares, strict=True):
+            times = _fitted([self.points[c].time for c in chosen], shares)
+            for candidate, share in zip(chosen, times, strict=True):
                 confirmed[candidate] = confirmed[candidate].model_copy(update={"time": share})
         self.points = confirmed
 
@@ -349,6 +351,17 @@ class _Ladder:
     def _lost(self, candidate: Candidate) -> float:
         """Mean squared error of a judged candidate (its geometric mean over the pictures)."""
         return 10 ** (-self.points[candidate].psnr_db / 10)
+
+
+def _fitted(predicted: list[float], measured: list[float]) -> list[float]:
+    """`predicted` times, moved by the line that leads them to the `measured` ones.
+
+    One run's time is uncertain by some hundredths, and a front would choose those that chanced to be fast.
+    """
+    if len(set(predicted)) < 3:
+        return measured
+    line = statistics.linear_regression(predicted, measured)
+    return [line.intercept + line.slope * time for time in predicted]
 
 
 def _about(point: Point) -> dict[str, Any]:
