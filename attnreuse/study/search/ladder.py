@@ -167,7 +167,7 @@ class _Ladder:
     # -- the three parts of the search
 
     def scan(self) -> dict[str, list[Row]]:
-        """Judge fewer steps, each group's rows alone, and one row for all groups of both letters; gives the rows."""
+        """Judge fewer steps, each group's rows alone, and one row for all groups or those of both letters; gives them."""
         rows = self._rows()
         rungs = {
             group: [row if letter is True else holding(row) for letter in letters for row in rows]
@@ -177,6 +177,7 @@ class _Ladder:
         self.judge(map(Candidate, self.fewer))
         self.judge(Candidate.of(self.steps, {group: row}) for group, rows in rungs.items() for row in rows)
         self.judge(Candidate.of(self.steps, dict.fromkeys(both, row)) for row in (rungs[both[0]] if both else []))
+        self.judge(Candidate.of(self.steps, dict.fromkeys(self.groups, row)) for row in rows)
         return rungs
 
     def join(self, rungs: dict[str, list[Row]]) -> None:
