@@ -21,7 +21,8 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import torch
 from rows import RESULTS, append, provenance
 
-from attnreuse.binding.denoiser import layer_kinds
+from attnreuse.adapters import adapter_of
+from attnreuse.binding.denoiser import form_of, layer_kinds
 from attnreuse.binding.processors import ReuseAttnProcessor, attention_layers
 from attnreuse.binding.shapes import map_shapes
 from attnreuse.maps.formats import AttentionMap, format_named
@@ -115,7 +116,7 @@ def processors_of(unet: Any, given: dict[str, Any], name: str, device: torch.dev
     placed = []
     for layer, module in attention_layers(unet).items():
         if kinds[layer] == "self":
-            processor = ReuseAttnProcessor(module.processor)
+            processor = ReuseAttnProcessor(module.processor, form_of(adapter_of(unet), module))
             processor.slot = AttentionMap.empty(format_named(name), shapes[layer][0], device)
             processor.outline = outline(processor.slot.shape, device)
             module.set_processor(processor)

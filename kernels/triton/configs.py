@@ -38,6 +38,8 @@ RULES = (
     Rule("reuse", ("90",), 64, Config(128, 8, 2, 128), formats=("fp16", "bf16")),
     Rule("reuse", ("90",), 64, Config(128, 8, 3, 128)),
     Rule("reuse", ("80", "90"), 96, Config(128, 8, 3)),
+    Rule("reuse", ("100",), 64, Config(128, 8, 3)),
+    Rule("reuse", ("100",), 72, Config(128, 8, 2), formats=("fp16", "bf16")),  # with three stages Triton 3.6 spills
     Rule("reuse", ("100",), 80, Config(128, 8, 3)),
     Rule("reuse", ("80", "89"), 128, Config(128, 8, 2)),
     Rule("reuse", ("80",), 160, Config(128, 8, 2), formats=("fp16", "bf16", "u8")),

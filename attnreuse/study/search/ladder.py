@@ -167,7 +167,7 @@ class _Ladder:
     # -- the three parts of the search
 
     def scan(self) -> dict[str, list[Row]]:
-        """Judge fewer steps, each group's rows alone, and one row for all groups or those of both letters; gives them."""
+        """Judge fewer steps, each group alone, and one row for all groups or those of both letters; gives the rows."""
         rows = self._rows()
         rungs = {
             group: [row if letter is True else holding(row) for letter in letters for row in rows]
