@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnreuse.adapters.adapter import Adapter, empty
 from attnreuse.adapters.forms import Form, Inputs, Query
-from attnreuse.adapters.joint import Joint
+from attnreuse.adapters.joint import Joint, text_inputs
 
 
 class FluxJoint(Joint):
@@ -60,9 +60,7 @@ class Flux(Adapter):
         patches = (size[0] // 2) * (size[1] // 2)
         given = {
             "hidden_states": empty(batch, patches, config["in_channels"]),
-            "timestep": empty(batch),
-            "encoder_hidden_states": empty(batch, tokens, config["joint_attention_dim"]),
-            "pooled_projections": empty(batch, config["pooled_projection_dim"]),
+            **text_inputs(config, batch, tokens),
             "txt_ids": empty(tokens, 3),
             "img_ids": empty(patches, 3),
         }

@@ -279,10 +279,14 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def is_hooked(module: Module) -> bool:
+    """Whether another tool takes part in the module's calls: by hooks, or a forward of its own."""
+    return bool("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
+
+
 def last_part(projection: Module, x: Tensor, parts: int) -> Tensor:
     """The last of `parts` that a fused projection of `x` gives; the others are not computed where it is plain."""
-    hooked = "forward" in projection.__dict__ or projection._forward_hooks or projection._forward_pre_hooks
-    if type(projection) is not Linear or hooked:  # offloaded weights come with the call alone
+    if type(projection) is not Linear or is_hooked(projection):  # offloaded weights come with the call alone
         return projection(x).chunk(parts, dim=-1)[-1]
     size = projection.out_features // parts
     return linear(x, projection.weight[-size:], None if projection.bias is None else projection.bias[-size:])

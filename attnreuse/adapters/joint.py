@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from attnreuse.adapters.adapter import empty
 from attnreuse.adapters.forms import Inputs, Projected, Query, last_part, split_heads
+
+
+def text_inputs(config: Any, batch: int, tokens: int) -> dict[str, Any]:
+    """Arguments on meta that models of joint attention take besides their pictures."""
+    return {
+        "timestep": empty(batch),
+        "encoder_hidden_states": empty(batch, tokens, config["joint_attention_dim"]),
+        "pooled_projections": empty(batch, config["pooled_projection_dim"]),
+    }
 
 
 class Joint(Projected):

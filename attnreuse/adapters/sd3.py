@@ -8,7 +8,7 @@ from typing import Any
 
 from attnreuse.adapters.adapter import Adapter, empty
 from attnreuse.adapters.forms import Form
-from attnreuse.adapters.joint import Joint
+from attnreuse.adapters.joint import Joint, text_inputs
 
 
 @functools.cache
@@ -36,9 +36,4 @@ class SD3(Adapter):
 
     def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
         config = denoiser.config
-        return {
-            "hidden_states": empty(batch, config["in_channels"], *size),
-            "timestep": empty(batch),
-            "encoder_hidden_states": empty(batch, tokens, config["joint_attention_dim"]),
-            "pooled_projections": empty(batch, config["pooled_projection_dim"]),
-        }
+        return {"hidden_states": empty(batch, config["in_channels"], *size), **text_inputs(config, batch, tokens)}

@@ -24,9 +24,8 @@ HELP = "call session.step(i, n) before the denoiser calls of each step"
 def executed_steps(scheduler: Any, steps: int) -> int:
     """Denoiser steps that ``num_inference_steps`` of `steps` executes with this scheduler, which is set to them."""
     config = getattr(scheduler, "config", {})
-    dynamic = (
-        {"mu": config.get("max_shift", 1.15)} if config.get("use_dynamic_shifting") else {}
-    )  # as for large pictures
+    # A shift that depends on the size is that of large pictures.
+    dynamic = {"mu": config.get("max_shift", 1.15)} if config.get("use_dynamic_shifting") else {}
     scheduler.set_timesteps(steps, **dynamic)
     return len(scheduler.timesteps)
 

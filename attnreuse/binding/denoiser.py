@@ -12,6 +12,7 @@ from torch.nn import Dropout, Linear, Module
 
 from attnreuse import ops
 from attnreuse.adapters import Adapter, Form, adapter_of, parts
+from attnreuse.adapters.forms import is_hooked
 from attnreuse.binding.processors import attention_layers, stock_of
 from attnreuse.errors import UnsupportedLayerError
 
@@ -116,7 +117,7 @@ def opaque(form: Form, attn: Any) -> str | None:
     for name, module in makers.items():
         if type(module) not in (Linear, Dropout):
             return f"its {name} is a {type(module).__name__}, not a plain layer"
-        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+        if is_hooked(module):
             return f"another tool hooks into its {name}"
     return None
 
