@@ -22,10 +22,11 @@ from shipped import pipeline
 from attnreuse.demo import tiny_shapes
 from attnreuse.measure.timing import Times
 from attnreuse.search import InProcess, ladder
-from attnreuse.study.compare.measure import Measured, at_time, judged, timed
+from attnreuse.study.compare.measure import Measured, judged, timed
 from attnreuse.study.compare.methods import PLAIN, Method, plain_steps, rule_for
 from attnreuse.study.compare.other_caches import OTHER_CACHES
 from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.metrics import half_width
 from attnreuse.study.plots import Spot, pareto_figure, spot_name
 from attnreuse.study.search.front import Front, Point
 
@@ -80,7 +81,8 @@ def judge(images: int) -> None:
 def _row(measured: Measured, full: Measured) -> dict[str, str]:
     quality = {key: f"{measured.scores[key]:.2f}" if key in measured.scores else "" for key in ("psnr", "psnr_ci")}
     method = {"method": measured.method.name, "family": measured.method.family}
-    return method | ratios(measured.latencies_s, full.latencies_s) | quality
+    each = {"psnr_each": " ".join(f"{psnr:.1f}" for psnr in measured.psnrs)}
+    return method | ratios(measured.latencies_s, full.latencies_s) | quality | each
 
 
 def spread(points: list[Point]) -> list[Point]:
@@ -96,12 +98,30 @@ def table() -> None:
         rows = [row for row in csv.DictReader(JUDGED.open()) if row["sampler"] == sampler]
         rows = sorted(rows[1:], key=lambda row: float(row["of_full"]))
         print(f"\n| {sampler} | time | PSNR | above the front |\n|---|---:|---:|---:|")
-        points = [(float(r["of_full"]), float(r["psnr"])) for r in rows if r["family"] == "ladder"]
+        front = [_judged(row) for row in rows if row["family"] == "ladder"]
         for row in rows:
-            time, psnr = float(row["of_full"]), float(row["psnr"])
-            best, is_peer = at_time(points, time), row["family"] in (*PLAIN, "other cache")
-            above = "" if not is_peer else "outside" if best is None else f"{psnr - best:+.1f}"
-            print(f"| {row['method']} | {time:.2f} | {psnr:.1f} ± {float(row['psnr_ci']):.1f} | {above} |")
+            is_peer = row["family"] in (*PLAIN, "other cache")
+            above = above_front(front, *_judged(row)) if is_peer else ""
+            psnr = f"{float(row['psnr']):.1f} ± {float(row['psnr_ci']):.1f}"
+            print(f"| {row['method']} | {float(row['of_full']):.2f} | {psnr} | {above} |")
+
+
+def _judged(row: dict[str, str]) -> tuple[float, np.ndarray]:
+    return float(row["of_full"]), np.array(row["psnr_each"].split(), dtype=float)
+
+
+def above_front(front: list[tuple[float, np.ndarray]], time: float, psnrs: np.ndarray) -> str:
+    """How far the PSNRs of a run of `time` lie above the line between the front's, picture by picture."""
+    front = sorted(front, key=lambda point: point[0])
+    best = [max(front[: i + 1], key=lambda point: point[1].mean()) for i in range(len(front))]  # more time may be worse
+    after = sum(at <= time for at, _ in front)
+    if after == 0:
+        return "outside"
+    line = best[after - 1][1]
+    if after < len(front):
+        share = (time - front[after - 1][0]) / (front[after][0] - front[after - 1][0])
+        line = (1 - share) * line + share * best[after][1]
+    return f"{(psnrs - line).mean():+.1f} ± {half_width(psnrs - line):.1f}"
 
 
 def figure() -> None:

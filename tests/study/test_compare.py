@@ -12,7 +12,7 @@ import torch
 from tiny_random import captioned_pipeline, random_unet
 from typer.testing import CliRunner
 
-from attnreuse import AttnReuseError, Policy, hurry
+from attnreuse import AttnReuseError, Policy, enable, hurry
 from attnreuse.cli import app
 from attnreuse.measure.timing import Times
 from attnreuse.study.compare import groups, measure, methods, other_caches, page
@@ -79,6 +79,15 @@ def test_pab_leaves_the_hooks_of_others():
     with OTHER_CACHES["PAB(2)"](pipe):
         assert len(layer._diffusers_hook.hooks) == 2
     assert list(layer._diffusers_hook.hooks) == ["theirs"]
+
+
+def test_holding_every_second_self_attention_is_pab():
+    pipe = captioned_pipeline()
+    with OTHER_CACHES["PAB(2)"](pipe):
+        theirs = stock(pipe)
+    with enable(pipe, Policy(steps=4, reuse=".H.H")):
+        ours = stock(pipe)
+    assert np.array_equal(ours, theirs)
 
 
 def test_every_kind_of_method_is_there(measured):

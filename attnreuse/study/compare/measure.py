@@ -33,6 +33,7 @@ class Measured:
         map_bytes: of the buffer of one batch, in bytes.
         scores: by metric: the mean, and for "psnr" the half-width of its 95 % confidence interval ("psnr_ci").
         pictures: the first ``SHOWN``, ``[P, S, S, 3]`` in [0, 1].
+        psnrs: of all pictures, ``[P]``; empty for the full run.
         latencies_s: of one batch of pictures, one per round.
         maps_computed: share of the full run's attention-map elements that it computed; None where unknown.
         plain_psnr: of plain steps at its latency; None below all that were measured.
@@ -44,6 +45,7 @@ class Measured:
     map_bytes: int
     scores: dict[str, float]
     pictures: np.ndarray = field(repr=False)
+    psnrs: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
     scheduler: str = ""
     latencies_s: list[float] = field(default_factory=list)
     maps_computed: float | None = None
@@ -133,6 +135,9 @@ def judged(
             notes.append(f"{method.name} was left out: {error}")
             continue
         row.scores = _scores(pictures, full, prompts, judge)
+        if full is not None:
+            row.psnrs = metrics.psnr_each(pictures, full)
+            row.scores |= {"psnr": float(row.psnrs.mean()), "psnr_ci": metrics.half_width(row.psnrs)}
         full = pictures if full is None else full
         rows.append(row)
     return rows
@@ -179,8 +184,6 @@ def _scores(
 ) -> dict[str, float]:
     tiny, scores = tiny_shapes.all_known(prompts), {}
     if full is not None:
-        psnr = metrics.psnr_each(pictures, full)
-        scores = {"psnr": float(psnr.mean()), "psnr_ci": metrics.half_width(psnr)}
         for name in {"ssim", "lpips"} & set(judge):
             scores[name] = float(metrics.PAIRED[name](pictures, full).mean())
         if "fid" in judge and len(pictures) > 1:

@@ -31,7 +31,7 @@ from attnreuse.study.search.judge import Judge
 FEWER = tuple(i / 20 for i in range(8, 20))  # shares of the steps that fewer steps make
 SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # of the steps that a scanned schedule reuses
 WIDTH = 4  # schedules judged at once; the same with any engine
-CONFIRMED, NEAR = 40, 2.0  # most schedules that are confirmed, and dB below the front from which they are
+CONFIRMED, NEAR = 40, 2.0  # most searched schedules that are confirmed, and dB below the front from which they are
 BARREN = 50  # times in a row that no change is new before a search ends
 Rows = dict[str, Row]  # by group of layers
 
@@ -161,6 +161,7 @@ class _Ladder:
         }
         self.policies: dict[Candidate, Policy] = {}
         self.points: dict[Candidate, Point] = {}
+        self.simple: list[Candidate] = [Candidate(count) for count in self.fewer]  # known without a search
         self.full_s = self._seconds(Candidate(self.steps))
         self.stopped = ""
 
@@ -174,10 +175,10 @@ class _Ladder:
             for group, letters in self.letters.items()
         }
         both = [group for group, letters in self.letters.items() if len(letters) > 1]
-        self.judge(map(Candidate, self.fewer))
+        self.simple += [Candidate.of(self.steps, dict.fromkeys(both, row)) for row in (rungs[both[0]] if both else [])]
+        self.simple += [Candidate.of(self.steps, dict.fromkeys(self.groups, row)) for row in rows]
+        self.judge(self.simple)
         self.judge(Candidate.of(self.steps, {group: row}) for group, rows in rungs.items() for row in rows)
-        self.judge(Candidate.of(self.steps, dict.fromkeys(both, row)) for row in (rungs[both[0]] if both else []))
-        self.judge(Candidate.of(self.steps, dict.fromkeys(self.groups, row)) for row in rows)
         return rungs
 
     def join(self, rungs: dict[str, list[Row]]) -> None:
@@ -225,20 +226,20 @@ class _Ladder:
         self.points = confirmed
 
     def _near_front(self) -> list[Candidate]:
-        """All fewer steps, and the schedules that lie least below the best of those that take no longer.
+        """What is known without a search, and the schedules that lie least below the best of those that take no longer.
 
         Where more than ``CONFIRMED`` lie on the front itself, as many of them, evenly from the fastest to the slowest.
         """
         best, gaps = -math.inf, {}
         for candidate, point in self._by_time():
             best = max(best, point.psnr_db)
-            gaps[candidate] = best - point.psnr_db if candidate.rows else 0.0
-        plain = [candidate for candidate in gaps if not candidate.rows]
-        front = [candidate for candidate, gap in gaps.items() if gap == 0 and candidate.rows]
-        room = max(2, CONFIRMED - len(plain))
-        if len(front) > room:
-            return plain + [front[i * (len(front) - 1) // (room - 1)] for i in range(room)]
-        return sorted((c for c, gap in gaps.items() if gap <= NEAR), key=gaps.__getitem__)[:CONFIRMED]
+            gaps[candidate] = best - point.psnr_db
+        simple = [candidate for candidate in dict.fromkeys(self.simple) if candidate in gaps]
+        searched = sorted((c for c, gap in gaps.items() if gap <= NEAR and c not in simple), key=gaps.__getitem__)
+        front = [candidate for candidate in searched if gaps[candidate] == 0]  # fastest first
+        if len(front) > CONFIRMED:
+            return simple + [front[i * (len(front) - 1) // (CONFIRMED - 1)] for i in range(CONFIRMED)]
+        return simple + searched[:CONFIRMED]
 
     # -- judging
 
