@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,7 +71,7 @@ def command(
             )  # fmt: skip
         written = page.write(comparison, out_path, " ".join(["attnreuse", *sys.argv[1:]]))
     if as_json:
-        print(json.dumps(comparison.to_dict(), indent=2))
+        print(comparison.model_dump_json(indent=2))
         return
     for group in comparison.groups:
         out.print(_table(group))
@@ -94,7 +92,7 @@ def _table(group: Any) -> Table:
         table.add_column(column.replace("_score", ""), justify="left" if column == "method" else "right")
     for row in group.rows:
         quality = "reference" if row is group.full else f"{row.scores['psnr']:.1f}"
-        if not math.isnan(row.scores.get("psnr_ci", math.nan)):
+        if "psnr_ci" in row.scores:
             quality += f" ± {row.scores['psnr_ci']:.1f}"
         table.add_row(
             row.method.name,

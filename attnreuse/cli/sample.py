@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,15 +76,14 @@ def command(
                 eta=eta,
                 progress=tell,
             )
-        data = result.to_dict()
-        json_path.write_text(json.dumps(data, indent=2) + "\n")
+        result.save(json_path)
         sheet(result).save(out_path)
     if as_json:
-        print(json.dumps(data, indent=2))
+        print(result.model_dump_json(indent=2))
         return
     out.print(_table(result))
     out.print(_verdict(result))
-    faint(f"{out_path}, {json_path}; {data['environment']['device']}")
+    faint(f"{out_path}, {json_path}; {result.environment['device']}")
 
 
 def _table(result: Any) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,12 +12,27 @@ from attnreuse.measure.timing import Times
 from attnreuse.study.findings import Analysis, Growth
 
 INK, QUIET = "#1f2933", "#9aa5b1"
-FAMILY_COLORS = {
-    "full": INK, "plain steps": QUIET, "plain steps, same noise": QUIET, "reuse": "#d64545", "ladder": "#8f2d2d",
-    "reuse + fewer steps": "#e8963c", "other cache": "#3e7cb1",
-    "reuse + other cache": "#17a2b8", "student": "#4c9a6b", "student + reuse": "#8a5fb0",
-}  # fmt: skip
-LINED = {"plain steps": "-", "plain steps, same noise": ":", "ladder": "-"}  # families whose points are joined
+
+
+class Family(NamedTuple):
+    """How methods of one kind are drawn: their `color`, and the `line` that joins their points ("": none)."""
+
+    color: str
+    line: str = ""
+
+
+FAMILIES = {
+    "full": Family(INK),
+    "plain steps": Family(QUIET, "-"),
+    "plain steps, same noise": Family(QUIET, ":"),
+    "reuse": Family("#d64545"),
+    "ladder": Family("#8f2d2d", "-"),
+    "reuse + fewer steps": Family("#e8963c"),
+    "other cache": Family("#3e7cb1"),
+    "reuse + other cache": Family("#17a2b8"),
+    "student": Family("#4c9a6b"),
+    "student + reuse": Family("#8a5fb0"),
+}
 LABEL_PT, LINE_PT = 7, 9.5  # of the labels beside a plot: size, and distance of their lines
 
 
@@ -27,7 +42,7 @@ class Spot:
 
     Attributes:
         name: beside the plot, of families whose points are joined below the point; "" shows none.
-        family: of ``FAMILY_COLORS``.
+        family: of ``FAMILIES``.
         time: as a share of the full run's.
         psnr, psnr_ci: mean and half-width of its 95 % confidence interval, dB; None where it is not known.
     """
@@ -41,25 +56,25 @@ class Spot:
 
 def spot_name(method: str, family: str) -> str:
     """What stands at a method's point: its name, or of joined families the number of plain steps, if anything."""
-    if family not in LINED:
+    if not FAMILIES[family].line:
         return method
     return method.removesuffix(" plain steps") if family == "plain steps" else ""
 
 
 def pareto_figure(spots: list[Spot], title: str) -> Any:
     """PSNR over time with their spreads; names stand beside the plot, with a line to their points."""
-    named = [spot for spot in spots if spot.name and spot.family not in LINED]
+    named = [spot for spot in spots if spot.name and not FAMILIES[spot.family].line]
     height = max(4.0, len(named) * LINE_PT / 72 + 1.2)
     figure, axis = pyplot().subplots(figsize=(7.5, height), layout="constrained")
     for spot in spots:
-        time, color = spot.time.median, FAMILY_COLORS[spot.family]
+        time, color = spot.time.median, FAMILIES[spot.family].color
         spread = [[time - spot.time.p20], [spot.time.p80 - time]]
         axis.errorbar(time, spot.psnr, spot.psnr_ci or 0, spread, "o", color=color, ms=4, elinewidth=0.7)
-    for family, style in LINED.items():
+    for family, (color, line) in ((name, family) for name, family in FAMILIES.items() if family.line):
         joined = sorted((spot.time.median, spot.psnr, spot.name) for spot in spots if spot.family == family)
         if joined:
             times, psnrs, _ = zip(*joined, strict=True)
-            axis.plot(times, psnrs, style, color=FAMILY_COLORS[family], lw=1, label=family)
+            axis.plot(times, psnrs, line, color=color, lw=1, label=family)
             for *at, name in joined:
                 axis.annotate(name, at, xytext=(0, -9), textcoords="offset points", fontsize=6, ha="center")
     axis.legend(fontsize=LABEL_PT, frameon=False, loc="upper left")
@@ -85,7 +100,7 @@ def _name_beside(axis: Any, spots: list[Spot], points: float) -> None:
     for spot, y in zip(spots, heights, strict=True):
         axis.annotate(
             spot.name, (spot.time.median, spot.psnr), (1.03, y), textcoords="axes fraction", fontsize=LABEL_PT,
-            color=FAMILY_COLORS[spot.family], va="center", annotation_clip=False, arrowprops=line,
+            color=FAMILIES[spot.family].color, va="center", annotation_clip=False, arrowprops=line,
         )  # fmt: skip
 
 

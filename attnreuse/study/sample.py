@@ -8,11 +8,12 @@ import random
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from pydantic import ConfigDict, Field, computed_field
 
 from attnreuse.binding.denoiser import find_denoiser, layer_kinds, model_name, select_layers
 from attnreuse.binding.enabling import enable
@@ -20,39 +21,46 @@ from attnreuse.binding.report import Report
 from attnreuse.measure.environment import environment
 from attnreuse.policy import Policy
 from attnreuse.progress import Progress, silent
+from attnreuse.results import Result
 from attnreuse.study import costs
 from attnreuse.study.evaluate import Evaluator, Setting
-from attnreuse.study.metrics import EQUAL_DB, psnr
+from attnreuse.study.metrics import EQUAL_DB, psnr_each
 
 MIN_SIDE = 256  # pixels; smaller pictures are enlarged in the sheet
 WARM_UP = 4  # steps, in which attention is timed, too
 DIFFERENCE = 20  # times that differences from the full steps' pictures are enlarged
 
 
-@dataclass
-class Way:
-    """One way to sample: its pictures ``[P, S, S, 3]`` in [0, 1], latencies and PSNR to the baseline's."""
+class Way(Result):
+    """One way to sample: its pictures ``[P, S, S, 3]`` in [0, 1], latencies and PSNR to the baseline's.
 
+    Attributes:
+        pictures: not kept in files.
+        latencies_s: seconds for all prompts at once, one per run.
+        psnr_db: of each picture, at most ``EQUAL_DB``.
+    """
+
+    model_config = ConfigDict(frozen=False, arbitrary_types_allowed=True)
     label: str
     steps: int
-    pictures: np.ndarray | None = None
-    latencies_s: list[float] = field(default_factory=list)
-    psnr_db: list[float] = field(default_factory=list)
+    latencies_s: list[float] = Field(default_factory=list)
+    psnr_db: list[float] = Field(default_factory=list)
+    pictures: np.ndarray | None = Field(default=None, exclude=True, repr=False)
 
+    @computed_field
     @property
     def latency_s(self) -> float:
-        """Median seconds for all prompts at once."""
+        """Their median."""
         return statistics.median(self.latencies_s)
 
+    @computed_field
     @property
     def mean_psnr_db(self) -> float | None:
-        """Mean over the prompts, equal pictures as ``EQUAL_DB``; None where every picture equals the baseline's."""
-        capped = [min(value, EQUAL_DB) for value in self.psnr_db]
-        return None if min(capped) == EQUAL_DB else statistics.mean(capped)
+        """Mean over the prompts; None where every picture equals the baseline's."""
+        return None if min(self.psnr_db) == EQUAL_DB else statistics.mean(self.psnr_db)
 
 
-@dataclass
-class SampleResult:
+class SampleResult(Result):
     """What :func:`sample` measured.
 
     Attributes:
@@ -60,6 +68,7 @@ class SampleResult:
         at_most_s: those of them that the calls that reuse or hold stand for: no reuse can save more (Amdahl).
     """
 
+    file_kind: ClassVar[str] = "a sample result"
     prompts: list[str]
     policy: Policy
     baseline: Way
@@ -70,6 +79,7 @@ class SampleResult:
     at_most_s: float
     environment: dict[str, Any]
 
+    @computed_field
     @property
     def saved_s(self) -> float:
         """Seconds that reuse took less than full steps; negative where it took more."""
@@ -78,28 +88,6 @@ class SampleResult:
     @property
     def ways(self) -> list[Way]:
         return [self.baseline, self.reuse, self.fewer]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        quality = {
-            way.label: {"psnr_db": way.mean_psnr_db, "psnr_db_by_prompt": [_finite(p) for p in way.psnr_db]}
-            for way in (self.reuse, self.fewer)
-        }
-        return {
-            "prompts": self.prompts,
-            "baseline": {"steps": self.baseline.steps, **_latency(self.baseline)},
-            "reuse": {
-                "policy": self.policy.to_dict(),
-                "map_format": self.report.map_format,
-                "map_bytes": self.report.allocated_bytes,
-                "predicted_map_bytes": self.report.predicted_bytes,
-                **_latency(self.reuse),
-                **quality[self.reuse.label],
-            },
-            "attention": {"seconds": self.attention_s, "at_most_s": self.at_most_s, "saved_s": self.saved_s},
-            "fewer_steps": {"steps": self.fewer.steps, **_latency(self.fewer), **quality[self.fewer.label]},
-            "environment": self.environment,
-        }
 
 
 def sample(
@@ -144,7 +132,7 @@ def sample(
         way.pictures = sampled.pictures
         way.latencies_s.append(sampled.seconds)
 
-    baseline, reuse = Way("full steps", steps), Way("reuse", steps)
+    baseline, reuse = Way(label="full steps", steps=steps), Way(label="reuse", steps=steps)
     progress(next(begun), 1 + 5 * rounds, f"warm-up, {min(WARM_UP, steps)} steps")
     denoiser = find_denoiser(pipe)
     served = tuple(select_layers(layer_kinds(denoiser), None, policy.patterns))
@@ -153,22 +141,29 @@ def sample(
     for turn in range(2 * rounds):
         if turn == rounds:
             count = max(1, min(steps - 1, round(steps * reuse.latency_s / baseline.latency_s)))
-            ways.append(Way("fewer steps", count))
+            ways.append(Way(label="fewer steps", steps=count))
         for way in order.sample(ways, len(ways)):  # none always follows the same one, which may slow it
             run(way)
     for way in ways:
-        way.psnr_db = [psnr(picture, target) for picture, target in zip(way.pictures, baseline.pictures, strict=True)]
+        way.psnr_db = psnr_each(way.pictures, baseline.pictures).tolist()
     about = {"model": model_name(pipe), "scheduler": type(pipe.scheduler).__name__, "guidance": guidance, "seed": seed}
     measured_on = {**about, **environment(denoiser.device), "dtype": str(denoiser.dtype)}
-    return SampleResult(prompts, policy, *ways, reports[-1], *_attention(reports[-1], attention), measured_on)
+    by_role = dict(zip(("baseline", "reuse", "fewer"), ways, strict=True))
+    took = _attention(reports[-1], attention)
+    return SampleResult(
+        prompts=prompts, policy=policy, report=reports[-1], environment=measured_on, **by_role, **took
+    )  # fmt: skip
 
 
-def _attention(report: Report, attention: dict[str, float]) -> tuple[float, float]:
+def _attention(report: Report, attention: dict[str, float]) -> dict[str, float]:
     """Seconds of computed attention in all calls of the layers with maps, and in those that reused or held."""
     of_step = [(layer, attention[layer.name]) for layer in report.layers if layer.map_bytes]
-    cached = [(layer.reused + layer.held, seconds) for layer, seconds in of_step]
     calls = [(sum(layer.planned.values()), seconds) for layer, seconds in of_step]
-    return sum(n * seconds for n, seconds in calls), sum(n * seconds for n, seconds in cached)
+    cached = [(layer.reused + layer.held, seconds) for layer, seconds in of_step]
+    return {
+        "attention_s": sum(n * seconds for n, seconds in calls),
+        "at_most_s": sum(n * seconds for n, seconds in cached),
+    }
 
 
 def sheet(result: SampleResult) -> Image.Image:
@@ -201,7 +196,7 @@ def _sheet_rows(result: SampleResult) -> list[tuple[str, np.ndarray, list[tuple[
         if way is result.reuse:
             about += f"\n{result.policy.reuse_steps} calls reuse\n{result.report.map_format} maps"
         first = way is result.baseline
-        quality = ["reference" if first else f"{value:.1f} dB" for value in way.psnr_db]
+        quality = ["reference" if first else "equal" if v == EQUAL_DB else f"{v:.1f} dB" for v in way.psnr_db]
         rows.append((about, way.pictures, list(zip(result.prompts, quality, strict=True))))
         if not first:
             changed = np.clip(np.abs(way.pictures - full) * DIFFERENCE, 0, 1)
@@ -217,11 +212,3 @@ def _fitted(text: str, width: int, font: Any) -> str:
     while text and font.getlength(text + "...") > width:
         text = text[:-1]
     return text + "..."
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _latency(way: Way) -> dict[str, Any]:
-    return {"latency_s": way.latency_s, "latencies_s": way.latencies_s}

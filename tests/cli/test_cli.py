@@ -16,6 +16,7 @@ from attnreuse.cli import app, console
 from attnreuse.cli.inputs import load_pipeline, writable
 from attnreuse.policy import shipped_policies
 from attnreuse.search import InProcess
+from attnreuse.study.sample import SampleResult
 
 runner = CliRunner()
 
@@ -35,14 +36,14 @@ def test_sample_writes_picture_and_json(tmp_path):
     data = json.loads((tmp_path / "s.json").read_text())
     assert data["prompts"] == list(prompts)
     assert data["baseline"]["latency_s"] > 0
-    assert data["reuse"]["policy"]["reuse"].count("R") == 2
-    assert len(data["reuse"]["psnr_db_by_prompt"]) == 2
-    assert 15 < data["reuse"]["psnr_db"] < 100
-    assert 1 <= data["fewer_steps"]["steps"] <= 3
-    assert data["reuse"]["map_bytes"] == data["reuse"]["predicted_map_bytes"] > 0
-    attention = data["attention"]
-    assert 0 < attention["at_most_s"] < attention["seconds"] < data["baseline"]["latency_s"]
-    assert attention["saved_s"] == data["baseline"]["latency_s"] - data["reuse"]["latency_s"]
+    assert data["policy"]["reuse"].count("R") == 2
+    assert len(data["reuse"]["psnr_db"]) == 2
+    assert 15 < data["reuse"]["mean_psnr_db"] < 100
+    assert 1 <= data["fewer"]["steps"] <= 3
+    assert data["report"]["allocated_bytes"] == data["report"]["predicted_bytes"] > 0
+    assert 0 < data["at_most_s"] < data["attention_s"] < data["baseline"]["latency_s"]
+    assert data["saved_s"] == data["baseline"]["latency_s"] - data["reuse"]["latency_s"]
+    assert json.loads(SampleResult.load(tmp_path / "s.json").model_dump_json()) == data
     assert {"device", "torch", "diffusers", "threads"} <= set(data["environment"])
     assert "full steps" in result.output
 
@@ -51,7 +52,7 @@ def test_plan_predicts_what_a_run_allocates(tmp_path):
     args = ("--steps", 4, "--reuse", 2, "--format", "u8", "--scheduler", "Euler a")
     planned = json.loads(run("plan", *args, "--batch", 1, "--no-measure", "--json").stdout)
     sampled = run("sample", *args, "--prompt", "a red circle on gray", "--out", tmp_path / "s.png", "--json")
-    assert planned["predicted_bytes"] == json.loads(sampled.stdout)["reuse"]["map_bytes"]
+    assert planned["predicted_bytes"] == json.loads(sampled.stdout)["report"]["allocated_bytes"]
 
 
 def test_plan_measures_and_advises():
@@ -84,7 +85,7 @@ def test_what_plan_predicts_is_what_sample_measures(tmp_path):
     sampled = json.loads(run("sample", *args, "--out", tmp_path / "s.png", "--json").stdout)
     ratio = sampled["reuse"]["latency_s"] / sampled["baseline"]["latency_s"]
     assert found["ratio"] == pytest.approx(ratio, abs=0.15)
-    share = sampled["attention"]["seconds"] / sampled["baseline"]["latency_s"]
+    share = sampled["attention_s"] / sampled["baseline"]["latency_s"]
     assert found["attention_share"] == pytest.approx(share, abs=0.15)
 
 

@@ -18,7 +18,7 @@ from attnreuse.measure.timing import Times
 from attnreuse.study.compare import groups, measure, methods, other_caches, page
 from attnreuse.study.compare.other_caches import OTHER_CACHES
 from attnreuse.study.evaluate import Setting
-from attnreuse.study.plots import FAMILY_COLORS, Spot, pareto_figure
+from attnreuse.study.plots import FAMILIES, Spot, pareto_figure
 
 for package in ("DeepCache", "tomesd", "scipy", "matplotlib", "jinja2", "torchmetrics"):
     pytest.importorskip(package)
@@ -92,7 +92,7 @@ def test_holding_every_second_self_attention_is_pab():
 
 def test_every_kind_of_method_is_there(measured):
     families = {r.method.family for r in measured.groups[0].rows}
-    assert families == set(FAMILY_COLORS) - {methods.SAME_NOISE, "ladder"}  # DDIM draws none
+    assert families == set(FAMILIES) - {methods.SAME_NOISE, "ladder"}  # DDIM draws none
     names = [r.method.name for r in measured.groups[0].rows]
     assert len(set(names)) == len(names)
     assert "mine" in names
@@ -106,6 +106,16 @@ def test_every_kind_of_method_is_there(measured):
     assert any(
         "is the schedule of" in note for note in measured.groups[0].notes
     )  # periodic(8,2) is hurry(8,4,max_age=1)
+
+
+def test_a_comparison_is_kept_without_its_pictures(measured, tmp_path):
+    measured.save(tmp_path / "c.json")
+    again = groups.Comparison.load(tmp_path / "c.json")
+    assert again.to_dict() == measured.to_dict()
+    assert again.groups[0].rows[1].pictures is None
+    ours, theirs = row(again, "mine"), row(measured, "mine")
+    assert (ours.method.policy, ours.latencies_s) == (theirs.method.policy, theirs.latencies_s)
+    assert np.mean(ours.psnrs) == pytest.approx(theirs.scores["psnr"])
 
 
 def test_costs_are_counted_as_the_paper_does(measured):
@@ -286,7 +296,7 @@ def test_the_command(tmp_path):
     result = CliRunner().invoke(app, [*args, "--out", str(out), "--json"])
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
-    assert "hurry(4,2,max_age=None)" in [r["method"] for r in data["groups"][0]["rows"]]
+    assert "hurry(4,2,max_age=None)" in [r["method"]["name"] for r in data["groups"][0]["rows"]]
     assert out.exists()
     assert out.with_suffix(".csv").exists()
     refused = CliRunner().invoke(app, ["compare", "--out", str(tmp_path / "c.pdf")])

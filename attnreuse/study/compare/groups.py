@@ -10,22 +10,22 @@ plain steps are not to be beaten by bad luck alone, so it counts among them.
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from attnreuse.binding.denoiser import find_denoiser
 from attnreuse.measure.environment import environment, package_version
 from attnreuse.planning.samplers import make_scheduler, step_options
 from attnreuse.policy import Policy, Rule
 from attnreuse.progress import Progress, silent
+from attnreuse.results import Result
 from attnreuse.study.compare.measure import Measured, measure, runs
 from attnreuse.study.compare.methods import methods
 from attnreuse.study.evaluate import Setting
 
 
-@dataclass
-class Group:
+class Group(Result):
     """All methods under one scheduler, step count and map format; the full run first."""
 
     scheduler: str
@@ -39,23 +39,14 @@ class Group:
         return self.rows[0]
 
 
-@dataclass
-class Comparison:
+class Comparison(Result):
     """What :func:`compare` measured."""
 
+    file_kind: ClassVar[str] = "a comparison"
     setting: Setting
     groups: list[Group]
     environment: dict[str, Any]
     rounds: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        groups = [
-            {"scheduler": g.scheduler, "steps": g.steps, "map_format": g.map_format, "notes": g.notes,
-             "rows": [r.row() for r in g.rows]}
-            for g in self.groups
-        ]  # fmt: skip
-        return {"setting": asdict(self.setting), "groups": groups, "environment": self.environment}
 
 
 def compare(
@@ -115,10 +106,11 @@ def compare(
             done += runs(candidates, rounds)
             for row in rows:
                 row.scheduler = label
-            groups.append(Group(label, at.steps, at.map_format, rows, notes))
+            group = Group(scheduler=label, steps=at.steps, map_format=at.map_format, rows=rows, notes=notes)
+            groups.append(group)
     finally:
         pipe.scheduler = own
     denoiser = find_denoiser(pipe)
     about = {**environment(denoiser.device), "dtype": str(denoiser.dtype)}
     about |= {name: found for name in ("DeepCache", "tomesd") if (found := package_version(name))}
-    return Comparison(setting, groups, about, rounds)
+    return Comparison(setting=setting, groups=groups, environment=about, rounds=rounds)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from attnreuse.binding.enabling import enable
 from attnreuse.demo import tiny_shapes
@@ -31,9 +31,10 @@ class Measured:
 
     Attributes:
         map_bytes: of the buffer of one batch, in bytes.
-        scores: by metric: the mean, and for "psnr" the half-width of its 95 % confidence interval ("psnr_ci").
-        pictures: the first ``SHOWN``, ``[P, S, S, 3]`` in [0, 1].
-        psnrs: of all pictures, ``[P]``; empty for the full run.
+        scores: by metric: the mean, and for "psnr" of more than one picture the half-width of its 95 % confidence
+            interval ("psnr_ci").
+        pictures: the first ``SHOWN``, ``[P, S, S, 3]`` in [0, 1]; not kept in files.
+        psnrs: of each picture, dB; empty for the full run.
         latencies_s: of one batch of pictures, one per round.
         maps_computed: share of the full run's attention-map elements that it computed; None where unknown.
         plain_psnr: of plain steps at its latency; None below all that were measured.
@@ -44,8 +45,8 @@ class Measured:
     executed_steps: int
     map_bytes: int
     scores: dict[str, float]
-    pictures: np.ndarray = field(repr=False)
-    psnrs: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
+    pictures: Annotated[Any, Field(exclude=True)] = field(default=None, repr=False)
+    psnrs: list[float] = field(default_factory=list, repr=False)
     scheduler: str = ""
     latencies_s: list[float] = field(default_factory=list)
     maps_computed: float | None = None
@@ -136,8 +137,10 @@ def judged(
             continue
         row.scores = _scores(pictures, full, prompts, judge)
         if full is not None:
-            row.psnrs = metrics.psnr_each(pictures, full)
-            row.scores |= {"psnr": float(row.psnrs.mean()), "psnr_ci": metrics.half_width(row.psnrs)}
+            psnrs = metrics.psnr_each(pictures, full)
+            row.psnrs, row.scores["psnr"] = psnrs.tolist(), float(psnrs.mean())
+            if len(psnrs) > 1:
+                row.scores["psnr_ci"] = metrics.half_width(psnrs)
         full = pictures if full is None else full
         rows.append(row)
     return rows
@@ -175,7 +178,8 @@ def _sampled(pipe: Any, setting: Setting, method: Method, path: NoisePath) -> tu
             held[0] = max(held[0], session.report().allocated_bytes if session else 0)
 
     pictures = evaluator.run(around).pictures
-    row = Measured(method, evaluator.executed_steps, held[0], {}, pictures[:SHOWN].copy(), evaluator.scheduler)
+    shown = pictures[:SHOWN].copy()
+    row = Measured(method, evaluator.executed_steps, held[0], {}, shown, scheduler=evaluator.scheduler)
     return row, pictures
 
 
@@ -257,4 +261,4 @@ def _at_equal(rows: list[Measured]) -> None:
 
 
 def _short(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:.4g}"
+    return "" if value is None else f"{value:.4g}"

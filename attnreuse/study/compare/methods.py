@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from attnreuse.binding.clock import executed_steps
 from attnreuse.planning.levels import resolved
@@ -25,12 +27,11 @@ class Method:
 
     Attributes:
         name: what tables call it.
-        family: "full", one of ``PLAIN``, "reuse", "reuse + fewer steps", "other cache", "reuse + other cache",
-            "student" or "student + reuse".
+        family: of ``plots.FAMILIES``.
         steps: ``num_inference_steps``.
         policy: of reuse; None: no reuse.
         map_format: of its maps.
-        around: a context that changes the pipeline while it samples.
+        around: a context that changes the pipeline while it samples; not kept in files.
         guidance: instead of the setting's.
     """
 
@@ -39,7 +40,7 @@ class Method:
     steps: int
     policy: Policy | None = None
     map_format: str = ""
-    around: Callable[[Any], AbstractContextManager] | None = None
+    around: Annotated[Callable[[Any], AbstractContextManager] | None, Field(exclude=True)] = None
     guidance: float | None = None
 
 

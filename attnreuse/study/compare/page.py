@@ -14,7 +14,7 @@ from PIL import Image
 from attnreuse.errors import AttnReuseError
 from attnreuse.study.compare.groups import Comparison, Group
 from attnreuse.study.compare.measure import Measured
-from attnreuse.study.plots import FAMILY_COLORS, Spot, pareto_figure, pyplot, spot_name
+from attnreuse.study.plots import FAMILIES, Spot, pareto_figure, pyplot, spot_name
 
 TEMPLATE = Path(__file__).parents[2] / "assets" / "comparison.html"
 OTHERS = {
@@ -43,7 +43,7 @@ def write(comparison: Comparison, path: Path, command: str) -> list[Path]:
         for g in comparison.groups
     ]
     families = {row.method.family for g in comparison.groups for row in g.rows}
-    colors = {family: color for family, color in FAMILY_COLORS.items() if family in families}
+    colors = {name: family.color for name, family in FAMILIES.items() if name in families}
     html = page.render(groups=groups, comparison=comparison, command=command, colors=colors)
     path.write_text(html, encoding="utf-8")
     table = path.with_suffix(".csv")
@@ -87,19 +87,19 @@ def _cells(row: Measured, group: Group) -> dict[str, Any]:
     row_of = policy.reuse if policy and not isinstance(policy.reuse, dict) else ()
 
     def number(value: float | None, form: str) -> str:
-        return "" if value is None or np.isnan(value) else f"{value:{form}}"
+        return "" if value is None else f"{value:{form}}"
 
     ci = row.scores.get("psnr_ci")
     quality = "reference" if reference else number(row.scores["psnr"], ".1f")
     return {
         "name": row.method.name,
-        "color": FAMILY_COLORS[row.method.family],
+        "color": FAMILIES[row.method.family].color,
         "strip": list(map(bool, row_of)),
         "latency": f"{row.latency_s:.2f} s",
         "ratio": f"{row.of_full(group.full).median:.2f}",
         "maps": number(row.maps_computed, ".0%"),
         "memory": f"{row.map_bytes / 2**20:.0f} MiB" if row.map_bytes else "",
-        "psnr": quality + (f" ± {ci:.1f}" if ci is not None and not np.isnan(ci) else ""),
+        "psnr": quality + (f" ± {ci:.1f}" if ci is not None else ""),
         "plain": number(row.plain_psnr, ".1f"),
         "equal_cost": number(row.equal_cost_psnr, ".1f"),
         "others": [number(row.scores.get(key), OTHERS[key][1]) for key in _known(group)],
@@ -108,7 +108,7 @@ def _cells(row: Measured, group: Group) -> dict[str, Any]:
 
 def _known(group: Group) -> list[str]:
     """Further scores that any method has."""
-    return [key for key in OTHERS if any(not np.isnan(row.scores.get(key, np.nan)) for row in group.rows)]
+    return [key for key in OTHERS if any(key in row.scores for row in group.rows)]
 
 
 def _spot(row: Measured, full: Measured) -> Spot:
