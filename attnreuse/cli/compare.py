@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,7 +70,7 @@ def command(
                 pipe, setting, schedulers=scheduler or [None], steps=steps, formats=formats or None, policies=policies,
                 student=student, others=others, judge=judge, rounds=rounds, progress=tell,
             )  # fmt: skip
-        written = page.write(comparison, out_path, " ".join(["attnreuse", *sys.argv[1:]]))
+        written = page.write(comparison, out_path, shlex.join(["attnreuse", *sys.argv[1:]]))
     if as_json:
         print(comparison.model_dump_json(indent=2))
         return
@@ -80,16 +81,18 @@ def command(
     faint(", ".join(map(str, written)))
 
 
-MEAN_QUALITY = {"shape": ".0%", "relation": ".0%", "clip_score": ".1f", "fid": ".1f"}  # what pictures are worth alone
+MEAN_QUALITY = {"shape": ".0%", "clip_score": ".1f", "fid": ".1f"}  # what pictures are worth alone
 
 
 def _table(group: Any) -> Table:
     """One line per method, within 80 columns; the page and the CSV hold the rest."""
-    title = f"{group.scheduler}, {group.steps} steps, {group.map_format} maps; time as a ratio to the full run's"
-    table = Table(title=title, box=None)
+    title = f"{group.scheduler}, {group.steps} steps, {group.map_format} maps"
+    caption = "time: of the full run's; plain: PSNR of plain steps in the same time"
+    table = Table(title=title, caption=caption, box=None)
     judged = {key: form for key, form in MEAN_QUALITY.items() if key in group.full.scores or key == "fid"}
-    for column in ("method", "time", "maps", "PSNR, dB", "plain, same time", "same maps", *judged):
-        table.add_column(column.replace("_score", ""), justify="left" if column == "method" else "right")
+    table.add_column("method")
+    for column in ("time", "PSNR, dB", "plain", *judged):
+        table.add_column(column.replace("_score", ""), justify="right", no_wrap=True)
     for row in group.rows:
         quality = "reference" if row is group.full else f"{row.scores['psnr']:.1f}"
         if "psnr_ci" in row.scores:
@@ -97,9 +100,8 @@ def _table(group: Any) -> Table:
         table.add_row(
             row.method.name,
             f"{row.of_full(group.full).median:.2f}",
-            "" if row.maps_computed is None else f"{row.maps_computed:.0%}",
             quality,
-            *("" if v is None else f"{v:.1f}" for v in (row.plain_psnr, row.equal_cost_psnr)),
+            "" if row.plain_psnr is None else f"{row.plain_psnr:.1f}",
             *(f"{row.scores[key]:{form}}" if key in row.scores else "" for key, form in judged.items()),
         )
     return table

@@ -9,11 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from tiny_random import captioned_pipeline, random_unet
 from typer.testing import CliRunner
 
 from attnreuse import AttnReuseError, Policy, enable, hurry
 from attnreuse.cli import app
+from attnreuse.cli import compare as command
 from attnreuse.measure.timing import Times
 from attnreuse.study.compare import groups, measure, methods, other_caches, page
 from attnreuse.study.compare.other_caches import OTHER_CACHES
@@ -108,6 +110,16 @@ def test_every_kind_of_method_is_there(measured):
     )  # periodic(8,2) is hurry(8,4,max_age=1)
 
 
+def test_the_table_of_a_terminal_is_whole_in_80_columns(measured, capsys):
+    Console(width=80).print(command._table(measured.groups[0]))
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert "…" not in said
+    for r in measured.groups[0].rows[1:]:
+        assert f"{r.scores['psnr']:.1f} ± {r.scores['psnr_ci']:.1f}  " in said
+        assert all(word in said for word in r.method.name.split())
+
+
 def test_a_comparison_is_kept_without_its_pictures(measured, tmp_path):
     measured.save(tmp_path / "c.json")
     again = groups.Comparison.load(tmp_path / "c.json")
@@ -116,6 +128,20 @@ def test_a_comparison_is_kept_without_its_pictures(measured, tmp_path):
     ours, theirs = row(again, "mine"), row(measured, "mine")
     assert (ours.method.policy, ours.latencies_s) == (theirs.method.policy, theirs.latencies_s)
     assert np.mean(ours.psnrs) == pytest.approx(theirs.scores["psnr"])
+
+
+def test_layers_that_another_cache_skips_are_noted_not_warned_of(recwarn):
+    captured_where_skipped = Policy(steps=8, reuse=".RR.R...")
+    both = methods.Method(
+        "both", "reuse + other cache", 8, captured_where_skipped, "fp32", OTHER_CACHES["DeepCache(2)"]
+    )  # fmt: skip
+    pipe, notes = captioned_pipeline(), []
+    measure.judged(pipe, Setting(PROMPTS[:1], 8), [methods.Method("full steps", "full", 8), both], notes, ())
+    assert len(notes) == 1
+    assert re.match(
+        r"both: \d+ layers computed instead of reusing: it wrote no map .*another tool skipped it", notes[0]
+    )
+    assert not [w for w in recwarn if str(w.message).startswith("attnreuse")]
 
 
 def test_costs_are_counted_as_the_paper_does(measured):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -12,6 +14,8 @@ import numpy as np
 from pydantic import Field
 
 from attnreuse.binding.enabling import enable
+from attnreuse.binding.layers import NOT_CALLED
+from attnreuse.binding.report import Report
 from attnreuse.demo import tiny_shapes
 from attnreuse.errors import AttnReuseError
 from attnreuse.measure.timing import Times, in_turns
@@ -129,12 +133,13 @@ def judged(
             continue
         progress(i, len(wanted), f"judging {method.name}")
         try:
-            row, pictures = _sampled(pipe, setting, method, path)
+            row, pictures, unplanned = _sampled(pipe, setting, method, path)
         except AttnReuseError as error:
             if full is None:
                 raise
             notes.append(f"{method.name} was left out: {error}")
             continue
+        notes += unplanned
         row.scores = _scores(pictures, full, prompts, judge)
         if full is not None:
             psnrs = metrics.psnr_each(pictures, full)
@@ -163,10 +168,10 @@ def timed(pipe: Any, setting: Setting, rows: list[Measured], rounds: int, progre
         row.latencies_s = taken[row.method.steps] if row.method.family == SAME_NOISE else row.latencies_s
 
 
-def _sampled(pipe: Any, setting: Setting, method: Method, path: NoisePath) -> tuple[Measured, np.ndarray]:
-    """A method not yet scored, and all its pictures; `path` keeps the full run's noise."""
+def _sampled(pipe: Any, setting: Setting, method: Method, path: NoisePath) -> tuple[Measured, np.ndarray, list[str]]:
+    """A method not yet scored, all its pictures, and notes on its reuse; `path` keeps the full run's noise."""
     evaluator = Evaluator(pipe, _setting_of(setting, method), memo_bytes=0)
-    held = [0]
+    reports: list[Report] = []
 
     @contextmanager
     def around(start: int) -> Iterator[None]:
@@ -175,12 +180,13 @@ def _sampled(pipe: Any, setting: Setting, method: Method, path: NoisePath) -> tu
             noise = path.followed(start, method.steps)
         with _applied(pipe, setting, method) as session, noise:
             yield
-            held[0] = max(held[0], session.report().allocated_bytes if session else 0)
+            reports.extend([session.report()] if session else [])
 
     pictures = evaluator.run(around).pictures
     shown = pictures[:SHOWN].copy()
-    row = Measured(method, evaluator.executed_steps, held[0], {}, shown, scheduler=evaluator.scheduler)
-    return row, pictures
+    map_bytes = max((report.allocated_bytes for report in reports), default=0)
+    row = Measured(method, evaluator.executed_steps, map_bytes, {}, shown, scheduler=evaluator.scheduler)
+    return row, pictures, _unplanned(method, reports[0]) if reports else []
 
 
 def _scores(
@@ -197,6 +203,16 @@ def _scores(
     return scores | (metrics.obedience(pictures, prompts) if tiny else {})
 
 
+def _unplanned(method: Method, report: Report) -> list[str]:
+    """Notes on layers that computed where the policy meant to reuse."""
+    reasons = Counter(report.skipped.values())
+    reasons.update(reason for layer in report.layers for reason in layer.reasons if reason != NOT_CALLED)
+    return [
+        f"{method.name}: {count} layer{'s' if count > 1 else ''} computed instead of reusing: {reason}"
+        for reason, count in reasons.items()
+    ]
+
+
 def _timed(pipe: Any, setting: Setting, method: Method) -> float:
     evaluator = Evaluator(pipe, _setting_of(setting, method), memo_bytes=0)
     return evaluator.run(lambda start: _applied(pipe, setting, method)).seconds
@@ -210,7 +226,8 @@ def _setting_of(setting: Setting, method: Method) -> Setting:
 @contextmanager
 def _applied(pipe: Any, setting: Setting, method: Method) -> Iterator[Any]:
     """The pipeline as the method wants it; gives the reuse session, if any."""
-    with nullcontext() if method.around is None else method.around(pipe):
+    with warnings.catch_warnings(), nullcontext() if method.around is None else method.around(pipe):
+        warnings.filterwarnings("ignore", "attnreuse: ")  # what they say is in the report
         if method.policy is None:
             yield None
             return

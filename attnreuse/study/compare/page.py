@@ -78,7 +78,7 @@ def summary(group: Group) -> list[str]:
 
 
 def _above(names: list[str], of: int) -> str:
-    who = f" ({', '.join(names)})" if names else ""
+    who = f" ({', '.join(names)})" if 0 < len(names) < of else ""
     return f"{len(names)} of {of} schedules{who} {'lies' if len(names) == 1 else 'lie'} above"
 
 
