@@ -3,7 +3,7 @@
 The level of a timestep is ``log(alpha_bar / (1 - alpha_bar))`` of the training schedule, between its entries by
 interpolation; ``2 log((1 - sigma) / sigma)`` for flow matching; ``-2 log sigma`` for schedulers that know sigma alone.
 Where timesteps lie on a device they are not read: a copy of the scheduler makes them anew on the host. Only those that
-a copy may not make (custom ones, LCM's and TCD's, flow matching's, copies of a scheduler's) cost one transfer a run.
+a copy may not make (custom ones, LCM's and TCD's, flow matching's, copies of a scheduler's) cost a run a transfer or two.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from attnreuse.planning.rows import even_harm
 
 INSTEAD = "give a policy with a step count, such as hurry(steps, reuse), or periodic(interval=2)"
 MOST = 200  # calls for which influences are told: it takes a run of as many rows
@@ -43,13 +45,16 @@ def influences(scheduler: Any) -> list[float] | None:
 
     The scheduler itself tells: it is run for pictures that are Gaussian noise of unit variance. There an exact
     denoiser's output, as v, is zero, so all that moves its sample is an error that is put into one call. Samplers of
-    two calls a step differ in this most: the first call of DPM2 only finds the middle of its step.
+    two calls a step differ in this most: the first call of DPM2 only finds the middle of its step. With flow matching
+    that foretells too little of early calls: there they are those of :func:`~attnreuse.planning.rows.even_harm`.
 
     Returns:
-        One number per timestep that `scheduler` is set to; None where that cannot be told (flow matching, a scheduler
-        that cannot predict v, more than ``MOST`` calls, noise that cannot be repeated, custom timesteps on a device).
+        One number per timestep that `scheduler` is set to; None where that cannot be told (a scheduler that cannot
+        predict v, more than ``MOST`` calls, noise that cannot be repeated, custom timesteps on a device).
     """
     try:
+        if _is_flow(scheduler):
+            return even_harm(noise_levels(scheduler))
         twin = _rewound(scheduler)
         if twin is None or len(twin.timesteps) > MOST or "prediction_type" not in twin.config:
             return None
@@ -137,8 +142,6 @@ def _fresh(scheduler: Any) -> Any:
 
 def _influences(twin: Any) -> list[float] | None:
     """:func:`influences` of a scheduler before its first step, which is run."""
-    if _is_flow(twin):
-        return None
     count = len(twin.timesteps)
     twin.register_to_config(prediction_type="v_prediction", clip_sample=False, thresholding=False)
     rows, size = count + 2, 1e-2  # the last two rows get no error: alike, unless noise differs from row to row

@@ -71,6 +71,21 @@ def level_error(levels: Sequence[float], influence: Sequence[float] | None = Non
     return lambda captured, step: weights[step] * abs(levels[step] - levels[captured])
 
 
+def even_harm(levels: Sequence[float]) -> list[float]:
+    """Influences under which a reuse of the map of the level before does the same harm at every step.
+
+    So it is measured with flow matching (docs/results.md): steps that are close in level lie early, where a change of
+    the picture's layout grows.
+    """
+    influence, distance, before = [], 1.0, None
+    for level in levels:
+        if before is not None and abs(level - before) > SAME:
+            distance = abs(level - before)
+        influence.append(1 / distance)
+        before = level
+    return influence
+
+
 def call_age_error(levels: Sequence[float]) -> ReuseError:
     """:func:`level_error` with the age of a map counted in calls: what distances in level are judged against."""
     weights = _sqrt_alpha_bar(levels)
