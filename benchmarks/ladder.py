@@ -107,12 +107,13 @@ def table() -> None:
 
 
 def _judged(row: dict[str, str]) -> tuple[float, np.ndarray]:
-    return float(row["of_full"]), np.array(row["psnr_each"].split(), dtype=float)
+    """Time, and the PSNR of each picture; their mean alone in rows that do not hold them."""
+    return float(row["of_full"]), np.array((row["psnr_each"] or row["psnr"]).split(), dtype=float)
 
 
 def above_front(front: list[tuple[float, np.ndarray]], time: float, psnrs: np.ndarray) -> str:
     """How far the PSNRs of a run of `time` lie above the line between the front's, picture by picture."""
-    front = sorted(front, key=lambda point: point[0])
+    front = sorted(front, key=lambda point: (point[0], -point[1].mean()))
     best = [max(front[: i + 1], key=lambda point: point[1].mean()) for i in range(len(front))]  # more time may be worse
     after = sum(at <= time for at, _ in front)
     if after == 0:
@@ -121,7 +122,8 @@ def above_front(front: list[tuple[float, np.ndarray]], time: float, psnrs: np.nd
     if after < len(front):
         share = (time - front[after - 1][0]) / (front[after][0] - front[after - 1][0])
         line = (1 - share) * line + share * best[after][1]
-    return f"{(psnrs - line).mean():+.1f} ± {half_width(psnrs - line):.1f}"
+    gap = psnrs - line
+    return f"{gap.mean():+.1f}" + (f" ± {half_width(gap):.1f}" if len(gap) > 1 else "")
 
 
 def figure() -> None:

@@ -90,7 +90,7 @@ def _table(group: Any) -> Table:
     caption = "time: of the full run's; plain: PSNR of plain steps in the same time"
     table = Table(title=title, caption=caption, box=None)
     judged = {key: form for key, form in MEAN_QUALITY.items() if key in group.full.scores or key == "fid"}
-    table.add_column("method")
+    table.add_column("method", overflow="fold")
     for column in ("time", "PSNR, dB", "plain", *judged):
         table.add_column(column.replace("_score", ""), justify="right", no_wrap=True)
     for row in group.rows:

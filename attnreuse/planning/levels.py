@@ -3,7 +3,7 @@
 The level of a timestep is ``log(alpha_bar / (1 - alpha_bar))`` of the training schedule, between its entries by
 interpolation; ``2 log((1 - sigma) / sigma)`` for flow matching; ``-2 log sigma`` for schedulers that know sigma alone.
 Where timesteps lie on a device they are not read: a copy of the scheduler makes them anew on the host. Only those that
-a copy may not make (custom ones, LCM's and TCD's, flow matching's, copies of a scheduler's) cost a run a transfer or two.
+a copy may not make (custom ones, LCM's and TCD's, flow matching's, copies of a scheduler's) cost a transfer or two.
 """
 
 from __future__ import annotations

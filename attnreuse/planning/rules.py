@@ -63,7 +63,7 @@ class Hurry(Rule):
 
     @property
     def name(self) -> str:
-        return f"hurry(reuse={self.reuse:.3g})"
+        return f"hurry(reuse={self.reuse:g})"
 
     @property
     def uses_levels(self) -> bool:

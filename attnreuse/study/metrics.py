@@ -31,8 +31,8 @@ def psnr(image: np.ndarray, target: np.ndarray) -> float:
 
 
 def psnr_each(images: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """PSNR of each picture, at most ``EQUAL_DB``: ``[P]``."""
-    return np.array([min(EQUAL_DB, psnr(a, b)) for a, b in zip(images, targets, strict=True)])
+    """PSNR of each picture, at most ``EQUAL_DB``, NaN where a picture is none: ``[P]``."""
+    return np.minimum(EQUAL_DB, [psnr(a, b) for a, b in zip(images, targets, strict=True)])
 
 
 def ssim_each(images: np.ndarray, targets: np.ndarray) -> np.ndarray:

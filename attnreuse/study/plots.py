@@ -70,9 +70,9 @@ def pareto_figure(spots: list[Spot], title: str) -> Any:
         time, color = spot.time.median, FAMILIES[spot.family].color
         spread = [[time - spot.time.p20], [spot.time.p80 - time]]
         axis.errorbar(time, spot.psnr, spot.psnr_ci or 0, spread, "o", color=color, ms=4, elinewidth=0.7)
-    for family, (color, line) in ((name, family) for name, family in FAMILIES.items() if family.line):
+    for family, (color, line) in FAMILIES.items():
         joined = sorted((spot.time.median, spot.psnr, spot.name) for spot in spots if spot.family == family)
-        if joined:
+        if joined and line:
             times, psnrs, _ = zip(*joined, strict=True)
             axis.plot(times, psnrs, line, color=color, lw=1, label=family)
             for *at, name in joined:

@@ -15,11 +15,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import ConfigDict, Field, computed_field
 
+from attnreuse.binding.clock import executed_steps
 from attnreuse.binding.denoiser import find_denoiser, layer_kinds, model_name, select_layers
 from attnreuse.binding.enabling import enable
 from attnreuse.binding.report import Report
+from attnreuse.errors import AttnReuseError
 from attnreuse.measure.environment import environment
-from attnreuse.policy import Policy
+from attnreuse.planning.levels import resolved
+from attnreuse.policy import Policy, Rule
 from attnreuse.progress import Progress, silent
 from attnreuse.results import Result
 from attnreuse.study import costs
@@ -47,17 +50,17 @@ class Way(Result):
     psnr_db: list[float] = Field(default_factory=list)
     pictures: np.ndarray | None = Field(default=None, exclude=True, repr=False)
 
-    @computed_field
+    @computed_field(repr=False)
     @property
     def latency_s(self) -> float:
-        """Their median."""
+        """Median seconds for all prompts at once."""
         return statistics.median(self.latencies_s)
 
-    @computed_field
+    @computed_field(repr=False)
     @property
     def mean_psnr_db(self) -> float | None:
         """Mean over the prompts; None where every picture equals the baseline's."""
-        return None if min(self.psnr_db) == EQUAL_DB else statistics.mean(self.psnr_db)
+        return None if min(self.psnr_db, default=EQUAL_DB) == EQUAL_DB else statistics.mean(self.psnr_db)
 
 
 class SampleResult(Result):
@@ -95,7 +98,7 @@ def sample(
     prompts: list[str],
     *,
     steps: int,
-    policy: Policy,
+    policy: Policy | Rule,
     map_format: str,
     seed: int,
     guidance: float | None = None,
@@ -110,13 +113,16 @@ def sample(
 
     Args:
         steps: ``num_inference_steps`` of the baseline.
-        policy: for the executed steps of that run.
+        policy: for the executed steps of that run; or a rule.
         guidance, eta: ``guidance_scale`` and the scheduler's ``eta``; None: the pipeline's default.
         progress: called before each run, with the number of runs done, of all, and what runs.
+
+    Raises:
+        AttnReuseError: pictures that are not numbers, as half precision may make them.
     """
-
     begun, reports = itertools.count(), []
-
+    if isinstance(policy, Rule):
+        policy = resolved(policy, pipe.scheduler, executed_steps(pipe.scheduler, steps))
     setting = Setting(tuple(prompts), steps, seed, guidance, eta, map_format=map_format, batch=len(prompts))
 
     @contextmanager
@@ -146,12 +152,14 @@ def sample(
             run(way)
     for way in ways:
         way.psnr_db = psnr_each(way.pictures, baseline.pictures).tolist()
+        if any(map(math.isnan, way.psnr_db)):
+            raise AttnReuseError(f"{way.label}: pictures that are not numbers, of {denoiser.dtype}: try torch.float32")
     about = {"model": model_name(pipe), "scheduler": type(pipe.scheduler).__name__, "guidance": guidance, "seed": seed}
     measured_on = {**about, **environment(denoiser.device), "dtype": str(denoiser.dtype)}
-    by_role = dict(zip(("baseline", "reuse", "fewer"), ways, strict=True))
     took = _attention(reports[-1], attention)
     return SampleResult(
-        prompts=prompts, policy=policy, report=reports[-1], environment=measured_on, **by_role, **took
+        prompts=prompts, policy=policy, baseline=baseline, reuse=reuse, fewer=ways[-1], report=reports[-1],
+        environment=measured_on, **took,
     )  # fmt: skip
 
 
@@ -167,7 +175,13 @@ def _attention(report: Report, attention: dict[str, float]) -> dict[str, float]:
 
 
 def sheet(result: SampleResult) -> Image.Image:
-    """One picture: a row per way to sample, and below each but the first its difference; a column per prompt."""
+    """One picture: a row per way to sample, and below each but the first its difference; a column per prompt.
+
+    Raises:
+        ValueError: a result that was loaded, which has no pictures.
+    """
+    if result.baseline.pictures is None:
+        raise ValueError("a loaded result has no pictures: sample again")
     height, width = result.baseline.pictures.shape[1:3]
     scale = max(1, math.ceil(MIN_SIDE / min(height, width)))
     height, width = height * scale, width * scale

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from rich.console import Console
 from tiny_random import captioned_pipeline, random_unet
 from typer.testing import CliRunner
@@ -125,6 +126,8 @@ def test_a_comparison_is_kept_without_its_pictures(measured, tmp_path):
     again = groups.Comparison.load(tmp_path / "c.json")
     assert again.to_dict() == measured.to_dict()
     assert again.groups[0].rows[1].pictures is None
+    page.write(again, tmp_path / "again.html", "attnreuse compare")
+    assert "<th>SSIM</th>" in (tmp_path / "again.html").read_text()
     ours, theirs = row(again, "mine"), row(measured, "mine")
     assert (ours.method.policy, ours.latencies_s) == (theirs.method.policy, theirs.latencies_s)
     assert np.mean(ours.psnrs) == pytest.approx(theirs.scores["psnr"])
@@ -142,6 +145,24 @@ def test_layers_that_another_cache_skips_are_noted_not_warned_of(recwarn):
         r"both: \d+ layers computed instead of reusing: it wrote no map .*another tool skipped it", notes[0]
     )
     assert not [w for w in recwarn if str(w.message).startswith("attnreuse")]
+
+
+def test_layers_that_never_meant_to_reuse_are_not_noted():
+    """One whose processor is not served is counted once, and only where the policy names it."""
+    pipe, notes = captioned_pipeline(), []
+    blocks = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
+
+    class Mine(AttnProcessor2_0):
+        pass
+
+    wanted = [methods.Method("full steps", "full", 4)]
+    for pattern in ("*attn1", "*attn2"):
+        policy = Policy(steps=4, reuse={pattern: "..R."})
+        wanted.append(methods.Method(pattern, "reuse", 4, policy, "fp32"))
+    blocks.attn2.set_processor(Mine())
+    measure.judged(pipe, Setting(PROMPTS[:1], 4, layers="all"), wanted, notes, ())
+    assert len(notes) == 1
+    assert notes[0].startswith("*attn2: 1 layer computed instead of reusing: ")
 
 
 def test_costs_are_counted_as_the_paper_does(measured):

@@ -75,3 +75,9 @@ def test_what_lpips_lacks_is_said(drawn):
 def test_unreachable_weights_are_said(drawn):
     with pytest.raises(AttnReuseError, match="CLIP score: its weights could not be loaded"):
         metrics.clip_scores(drawn[0][:1], drawn[1][:1])
+
+
+def test_pictures_that_are_not_numbers_are_no_equal_pictures():
+    zeros, broken = np.zeros((2, 8, 8, 3), np.float32), np.full((2, 8, 8, 3), np.nan, np.float32)
+    assert metrics.psnr_each(zeros, zeros).tolist() == [metrics.EQUAL_DB] * 2
+    assert np.isnan(metrics.psnr_each(broken, zeros)).all()

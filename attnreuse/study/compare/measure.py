@@ -15,7 +15,7 @@ from pydantic import Field
 
 from attnreuse.binding.enabling import enable
 from attnreuse.binding.layers import NOT_CALLED
-from attnreuse.binding.report import Report
+from attnreuse.binding.report import LayerReport, Report
 from attnreuse.demo import tiny_shapes
 from attnreuse.errors import AttnReuseError
 from attnreuse.measure.timing import Times, in_turns
@@ -86,6 +86,15 @@ SCORES = (
 )  # fmt: skip
 
 
+@contextmanager
+def _noted() -> Iterator[None]:
+    """Without the warnings of sessions that :func:`_unplanned` makes notes of; once for many runs, since it lets
+    others be said again."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"attnreuse: (layer .* computes at|\d+ layers only compute)")
+        yield
+
+
 def measure(
     pipe: Any,
     setting: Setting,
@@ -111,6 +120,7 @@ def runs(wanted: list[Method], rounds: int) -> int:
     return len(wanted) + rounds * sum(method.family != SAME_NOISE for method in wanted)
 
 
+@_noted()
 def judged(
     pipe: Any,
     setting: Setting,
@@ -140,17 +150,13 @@ def judged(
             notes.append(f"{method.name} was left out: {error}")
             continue
         notes += unplanned
-        row.scores = _scores(pictures, full, prompts, judge)
-        if full is not None:
-            psnrs = metrics.psnr_each(pictures, full)
-            row.psnrs, row.scores["psnr"] = psnrs.tolist(), float(psnrs.mean())
-            if len(psnrs) > 1:
-                row.scores["psnr_ci"] = metrics.half_width(psnrs)
+        row.scores, row.psnrs = _scores(pictures, full, prompts, judge)
         full = pictures if full is None else full
         rows.append(row)
     return rows
 
 
+@_noted()
 def timed(pipe: Any, setting: Setting, rows: list[Measured], rounds: int, progress: Progress = silent) -> None:
     """Add the seconds of one batch in each of `rounds`, all in turns; same noise takes what plain steps take."""
     one_batch = replace(setting, prompts=setting.prompts[: setting.batch])
@@ -180,37 +186,48 @@ def _sampled(pipe: Any, setting: Setting, method: Method, path: NoisePath) -> tu
             noise = path.followed(start, method.steps)
         with _applied(pipe, setting, method) as session, noise:
             yield
-            reports.extend([session.report()] if session else [])
+            if session is not None:
+                reports.append(session.report())
 
     pictures = evaluator.run(around).pictures
     shown = pictures[:SHOWN].copy()
     map_bytes = max((report.allocated_bytes for report in reports), default=0)
     row = Measured(method, evaluator.executed_steps, map_bytes, {}, shown, scheduler=evaluator.scheduler)
-    return row, pictures, _unplanned(method, reports[0]) if reports else []
+    return row, pictures, _unplanned(method, reports)
 
 
 def _scores(
     pictures: np.ndarray, full: np.ndarray | None, prompts: list[str], judge: tuple[str, ...]
-) -> dict[str, float]:
-    tiny, scores = tiny_shapes.all_known(prompts), {}
+) -> tuple[dict[str, float], list[float]]:
+    """Scores, and the PSNR of each picture to the `full` run's."""
+    tiny, scores, psnrs = tiny_shapes.all_known(prompts), {}, np.empty(0)
     if full is not None:
+        psnrs = metrics.psnr_each(pictures, full)
+        scores["psnr"] = float(psnrs.mean())
+        if len(psnrs) > 1:
+            scores["psnr_ci"] = metrics.half_width(psnrs)
         for name in {"ssim", "lpips"} & set(judge):
             scores[name] = float(metrics.PAIRED[name](pictures, full).mean())
         if "fid" in judge and len(pictures) > 1:
             scores["fid"] = metrics.fid(pictures, full, tiny=tiny)
     if "clip" in judge:
         scores["clip_score"] = float(metrics.clip_scores(pictures, prompts, tiny=tiny).mean())
-    return scores | (metrics.obedience(pictures, prompts) if tiny else {})
+    return scores | (metrics.obedience(pictures, prompts) if tiny else {}), psnrs.tolist()
 
 
-def _unplanned(method: Method, report: Report) -> list[str]:
-    """Notes on layers that computed where the policy meant to reuse."""
-    reasons = Counter(report.skipped.values())
-    reasons.update(reason for layer in report.layers for reason in layer.reasons if reason != NOT_CALLED)
+def _unplanned(method: Method, reports: list[Report]) -> list[str]:
+    """Notes on layers that computed where the policy meant to reuse or hold, in any batch."""
+    layers = {(layer.name, reason) for report in reports for layer in report.layers for reason in _reasons(layer)}
+    counts = Counter(reason for _, reason in sorted(layers))
     return [
         f"{method.name}: {count} layer{'s' if count > 1 else ''} computed instead of reusing: {reason}"
-        for reason, count in reasons.items()
+        for reason, count in counts.items()
     ]
+
+
+def _reasons(layer: LayerReport) -> set[str]:
+    cached = layer.planned["reused"] + layer.planned["held"]
+    return set(layer.reasons) - {NOT_CALLED} if cached else set()
 
 
 def _timed(pipe: Any, setting: Setting, method: Method) -> float:
@@ -226,8 +243,7 @@ def _setting_of(setting: Setting, method: Method) -> Setting:
 @contextmanager
 def _applied(pipe: Any, setting: Setting, method: Method) -> Iterator[Any]:
     """The pipeline as the method wants it; gives the reuse session, if any."""
-    with warnings.catch_warnings(), nullcontext() if method.around is None else method.around(pipe):
-        warnings.filterwarnings("ignore", "attnreuse: ")  # what they say is in the report
+    with nullcontext() if method.around is None else method.around(pipe):
         if method.policy is None:
             yield None
             return

@@ -125,7 +125,7 @@ def _plain_counts(steps: int, wanted: set[int]) -> list[int]:
 
 
 def _on_fewer_steps(pipe: Any, setting: Setting, steps: int) -> Method:
-    policy = rule_for(pipe.scheduler, steps, 1 / 3)
+    policy = rule_for(pipe.scheduler, steps, 0.3)
     return Method(f"{policy.name} on {steps} steps", "reuse + fewer steps", steps, policy, setting.map_format)
 
 

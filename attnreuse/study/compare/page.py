@@ -160,4 +160,5 @@ def _grid(group: Group, prompts: list[str]) -> list[dict[str, Any]]:
     return [
         {"name": row.method.name, "pictures": list(zip(map(uri, row.pictures), prompts, strict=False))}
         for row in group.rows
+        if row.pictures is not None  # as in a comparison that was loaded
     ]

@@ -1,0 +1,36 @@
+"""The main job, called from Python."""
+
+import pytest
+import torch
+from tiny_random import captioned_pipeline
+
+from attnreuse import AttnReuseError, Policy, hurry
+from attnreuse.study.sample import SampleResult, sheet
+from attnreuse.study.sample import sample as measured
+
+PROMPTS = ["a red circle on gray"]
+
+
+def run(pipe, policy):
+    return measured(pipe, PROMPTS, steps=4, policy=policy, map_format="fp32", seed=0, rounds=1)
+
+
+def test_a_rule_is_resolved_and_a_loaded_result_has_no_pictures(tmp_path):
+    result = run(captioned_pipeline(), hurry(reuse=0.5))
+    assert result.policy.reuse_steps == 2
+    assert result.report.steps == 4
+    assert sheet(result).height > 5 * 256
+    result.save(tmp_path / "s.json")
+    again = SampleResult.load(tmp_path / "s.json")
+    assert (again.policy, again.saved_s) == (result.policy, result.saved_s)
+    with pytest.raises(ValueError, match="a loaded result has no pictures: sample again"):
+        sheet(again)
+
+
+def test_pictures_that_are_not_numbers_are_an_error():
+    """As half precision makes them: they are equal to nothing."""
+    pipe = captioned_pipeline()
+    conv = pipe.unet.conv_out
+    conv.register_forward_hook(lambda module, args, out: torch.full_like(out, torch.nan))
+    with pytest.raises(AttnReuseError, match=r"full steps: pictures that are not numbers, of torch\.float32"):
+        run(pipe, Policy(steps=4, reuse="..RR"))
