@@ -104,7 +104,7 @@ def caches_for(pipe: Any) -> dict[str, Around]:
     """Those that apply to the pipeline's denoiser, by name.
 
     MagCache is left out, since it needs figures of the very model, and FasterCache, which fails on FLUX.1 in
-    diffusers 0.42.
+    diffusers 0.42. PAB takes guidance by two calls for two steps there.
     """
     denoiser = find_denoiser(pipe)
     if hasattr(denoiser, "enable_cache"):
