@@ -88,8 +88,7 @@ SCORES = (
 
 @contextmanager
 def _noted() -> Iterator[None]:
-    """Without the warnings of sessions that :func:`_unplanned` makes notes of; once for many runs, since it lets
-    others be said again."""
+    """Without the warnings that :func:`_unplanned` makes notes of. Once around many runs: it lets others be repeated."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"attnreuse: (layer .* computes at|\d+ layers only compute)")
         yield
