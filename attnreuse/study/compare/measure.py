@@ -88,7 +88,7 @@ SCORES = (
 
 @contextmanager
 def _noted() -> Iterator[None]:
-    """Without the warnings that :func:`_unplanned` makes notes of. Once around many runs: it lets others be repeated."""
+    """Without the warnings that :func:`_unplanned` makes notes of; around many runs, since others are said anew."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"attnreuse: (layer .* computes at|\d+ layers only compute)")
         yield
