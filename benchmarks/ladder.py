@@ -1,6 +1,6 @@
 """The front of the ladder beside fewer steps and other caches, on captions that no search saw.
 
-    python -m benchmarks.ladder search   # 16 training captions, guidance 7.5, confirmed by 32; 90 minutes per sampler
+    python -m benchmarks.ladder search   # 16 training captions, guidance 7.5, confirmed by 32; two hours per sampler
     python -m benchmarks.ladder judge    # 32 held-out captions, all timed in turns on a quiet machine; 35 minutes each
     python -m benchmarks.ladder table    # as Markdown, and what lies above the front
     python -m benchmarks.ladder figure   # of Euler a: docs/front.png
@@ -11,6 +11,7 @@ A search goes on from its scores; samplers whose front, or whose rows, are there
 
 import argparse
 import csv
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -114,14 +115,11 @@ def _judged(row: dict[str, str]) -> tuple[float, np.ndarray]:
 def above_front(front: list[tuple[float, np.ndarray]], time: float, psnrs: np.ndarray) -> str:
     """How far the PSNRs of a run of `time` lie above the line between the front's, picture by picture."""
     front = sorted(front, key=lambda point: (point[0], -point[1].mean()))
-    best = [max(front[: i + 1], key=lambda point: point[1].mean()) for i in range(len(front))]  # more time may be worse
-    after = sum(at <= time for at, _ in front)
-    if after == 0:
+    times, pictures = zip(*front, strict=True)
+    if time < times[0]:
         return "outside"
-    line = best[after - 1][1]
-    if after < len(front):
-        share = (time - front[after - 1][0]) / (front[after][0] - front[after - 1][0])
-        line = (1 - share) * line + share * best[after][1]
+    best = list(itertools.accumulate(pictures, lambda a, b: max(a, b, key=np.mean)))  # more time may be worse
+    line = np.array([np.interp(time, times, of_picture) for of_picture in np.transpose(best)])
     gap = psnrs - line
     return f"{gap.mean():+.1f}" + (f" ± {half_width(gap):.1f}" if len(gap) > 1 else "")
 

@@ -65,7 +65,8 @@ def ranks() -> None:
         config = json.loads((tiny_shapes.FOLDER / "scheduler" / "scheduler_config.json").read_text())
         scheduler = make_scheduler(config, line["sampler"])
         scheduler.set_timesteps(line["steps"])
-        levels, influence = noise_levels(scheduler), influences(scheduler)
+        levels = noise_levels(scheduler)
+        influence = influences(scheduler, levels)
         errors = (call_age_error(levels), level_error(levels), level_error(levels, influence))
         predicted = [[schedule_error(parse(row), error) for row in line["schedules"]] for error in errors]
         found = [f"{spearmanr(p, line['distances']).statistic:.3f}" for p in predicted]

@@ -49,11 +49,11 @@ def levels_from(place: Place, steps: int, backward: bool, schedulers: Callable[[
     Raises:
         ValueError: they cannot be told.
     """
-    levels = _levels_of_walk(place, schedulers)
-    levels = levels[: place.position + 1][::-1] if backward else levels[place.position :]
+    walk = _levels_of_walk(place, schedulers)
+    levels = walk[: place.position + 1][::-1] if backward else walk[place.position :]
     if len(levels) < steps:
         raise ValueError(f"the run has {steps} steps, its timesteps have {len(levels)} noise levels")
-    influence = None if backward or place.scheduler is None else influences(place.scheduler)
+    influence = None if backward or place.scheduler is None else influences(place.scheduler, walk)
     if influence is not None:
         influence = tuple(influence[place.position :][:steps])
     return tuple(levels[:steps]), influence

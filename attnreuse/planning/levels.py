@@ -3,7 +3,7 @@
 The level of a timestep is ``log(alpha_bar / (1 - alpha_bar))`` of the training schedule, between its entries by
 interpolation; ``2 log((1 - sigma) / sigma)`` for flow matching; ``-2 log sigma`` for schedulers that know sigma alone.
 Where timesteps lie on a device they are not read: a copy of the scheduler makes them anew on the host. Only those that
-a copy may not make (custom ones, LCM's and TCD's, flow matching's, copies of a scheduler's) cost a transfer or two.
+a copy may not make (custom ones, LCM's and TCD's, flow matching's, copies of a scheduler's) cost one transfer a run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def noise_levels(scheduler: Any, timesteps: Tensor | None = None) -> list[float]
     return levels.clamp(-LIMIT, LIMIT).tolist()
 
 
-def influences(scheduler: Any) -> list[float] | None:
+def influences(scheduler: Any, levels: list[float] | None = None) -> list[float] | None:
     """How far a unit error of each denoiser call's output moves the sample that the run ends with.
 
     The scheduler itself tells: it is run for pictures that are Gaussian noise of unit variance. There an exact
@@ -48,13 +48,16 @@ def influences(scheduler: Any) -> list[float] | None:
     two calls a step differ in this most: the first call of DPM2 only finds the middle of its step. With flow matching
     that foretells too little of early calls: there they are those of :func:`~attnreuse.planning.rows.even_harm`.
 
+    Args:
+        levels: those of the scheduler, so that they are not read again (:func:`noise_levels`).
+
     Returns:
         One number per timestep that `scheduler` is set to; None where that cannot be told (a scheduler that cannot
         predict v, more than ``MOST`` calls, noise that cannot be repeated, custom timesteps on a device).
     """
     try:
         if _is_flow(scheduler):
-            return even_harm(noise_levels(scheduler))
+            return even_harm(noise_levels(scheduler) if levels is None else levels)
         twin = _rewound(scheduler)
         if twin is None or len(twin.timesteps) > MOST or "prediction_type" not in twin.config:
             return None
@@ -72,7 +75,10 @@ def influences(scheduler: Any) -> list[float] | None:
 
 def resolved(rule: Any, scheduler: Any, steps: int) -> Any:
     """The policy that a rule makes for the `steps` calls that `scheduler` is set to."""
-    return rule.resolve(steps, *(noise_levels(scheduler), influences(scheduler)) if rule.uses_levels else ())
+    if not rule.uses_levels:
+        return rule.resolve(steps)
+    levels = noise_levels(scheduler)
+    return rule.resolve(steps, levels, influences(scheduler, levels))
 
 
 def check_levels(scheduler: Any) -> None:

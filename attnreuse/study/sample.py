@@ -43,12 +43,12 @@ class Way(Result):
         psnr_db: of each picture, at most ``EQUAL_DB``.
     """
 
-    model_config = ConfigDict(frozen=False, arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=False)
     label: str
     steps: int
     latencies_s: list[float] = Field(default_factory=list)
     psnr_db: list[float] = Field(default_factory=list)
-    pictures: np.ndarray | None = Field(default=None, exclude=True, repr=False)
+    pictures: Any = Field(default=None, exclude=True, repr=False)
 
     @computed_field(repr=False)
     @property

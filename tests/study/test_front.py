@@ -251,6 +251,9 @@ def test_what_is_confirmed_is_timed_once(pipe, tmp_path, monkeypatch):
     assert len(both) > 2
     slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(both)]
     assert slopes == pytest.approx(slopes[:1] * len(slopes))  # one line for all
+    seconds = [predicted_by.seconds(made.at(steps).schedule(policy)) for steps, policy in timed[0]]
+    least, most = (0.1 + 0.8 * s / max(seconds) for s in (min(seconds), max(seconds)))
+    assert all(least - 0.01 <= measured < most + 0.01 for _, measured in both)
     assert ladder(InProcess(made), by="kind", budget=30, cache=tmp_path / "c.jsonl", confirm=others) == first
     assert len(timed) == 1
 

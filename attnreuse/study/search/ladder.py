@@ -161,7 +161,7 @@ class _Ladder:
         }
         self.policies: dict[Candidate, Policy] = {}
         self.points: dict[Candidate, Point] = {}
-        self.simple: list[Candidate] = [Candidate(count) for count in self.fewer]  # known without a search
+        self.simple: list[Candidate] = []  # known without a search
         self.full_s = self._seconds(Candidate(self.steps))
         self.stopped = ""
 
@@ -175,8 +175,9 @@ class _Ladder:
             for group, letters in self.letters.items()
         }
         both = [group for group, letters in self.letters.items() if len(letters) > 1]
-        self.simple += [Candidate.of(self.steps, dict.fromkeys(both, row)) for row in (rungs[both[0]] if both else [])]
-        self.simple += [Candidate.of(self.steps, dict.fromkeys(self.groups, row)) for row in rows]
+        alike = [dict.fromkeys(both, row) for row in (rungs[both[0]] if both else [])]
+        alike += [dict.fromkeys(self.groups, row) for row in rows]
+        self.simple = [*map(Candidate, self.fewer), *(Candidate.of(self.steps, of_groups) for of_groups in alike)]
         self.judge(self.simple)
         self.judge(Candidate.of(self.steps, {group: row}) for group, rows in rungs.items() for row in rows)
         return rungs
