@@ -8,12 +8,13 @@ the same run are the roofline. Appends to `cpu_kernels.csv`, `cpu_ready_map.csv`
 """
 
 import argparse
+import functools
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from gpu import UNETS, measure_steps
+from gpu import UNETS, make_unet, measure_steps
 from rows import RESULTS, append, provenance
 
 import attnreuse
@@ -68,7 +69,8 @@ def main() -> None:
     tiny = {key: value for key, value in shipped.items() if not key.startswith("_")}
     larger = UNETS["SD1.5 512"] | {"sample_size": 32}
     for model, config, repeats in (("tiny-shapes", tiny, 6 * args.repeats), ("SD1.5 256", larger, args.repeats)):
-        steps += measure_steps(model, config, "u8", device, "eager", repeats)
+        make = functools.partial(make_unet, config)
+        steps += measure_steps(model, make, "u8", device, torch.float32, "eager", repeats)
     append(args.out / "cpu_steps.csv", [vars(row) | about for row in steps])
 
 

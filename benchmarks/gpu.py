@@ -1,12 +1,13 @@
-"""The GPU suite: tests first, then kernels against exact attention, then whole UNet steps; in eight minutes.
+"""The GPU suite: tests first, then kernels against exact attention, then whole denoiser steps; in ten minutes.
 
     python -m benchmarks.gpu                     everything; appends to benchmarks/results/, draws the plot
     python -m benchmarks.gpu --only kernels      or steps, or tests
 
-A failing test ends it: no speed of wrong code. UNets have random weights and their published configs.
+A failing test ends it: no speed of wrong code. Denoisers have random weights and their published configs.
 """
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
@@ -55,6 +56,29 @@ UNETS: dict[str, dict[str, Any]] = {  # unet/config.json of stable-diffusion-v1-
     ),
 }
 
+TRANSFORMERS: dict[str, tuple[str, int, dict[str, Any]]] = {  # class, side of its latents, transformer/config.json
+    "PixArt-Sigma 1024": (
+        "PixArtTransformer2DModel",
+        128,
+        dict(sample_size=128, out_channels=8, interpolation_scale=2, use_additional_conditions=False),
+    ),
+    "SD3.5-medium 1024": (
+        "SD3Transformer2DModel",
+        128,
+        dict(
+            sample_size=128,
+            num_layers=24,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            out_channels=16,
+            pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)),
+            qk_norm="rms_norm",
+        ),
+    ),
+    "FLUX.1-dev 768": ("FluxTransformer2DModel", 96, dict(guidance_embeds=True)),
+}
+
 
 @dataclass(frozen=True)
 class StepRow:
@@ -91,32 +115,42 @@ def measure_kernels(device: torch.device, repeats: int = 20) -> tuple[list[bench
 
 
 def make_unet(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """A random UNet, and arguments of its forward for two rows (guidance)."""
-    from diffusers import UNet2DConditionModel
+    """A random UNet, and arguments of its forward for one picture under guidance."""
+    return make_denoiser("UNet2DConditionModel", config["sample_size"], config, device, dtype)
+
+
+def make_denoiser(
+    cls: str, side: int, config: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """The same of any class of diffusers whose latents for this picture are `side` x `side`."""
+    import diffusers
 
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(**config).to(device, dtype).eval().requires_grad_(False)
-    side = config["sample_size"]
-    given: dict[str, Any] = {
-        "sample": torch.randn(2, 4, side, side, device=device, dtype=dtype),
-        "timestep": torch.tensor(500, device=device),
-        "encoder_hidden_states": torch.randn(2, 77, config["cross_attention_dim"], device=device, dtype=dtype),
-    }
-    if config.get("addition_embed_type") == "text_time":
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        ids = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]] * 2, device=device, dtype=dtype)
-        text = torch.randn(2, pooled, device=device, dtype=dtype)
-        given["added_cond_kwargs"] = {"text_embeds": text, "time_ids": ids}
-    return unet, given
+    with device:
+        denoiser = getattr(diffusers, cls)(**config).to(device, dtype).eval().requires_grad_(False)
+    adapter = adapter_of(denoiser)
+    given = adapter.inputs(denoiser, adapter.rows, (side, side), adapter.tokens or 77, 1)
+    given["timestep"] = adapter.as_given(torch.full((adapter.rows,), 500.0, device=device), dtype)
+    return denoiser, {name: _filled(name, value, device, dtype) for name, value in given.items()}
 
 
-def processors_of(unet: Any, given: dict[str, Any], name: str, device: torch.device) -> list[ReuseAttnProcessor]:
-    """A processor with a map of its own on every self-attention layer."""
-    shapes, kinds = map_shapes(unet, given), layer_kinds(unet)
+def _filled(name: str, value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """An argument of the planned shape: noise, or ones for a mask."""
+    if isinstance(value, dict):
+        return {key: _filled(key, part, device, dtype) for key, part in value.items()}
+    if not isinstance(value, torch.Tensor) or not value.is_meta:
+        return value
+    made = torch.ones if name.endswith("mask") else torch.randn
+    return made(value.shape, device=device, dtype=dtype)
+
+
+def processors_of(denoiser: Any, given: dict[str, Any], name: str, device: torch.device) -> list[ReuseAttnProcessor]:
+    """A processor with a map of its own on every layer that attends over image tokens."""
+    shapes, kinds, adapter = map_shapes(denoiser, given), layer_kinds(denoiser), adapter_of(denoiser)
     placed = []
-    for layer, module in attention_layers(unet).items():
-        if kinds[layer] == "self":
-            processor = ReuseAttnProcessor(module.processor, form_of(adapter_of(unet), module))
+    for layer, module in attention_layers(denoiser).items():
+        if kinds[layer] != "cross":
+            processor = ReuseAttnProcessor(module.processor, form_of(adapter, module))
             processor.slot = AttentionMap.empty(format_named(name), shapes[layer][0], device)
             processor.outline = outline(processor.slot.shape, device)
             module.set_processor(processor)
@@ -124,12 +158,12 @@ def processors_of(unet: Any, given: dict[str, Any], name: str, device: torch.dev
     return placed
 
 
-def step_calls(unet: Any, given: dict[str, Any], processors: list[ReuseAttnProcessor], mode: str) -> dict[Action, Any]:
+def step_calls(denoiser: Any, given: dict[str, Any], processors: list[ReuseAttnProcessor], mode: str) -> dict[Action, Any]:
     """A call per action that runs the denoiser step in this mode and returns its output.
 
     A compiled step has a graph per action, and a CUDA graph fixed maps: what runs is chosen by which is called.
     """
-    forward = torch.compile(unet) if mode == "compiled" else unet
+    forward = torch.compile(denoiser) if mode == "compiled" else denoiser
 
     def eager(action: Action) -> Callable[[], torch.Tensor]:
         def call() -> torch.Tensor:
@@ -164,15 +198,20 @@ def graphed(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 
 def measure_steps(
-    model: str, config: dict[str, Any], name: str, device: torch.device, mode: str, repeats: int = 10
+    model: str,
+    make: Callable[[torch.device, torch.dtype], tuple[Any, dict[str, Any]]],
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    mode: str,
+    repeats: int = 10,
 ) -> list[StepRow]:
-    """Stock, capture and reuse steps of one model, in turns; maps in format `name`."""
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    unet, given = make_unet(config, device, dtype)
+    """Stock, capture and reuse steps of the denoiser that `make` makes, in turns; maps in format `name`."""
+    denoiser, given = make(device, dtype)
     rows = []
     with torch.no_grad():
-        processors = processors_of(unet, given, name, device)
-        calls = step_calls(unet, given, processors, mode)
+        processors = processors_of(denoiser, given, name, device)
+        calls = step_calls(denoiser, given, processors, mode)
         outputs = {action: call().double() for action, call in calls.items()}
         exact = outputs[Action.COMPUTE]
         times: list[Times] = interleaved(list(calls.values()), device, repeats)
@@ -184,6 +223,19 @@ def measure_steps(
         print(rows[-1], flush=True)
     torch.compiler.reset()
     return rows
+
+
+def step_plan() -> list[tuple[str, Callable[..., tuple[Any, dict[str, Any]]], torch.dtype, tuple[str, ...]]]:
+    """Models, how each is made, in the dtype that it is run in, and modes; what compiles longest comes last."""
+    plan: list[Any] = [
+        (model, functools.partial(make_unet, config), torch.float16, ("eager", "graph", "compiled"))
+        for model, config in UNETS.items()
+    ]
+    plan += [
+        (model, functools.partial(make_denoiser, *of), torch.bfloat16, ("eager", "graph"))
+        for model, of in TRANSFORMERS.items()
+    ]
+    return plan
 
 
 def plot(rows: list[bench.Row], device: str, path: Path) -> None:
@@ -232,9 +284,9 @@ def main() -> None:
         append(args.out / "gpu_kernels.csv", [row | about for row in bench.to_dicts(rows, limits)])
         plot(rows, str(about["device"]), args.out / "memory-latency.png")
     if args.only in (None, "steps"):
-        for model, config in UNETS.items():
-            for mode in ("eager", "graph", "compiled"):  # what compiles longest comes last
-                steps = measure_steps(model, config, "u8", device, mode)
+        for model, make, dtype, modes in step_plan():
+            for mode in modes:
+                steps = measure_steps(model, make, "u8", device, dtype, mode)
                 append(args.out / "gpu_steps.csv", [vars(row) | about for row in steps])
 
 

@@ -50,7 +50,7 @@ def figures(denoiser: Any, size: tuple[int, int] | None = None, frames: int | No
         size: (height, width) in pixels; None: the pipeline's own.
         frames: of a video, likewise.
     """
-    grid = GRIDS.get(type(denoiser).__name__)
+    grid = next((GRIDS[cls.__name__] for cls in type(denoiser).__mro__ if cls.__name__ in GRIDS), None)
     if grid is None:
         return None
     size, frames = size or grid.size, (frames or grid.frames) if grid.frames > 1 else 1

@@ -63,7 +63,7 @@ def influences(scheduler: Any, levels: list[float] | None = None) -> list[float]
             return None
         sigmas = getattr(twin, "sigmas", None)
         walk = (twin.timesteps.tolist(), sigmas.tolist() if isinstance(sigmas, Tensor) else None)
-        key = f"{type(twin).__name__} {dict(twin.config)} {walk}"
+        key = f"{type(twin)} {dict(twin.config)} {walk}"
         if key not in _known:
             if len(_known) >= 64:
                 _known.clear()
@@ -113,10 +113,10 @@ def _levels(scheduler: Any, timesteps: Tensor | None) -> Tensor:
 
 
 def _is_flow(scheduler: Any) -> bool:
-    """Is it of flow matching, by name or by config?"""
+    """Is it of flow matching, by the name of its class or of one that this builds on, or by config?"""
     config = getattr(scheduler, "config", {})
     by_config = config.get("use_flow_sigmas", False) or config.get("prediction_type") == "flow_prediction"
-    return by_config or "FlowMatch" in type(scheduler).__name__
+    return by_config or any("FlowMatch" in cls.__name__ for cls in type(scheduler).__mro__)
 
 
 def _sigmas(scheduler: Any) -> Tensor | None:
