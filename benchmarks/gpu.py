@@ -158,7 +158,9 @@ def processors_of(denoiser: Any, given: dict[str, Any], name: str, device: torch
     return placed
 
 
-def step_calls(denoiser: Any, given: dict[str, Any], processors: list[ReuseAttnProcessor], mode: str) -> dict[Action, Any]:
+def step_calls(
+    denoiser: Any, given: dict[str, Any], processors: list[ReuseAttnProcessor], mode: str
+) -> dict[Action, Any]:
     """A call per action that runs the denoiser step in this mode and returns its output.
 
     A compiled step has a graph per action, and a CUDA graph fixed maps: what runs is chosen by which is called.

@@ -11,10 +11,13 @@ and `benchmarks/results/rules.csv`.
 import argparse
 import json
 import random
+from typing import Any
 
+import transformer
 from rows import RESULTS, append, has_rows, provenance
 from scipy.stats import spearmanr
 from shipped import pipeline
+from train_tiny_flux import SHIFT
 
 from attnreuse import hurry
 from attnreuse.demo import tiny_shapes
@@ -25,9 +28,10 @@ from attnreuse.policy import Policy
 from attnreuse.study.analysis import distance
 from attnreuse.study.evaluate import Evaluator, Setting
 
+FLOW = "flow matching"  # Euler's method, of the small FLUX.1
 MEASURED = [
     ("DDIM", 20), ("Euler a", 20), ("Heun", 11), ("DPM2", 11), ("DPM++ 2M SDE Karras", 20), ("PNDM", 20),
-    ("DPM2 a", 11), ("DPM2 a", 20),
+    ("DPM2 a", 11), ("DPM2 a", 20), (FLOW, 20),
 ]  # fmt: skip
 PICTURED = [
     ("DPM2", 2.5), ("Heun", 2.5), ("DPM2 a", 2.5), ("Euler a", 2.5), ("DDIM", 2.5), ("DPM++ 2M SDE", 2.5),
@@ -36,7 +40,15 @@ PICTURED = [
 
 
 def evaluator(sampler: str, steps: int, prompts: list[str], seed: int, guidance: float) -> Evaluator:
-    return Evaluator(pipeline(sampler), Setting(tuple(prompts), steps, seed, guidance))
+    pipe = transformer.sampled_by("Euler") if sampler == FLOW else pipeline(sampler)
+    return Evaluator(pipe, Setting(tuple(prompts), steps, seed, guidance, size=(128, 128)))
+
+
+def scheduler_of(sampler: str) -> Any:
+    if sampler == FLOW:
+        return transformer.SAMPLERS["Euler"](shift=SHIFT)
+    config = json.loads((tiny_shapes.FOLDER / "scheduler" / "scheduler_config.json").read_text())
+    return make_scheduler(config, sampler)
 
 
 def measure() -> None:
@@ -62,8 +74,7 @@ def ranks() -> None:
     """Spearman correlation of predicted with measured distances."""
     print("sampler, calls, by call age, by noise level, by noise level and influence (the rule)")
     for line in map(json.loads, (RESULTS / "schedules.jsonl").read_text().splitlines()):
-        config = json.loads((tiny_shapes.FOLDER / "scheduler" / "scheduler_config.json").read_text())
-        scheduler = make_scheduler(config, line["sampler"])
+        scheduler = scheduler_of(line["sampler"])
         scheduler.set_timesteps(line["steps"])
         levels = noise_levels(scheduler)
         influence = influences(scheduler, levels)

@@ -50,15 +50,20 @@ class Heun(OwnLevels, FlowMatchHeunDiscreteScheduler):
 SAMPLERS = {"Euler": Euler, "Heun": Heun}
 
 
-def run(images: int, rounds: int) -> None:
-    """All methods under each sampler that has no rows of so many images."""
+def sampled_by(name: str) -> Any:
+    """The small FLUX.1 with one of the samplers; from now on the process keeps freed memory."""
     keep_freed_memory()
     pipe = pipeline(Shipped(), FluxTransformer2DModel.from_pretrained(WEIGHTS))
-    for name, made_by in SAMPLERS.items():
+    pipe.scheduler = SAMPLERS[name](shift=SHIFT)
+    return pipe
+
+
+def run(images: int, rounds: int) -> None:
+    """All methods under each sampler that has no rows of so many images."""
+    for name in SAMPLERS:
         if has_rows(ROWS, sampler=name, images=images):
             continue
-        pipe.scheduler = made_by(shift=SHIFT)
-        prompts = tuple(tiny_shapes.held_out_prompts(images))
+        pipe, prompts = sampled_by(name), tuple(tiny_shapes.held_out_prompts(images))
         setting = Setting(prompts, STEPS, guidance=GUIDANCE, size=(SIDE, SIDE))
         tell = lambda done, of, now: print(done, of, now, flush=True)  # noqa: E731
         group = compare(pipe, setting, judge=("clip",), rounds=rounds, progress=tell).groups[0]

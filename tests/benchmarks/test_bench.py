@@ -1,6 +1,7 @@
 """The benchmarks' own code, on small shapes: what is checked, what is timed, what is written."""
 
 import csv
+import functools
 import json
 import math
 import platform
@@ -15,7 +16,10 @@ import torch
 from typer.testing import CliRunner
 
 from attnreuse import ops
+from attnreuse.binding.denoiser import layer_kinds
+from attnreuse.binding.shapes import map_shapes
 from attnreuse.cli import app
+from attnreuse.maps.formats import format_named
 from attnreuse.measure.timing import Times, interleaved
 from attnreuse.study import bench
 
@@ -102,8 +106,8 @@ def test_result_files_only_grow(tmp_path):
         rows.append(path, [{"other": 1}])
 
 
-def test_gpu_suite_measures_steps_and_draws(tmp_path):
-    config = dict(
+TINY = {
+    "UNet2DConditionModel": dict(
         sample_size=8,
         block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -111,11 +115,38 @@ def test_gpu_suite_measures_steps_and_draws(tmp_path):
         layers_per_block=1,
         cross_attention_dim=32,
         attention_head_dim=2,
-    )
-    found = gpu.measure_steps("tiny", config, "fp32", CPU, "eager", repeats=2)
+    ),
+    "PixArtTransformer2DModel": dict(num_layers=1, num_attention_heads=2, cross_attention_dim=144),
+    "SD3Transformer2DModel": dict(
+        num_layers=2, num_attention_heads=2, caption_projection_dim=128, dual_attention_layers=(0,)
+    ),
+    "FluxTransformer2DModel": dict(num_layers=1, num_single_layers=1, num_attention_heads=2),
+}
+
+
+@pytest.mark.parametrize("cls", TINY)
+def test_gpu_suite_measures_steps(cls):
+    published = {of[0]: of[2] for of in gpu.TRANSFORMERS.values()}
+    make = functools.partial(gpu.make_denoiser, cls, 8, published.get(cls, {}) | TINY[cls])
+    found = gpu.measure_steps("small", make, "fp32", CPU, torch.float32, "eager", repeats=2)
     assert [row.action for row in found] == ["compute", "capture", "reuse"]
     assert found[0].of_exact == 1
     assert all(row.error < 1e-5 for row in found)  # the same step's map: exact to rounding
+    assert found[0].map_bytes == 0 < found[1].map_bytes == found[2].map_bytes
+
+
+@pytest.mark.parametrize(
+    ("model", "gib"), [("PixArt-Sigma 1024", 14.5), ("SD3.5-medium 1024", 32.0), ("FLUX.1-dev 768", 10.4)]
+)
+def test_gpu_suite_knows_the_published_models(model, gib):
+    """Bytes of the u8 maps of a guided step; of the first two as in docs/adapters.md."""
+    denoiser, given = gpu.make_denoiser(*gpu.TRANSFORMERS[model], torch.device("meta"), torch.bfloat16)
+    shapes, kinds = map_shapes(denoiser, given), layer_kinds(denoiser)
+    nbytes = sum(format_named("u8").nbytes(s.map) for name, s in shapes.items() if kinds[name] != "cross")
+    assert nbytes / 2**30 == pytest.approx(gib, abs=0.1)
+
+
+def test_gpu_suite_draws(tmp_path):
     gpu.plot(measured(), "some device", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
