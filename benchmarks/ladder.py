@@ -27,7 +27,7 @@ from attnreuse.study.compare.measure import Measured, judged, timed
 from attnreuse.study.compare.methods import PLAIN, Method, plain_steps, rule_for
 from attnreuse.study.compare.other_caches import OTHER_CACHES
 from attnreuse.study.evaluate import Evaluator, Setting
-from attnreuse.study.metrics import half_width
+from attnreuse.study.metrics import half_width, shown_psnr
 from attnreuse.study.plots import Spot, pareto_figure, spot_name
 from attnreuse.study.search.front import Front, Point
 
@@ -103,7 +103,7 @@ def table() -> None:
         for row in rows:
             is_peer = row["family"] in (*PLAIN, "other cache")
             above = above_front(front, *_judged(row)) if is_peer else ""
-            psnr = f"{float(row['psnr']):.1f} ± {float(row['psnr_ci']):.1f}"
+            psnr = shown_psnr(float(row["psnr"]), float(row["psnr_ci"]))
             print(f"| {row['method']} | {float(row['of_full']):.2f} | {psnr} | {above} |")
 
 

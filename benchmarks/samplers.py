@@ -25,6 +25,7 @@ from attnreuse.policy import shipped_policies
 from attnreuse.study.compare.measure import Measured, at_time, judged, timed
 from attnreuse.study.compare.methods import SAME_NOISE, Method, plain_steps, rule_for
 from attnreuse.study.evaluate import Setting
+from attnreuse.study.metrics import shown_psnr
 
 SAMPLERS = {  # name, steps and eta
     "Euler a": ("Euler a", 20, None),
@@ -115,7 +116,7 @@ def table(guidance: float) -> None:
         time = taken[row["sampler"], row["method"]]
         equal = [_equal(of_sampler, taken, family, time) for family in ("plain steps", SAME_NOISE)]
         nine = [r for r in of_sampler if r["method"] == f"{round(0.9 * int(row['steps']))} plain steps"]
-        cells = [f"{float(r['psnr']):.1f} ± {float(r['psnr_ci']):.1f}" for r in (row, *nine)]
+        cells = [shown_psnr(float(r["psnr"]), float(r["psnr_ci"])) for r in (row, *nine)]
         print("", row["sampler"], row["method"], f"{time:.2f}", cells[0], *equal, cells[1], "", sep=" | ")
 
 

@@ -21,6 +21,7 @@ from attnreuse.study.compare.groups import compare
 from attnreuse.study.compare.measure import at_time
 from attnreuse.study.compare.methods import PLAIN
 from attnreuse.study.evaluate import Setting
+from attnreuse.study.metrics import shown_psnr
 
 ROWS = RESULTS / "transformer.csv"
 SCORES = ("psnr", "psnr_ci", "clip_score", "background", "color", "shape", "relation")
@@ -87,7 +88,7 @@ def table() -> None:
         print(f"\n| {sampler} | time | PSNR | plain steps in that time |\n|---|---:|---:|---:|")
         for row in sorted((r for r in rows if r["psnr"]), key=lambda r: float(r["of_full"])):
             best = None if row["family"] in PLAIN else at_time(plain, float(row["of_full"]))
-            psnr = f"{float(row['psnr']):.1f} ± {float(row['psnr_ci']):.1f}"
+            psnr = shown_psnr(float(row["psnr"]), float(row["psnr_ci"]))
             print(
                 f"| {row['method']} | {float(row['of_full']):.2f} | {psnr} | {'' if best is None else f'{best:.1f}'} |"
             )

@@ -86,6 +86,8 @@ MEAN_QUALITY = {"shape": ".0%", "clip_score": ".1f", "fid": ".1f"}  # what pictu
 
 def _table(group: Any) -> Table:
     """One line per method, within 80 columns; the page and the CSV hold the rest."""
+    from attnreuse.study.metrics import shown_psnr
+
     title = f"{group.scheduler}, {group.steps} steps, {group.map_format} maps"
     caption = "time: of the full run's; plain: PSNR of plain steps in the same time"
     table = Table(title=title, caption=caption, box=None)
@@ -94,14 +96,13 @@ def _table(group: Any) -> Table:
     for column in ("time", "PSNR, dB", "plain", *judged):
         table.add_column(column.replace("_score", ""), justify="right", no_wrap=True)
     for row in group.rows:
-        quality = "reference" if row is group.full else f"{row.scores['psnr']:.1f}"
-        if "psnr_ci" in row.scores:
-            quality += f" ± {row.scores['psnr_ci']:.1f}"
+        known = row.scores
+        quality = "reference" if row is group.full else shown_psnr(known["psnr"], known.get("psnr_ci"))
         table.add_row(
             row.method.name,
             f"{row.of_full(group.full).median:.2f}",
             quality,
             "" if row.plain_psnr is None else f"{row.plain_psnr:.1f}",
-            *(f"{row.scores[key]:{form}}" if key in row.scores else "" for key, form in judged.items()),
+            *(f"{known[key]:{form}}" if key in known else "" for key, form in judged.items()),
         )
     return table

@@ -23,15 +23,21 @@ CLIP_MODEL = "openai/clip-vit-base-patch16"
 
 
 def psnr(image: np.ndarray, target: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two pictures of one shape in [0, 1]; ``inf`` where equal."""
+    """Peak signal-to-noise ratio in dB of two pictures of one shape in [0, 1]; ``inf`` where equal.
+
+    Raises:
+        AttnReuseError: pictures that are not numbers, as half precision may make them.
+    """
     if image.shape != target.shape:
         raise ValueError(f"pictures must have one shape, got {image.shape} and {target.shape}")
     error = float(np.mean((np.asarray(image, np.float64) - target) ** 2))
+    if not math.isfinite(error):
+        raise AttnReuseError("pictures hold values that are not numbers; if they are of half precision, try float32")
     return -10 * math.log10(error) if error else math.inf
 
 
 def psnr_each(images: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """PSNR of each picture, at most ``EQUAL_DB``, NaN where a picture is none: ``[P]``."""
+    """PSNR of each picture, at most ``EQUAL_DB``: ``[P]``; see :func:`psnr`."""
     return np.minimum(EQUAL_DB, [psnr(a, b) for a, b in zip(images, targets, strict=True)])
 
 
@@ -65,6 +71,11 @@ def half_width(values: np.ndarray) -> float:
     with _needing("a confidence interval"):
         from scipy.stats import t
     return float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def shown_psnr(mean: float, half: float | None = None) -> str:
+    """A mean PSNR in dB and, where known, the half-width of its interval, as tables show them."""
+    return f"{mean:.1f}" + ("" if half is None else f" ± {half:.1f}")
 
 
 def fid(images: np.ndarray, targets: np.ndarray, *, tiny: bool = False) -> float:

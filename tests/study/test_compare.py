@@ -15,6 +15,7 @@ from tiny_random import captioned_pipeline, random_unet
 from typer.testing import CliRunner
 
 from attnreuse import AttnReuseError, Policy, enable, hurry
+from attnreuse.binding.processors import attention_layers
 from attnreuse.cli import app
 from attnreuse.cli import compare as command
 from attnreuse.measure.timing import Times
@@ -233,6 +234,23 @@ def test_a_method_that_cannot_run_is_a_note(monkeypatch):
     notes = " ".join(found.groups[0].notes)
     assert "DeepCache(2) was left out: DeepCache is not installed" in notes
     assert "tomesd(0.5) was left out" in notes
+
+
+def test_pictures_that_are_not_numbers_leave_a_method_out_or_end_the_comparison():
+    pipe, setting = captioned_pipeline(), Setting(PROMPTS[:2], 4, map_format="fp32")
+    attn = next(iter(attention_layers(pipe.unet).values()))
+    broken_by: list[str] = ["ReuseAttnProcessor"]
+
+    def spoil(module, args, out):
+        return torch.full_like(out, torch.nan) if type(attn.processor).__name__ in broken_by else None
+
+    pipe.unet.conv_out.register_forward_hook(spoil)
+    group = groups.compare(pipe, setting, others=False, rounds=1).groups[0]
+    assert {row.method.family for row in group.rows} & {"reuse", "plain steps"} == {"plain steps"}
+    assert "hurry(4,2,max_age=1) was left out: pictures hold values that are not numbers" in " ".join(group.notes)
+    broken_by.append("AttnProcessor2_0")
+    with pytest.raises(AttnReuseError, match="pictures hold values that are not numbers"):
+        groups.compare(pipe, setting, others=False, rounds=1)
 
 
 def test_a_metric_that_cannot_be_had_is_said_before_anything_is_sampled(monkeypatch):

@@ -32,5 +32,5 @@ def test_pictures_that_are_not_numbers_are_an_error():
     pipe = captioned_pipeline()
     conv = pipe.unet.conv_out
     conv.register_forward_hook(lambda module, args, out: torch.full_like(out, torch.nan))
-    with pytest.raises(AttnReuseError, match=r"full steps: pictures that are not numbers, of torch\.float32"):
+    with pytest.raises(AttnReuseError, match="pictures hold values that are not numbers"):
         run(pipe, Policy(steps=4, reuse="..RR"))

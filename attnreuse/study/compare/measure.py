@@ -135,7 +135,7 @@ def judged(
     """
     prompts, path, rows = list(setting.prompts), NoisePath(pipe.scheduler), []
     blank = np.zeros((min(2, len(prompts)), 64, 64, 3), np.float32)
-    _scores(blank, blank, prompts[:2], judge)
+    _scores(blank, blank.copy(), prompts[:2], judge)
     full: np.ndarray | None = None
     for i, method in enumerate(wanted):
         if method.family == SAME_NOISE and not path.is_noisy:
@@ -143,13 +143,13 @@ def judged(
         progress(i, len(wanted), f"judging {method.name}")
         try:
             row, pictures, unplanned = _sampled(pipe, setting, method, path)
+            row.scores, row.psnrs = _scores(pictures, pictures if full is None else full, prompts, judge)
         except AttnReuseError as error:
             if full is None:
                 raise
             notes.append(f"{method.name} was left out: {error}")
             continue
         notes += unplanned
-        row.scores, row.psnrs = _scores(pictures, full, prompts, judge)
         full = pictures if full is None else full
         rows.append(row)
     return rows
@@ -196,12 +196,14 @@ def _sampled(pipe: Any, setting: Setting, method: Method, path: NoisePath) -> tu
 
 
 def _scores(
-    pictures: np.ndarray, full: np.ndarray | None, prompts: list[str], judge: tuple[str, ...]
+    pictures: np.ndarray, full: np.ndarray, prompts: list[str], judge: tuple[str, ...]
 ) -> tuple[dict[str, float], list[float]]:
-    """Scores, and the PSNR of each picture to the `full` run's."""
-    tiny, scores, psnrs = tiny_shapes.all_known(prompts), {}, np.empty(0)
-    if full is not None:
-        psnrs = metrics.psnr_each(pictures, full)
+    """Scores, and the PSNR of each picture to the `full` run's, which has none itself."""
+    tiny, scores = tiny_shapes.all_known(prompts), {}
+    psnrs = metrics.psnr_each(pictures, full)
+    if pictures is full:
+        psnrs = psnrs[:0]
+    else:
         scores["psnr"] = float(psnrs.mean())
         if len(psnrs) > 1:
             scores["psnr_ci"] = metrics.half_width(psnrs)

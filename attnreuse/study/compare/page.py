@@ -14,6 +14,7 @@ from PIL import Image
 from attnreuse.errors import AttnReuseError
 from attnreuse.study.compare.groups import Comparison, Group
 from attnreuse.study.compare.measure import Measured
+from attnreuse.study.metrics import shown_psnr
 from attnreuse.study.plots import FAMILIES, Spot, pareto_figure, pyplot, spot_name
 
 TEMPLATE = Path(__file__).parents[2] / "assets" / "comparison.html"
@@ -89,8 +90,7 @@ def _cells(row: Measured, group: Group) -> dict[str, Any]:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else f"{value:{form}}"
 
-    ci = row.scores.get("psnr_ci")
-    quality = "reference" if reference else number(row.scores["psnr"], ".1f")
+    quality = "reference" if reference else shown_psnr(row.scores["psnr"], row.scores.get("psnr_ci"))
     return {
         "name": row.method.name,
         "color": FAMILIES[row.method.family].color,
@@ -99,7 +99,7 @@ def _cells(row: Measured, group: Group) -> dict[str, Any]:
         "ratio": f"{row.of_full(group.full).median:.2f}",
         "maps": number(row.maps_computed, ".0%"),
         "memory": f"{row.map_bytes / 2**20:.0f} MiB" if row.map_bytes else "",
-        "psnr": quality + (f" ± {ci:.1f}" if ci is not None else ""),
+        "psnr": quality,
         "plain": number(row.plain_psnr, ".1f"),
         "equal_cost": number(row.equal_cost_psnr, ".1f"),
         "others": [number(row.scores.get(key), OTHERS[key][1]) for key in _known(group)],
