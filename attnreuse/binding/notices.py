@@ -32,10 +32,13 @@ class Notices:
         warnings.warn(f"attnreuse: {message}", stacklevel=level)
 
     def only_compute(self, run: Run, reasons: dict[str, str], asked_for: bool = False) -> None:
-        """Report layers that will not reuse in this run, and warn; an error under `strict` unless `asked_for`."""
+        """Report layers that only compute in this run, and warn of those that would have reused.
+
+        An error under `strict` unless `asked_for`.
+        """
         new = {name: reason for name, reason in reasons.items() if run.report.skipped.get(name) != reason}
-        if new:
-            name, reason = next(iter(new.items()))
-            message = f"{len(new)} layers only compute, such as {name}: {reason}"
+        unplanned = [name for name in new if run.schedule.reuses(name)]
+        if unplanned:
+            message = f"{len(unplanned)} layers only compute, such as {unplanned[0]}: {new[unplanned[0]]}"
             self.warn(message) if asked_for else self.complain(UnsupportedLayerError(message))
         run.report.skipped.update(new)

@@ -53,6 +53,10 @@ class Schedule:
         latest = self._outputs if self.actions[name][step] is Action.HOLD else self._captures
         return latest[name][step]
 
+    def reuses(self, name: str) -> bool:
+        """Whether layer `name` reuses or holds at any step."""
+        return any(action in CACHED for action in self.actions[name])
+
     def reuses_after(self, name: str, step: int) -> bool:
         """Whether layer `name` reuses after `step` before it is to compute again."""
         following = itertools.takewhile(lambda action: action in CACHED, self.actions[name][step + 1 :])

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -452,6 +453,23 @@ def test_processors_that_others_set_stay_theirs(pipe):
     assert len(session.report().skipped) == 7
     session.disable()
     assert processors(pipe.unet) == theirs
+
+
+def test_only_layers_that_would_have_reused_are_warned_of(pipe):
+    before = dict(pipe.unet.attn_processors)
+    name = next(iter(before)).removesuffix(".processor")
+    with attnreuse.enable(pipe, Policy(steps=4, reuse="....")) as session, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.unet.set_attn_processor(TheirAttnProcessor())
+        sample(pipe, 4)
+    assert len(session.report().skipped) == 7
+    pipe.unet.set_attn_processor(before)
+    with attnreuse.enable(pipe, Policy(steps=4, reuse={name: "..RR", "*": "...."})):
+        pipe.unet.set_attn_processor(TheirAttnProcessor())
+        with pytest.warns(
+            UserWarning, match=f"1 layers only compute, such as {re.escape(name)}: its processor is Their"
+        ):
+            sample(pipe, 4)
 
 
 def test_layers_reuse_again_once_others_take_their_processors_off(pipe):

@@ -19,6 +19,8 @@ from attnreuse.study.probe import probing
 pytest.importorskip("scipy")
 PROMPTS = ("a red circle on gray", "a blue square on white")
 
+pytestmark = pytest.mark.filterwarnings("error:attnreuse")
+
 
 @pytest.fixture(scope="module")
 def evaluator():
