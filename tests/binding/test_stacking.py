@@ -367,10 +367,13 @@ def graphs(pipe, whole, sizes):
 
 @pytest.mark.parametrize("whole", [True, False], ids=["denoiser", "blocks"])
 def test_graphs_are_as_many_as_stock_has_times_the_actions(whole):
-    sizes = (8, 12, 16, 20)
+    sizes = (8, 12, 16)
     stock = graphs(random_pipeline(), whole, sizes)
     assert stock[-1] == stock[1]  # sizes became symbols
-    for policy, actions in ((hurry(4, 2), 2), (hurry(4, 2, None), 3)):
+    cases = (
+        [(hurry(4, 2, None), 3)] if whole else [(hurry(4, 2, None), 3), (hurry(4, 2), 2)]
+    )  # graphs of blocks are small
+    for policy, actions in cases:
         pipe = random_pipeline()
         with attnreuse.enable(pipe, policy) as session, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -382,22 +385,19 @@ def test_graphs_are_as_many_as_stock_has_times_the_actions(whole):
 def test_a_policy_of_many_patterns_raises_the_compilers_limit_and_says_so(pipe):
     torch._dynamo.reset()
     names = [n.removesuffix(".processor") for n in pipe.unet.attn_processors if "attn1" in n]
-    rows = {name: [0] + [(step >> i) & 1 for step in range(1, 8)] for i, name in enumerate(names[:3])}
-    policy = Policy(steps=8, reuse=rows)
+    rows = {name: [0] + [(step >> i) & 1 for step in range(1, 4)] for i, name in enumerate(names[:2])}
+    policy = Policy(steps=4, reuse=rows)
     with attnreuse.enable(pipe, policy):
-        expected = sample(pipe, 8)
+        expected = sample(pipe, 4)
     unet, pipe.unet = pipe.unet, torch.compile(pipe.unet, backend="eager", fullgraph=True)
-    with (
-        torch._dynamo.config.patch(recompile_limit=8),
-        attnreuse.enable(pipe, policy),
-        pytest.warns(UserWarning, match="recompile_limit, is raised from 8 to"),
-    ):
-        actual = sample(pipe, 8)
-    assert torch._dynamo.config.recompile_limit == 8
-    torch._dynamo.reset()
-    with attnreuse.enable(pipe.unet, policy), pytest.warns(UserWarning, match="is raised from 8 to"):
-        torch.testing.assert_close(sample(pipe, 8), expected, rtol=1e-4, atol=1e-4)
-    assert torch._dynamo.config.recompile_limit == 8
+    with torch._dynamo.config.patch(recompile_limit=2):
+        with attnreuse.enable(pipe, policy), pytest.warns(UserWarning, match="recompile_limit, is raised from 2 to"):
+            actual = sample(pipe, 4)
+        assert torch._dynamo.config.recompile_limit == 2
+        torch._dynamo.reset()
+        with attnreuse.enable(pipe.unet, policy), pytest.warns(UserWarning, match="is raised from 2 to"):
+            torch.testing.assert_close(sample(pipe, 4), expected, rtol=1e-4, atol=1e-4)
+        assert torch._dynamo.config.recompile_limit == 2
     pipe.unet = unet
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 

@@ -81,8 +81,9 @@ def test_plan_says_no_where_nothing_can_be_won():
 def test_what_plan_predicts_is_what_sample_measures(tmp_path):
     """Within 0.15 on a busy machine; within 0.05 on a quiet one, which a benchmark shows."""
     args = ("--steps", 12, "--scheduler", "Euler a", "--format", "u8")
-    found = json.loads(run("plan", *args, "--json").stdout)["run"]
-    sampled = json.loads(run("sample", *args, "--out", tmp_path / "s.png", "--json").stdout)
+    one = "a red circle on gray"
+    found = json.loads(run("plan", *args, "--batch", 1, "--json").stdout)["run"]
+    sampled = json.loads(run("sample", *args, "--prompt", one, "--out", tmp_path / "s.png", "--json").stdout)
     ratio = sampled["reuse"]["latency_s"] / sampled["baseline"]["latency_s"]
     assert found["ratio"] == pytest.approx(ratio, abs=0.15)
     share = sampled["attention_s"] / sampled["baseline"]["latency_s"]

@@ -66,8 +66,8 @@ def test_its_clip_tells_captions_apart():
 
 @pytest.fixture(scope="module")
 def obedience(shipped):
-    """Shares of 32 held-out prompts, never trained on, that 20 DDIM steps with guidance get right."""
-    prompts = held_out_prompts(32)
+    """Shares of 16 held-out prompts, never trained on, that 20 DDIM steps with guidance get right."""
+    prompts = held_out_prompts(16)
     verdicts = []
     for start in range(0, len(prompts), 4):
         batch = prompts[start : start + 4]

@@ -1,14 +1,12 @@
-// A GPU's thread block on a CPU: one thread each, with barriers, the warp's instructions as the PTX manual lays their
-// fragments out, asynchronous copies that arrive only when waited for, and of Hopper TMA's boxes, barriers and products of
-// warpgroups, which are done at once. Slow; for small shapes.
+// A GPU's thread block on a CPU: each thread a fiber that runs until it waits, the last one first and the first one first in
+// turns, so that what a missing barrier leaves unwritten is read. With barriers, the warp's instructions as the PTX manual
+// lays their fragments out, asynchronous copies that arrive only when waited for, and of Hopper TMA's boxes, barriers and
+// products of warpgroups, which are done at once. Slow; for small shapes.
 #pragma once
 
 #include <algorithm>
 #include <array>
-#include <barrier>
-#include <chrono>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -17,8 +15,7 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
-#include <thread>
+#include <ucontext.h>
 #include <vector>
 
 #define __global__
@@ -30,18 +27,36 @@
 struct dim3 {
   unsigned x = 1, y = 1;
 };
-inline thread_local dim3 threadIdx, blockIdx, blockDim;
+inline dim3 threadIdx, blockIdx, blockDim;
 
 namespace emulated {
 
+constexpr int most_waits = 10'000;  // turns of a thread at one barrier: far more than any kernel here needs
+
+void pause();  // until the other threads have had their turn
+
+struct Barrier {
+  explicit Barrier(int threads) : expected(threads) {}
+  void arrive_and_wait() {
+    const int mine = phase;
+    if (++arrived == expected) arrived = 0, ++phase;
+    for (int waits = 0; phase == mine; pause())
+      if (++waits > most_waits) {
+        std::printf("threads wait for ever: %d of %d arrived\n", arrived, expected);
+        std::fflush(stdout);
+        std::_Exit(1);
+      }
+  }
+  int expected, arrived = 0, phase = 0;
+};
 struct Warp {
-  std::barrier<> meet{32};
+  Barrier meet{32};
   uint32_t words[32][8];
   const char* rows[32];
   float numbers[32];
 };
 struct Group {  // warpgroup
-  std::barrier<> meet{128};
+  Barrier meet{128};
   uint32_t words[128][4];
 };
 struct Phases {  // of a barrier in shared memory
@@ -53,12 +68,10 @@ struct Block {
     for (auto& warp : warps) warp = std::make_unique<Warp>();
     for (auto& group : groups) group = std::make_unique<Group>();
   }
-  std::barrier<> meet;
+  Barrier meet;
   std::vector<char> shared;  // NaN until written
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<std::unique_ptr<Group>> groups;
-  std::mutex guard;
-  std::condition_variable moved;
   std::map<const void*, Phases> barriers;
 };
 struct Copy {
@@ -66,26 +79,51 @@ struct Copy {
   const void* from;
   bool valid;
 };
-inline thread_local Block* block = nullptr;
-inline thread_local std::deque<std::vector<Copy>> groups;
-inline thread_local std::vector<Copy> group;
+struct Thread {
+  ucontext_t at;
+  std::vector<char> stack = std::vector<char>(1 << 16);
+  bool done = false;
+  std::deque<std::vector<Copy>> groups;
+  std::vector<Copy> group;
+};
+inline Block* block = nullptr;
+inline Thread* thread = nullptr;
+inline ucontext_t scheduler;
+inline const std::function<void()>* running = nullptr;
+
+inline void pause() { swapcontext(&thread->at, &scheduler); }
 
 inline Warp& warp() { return *block->warps[threadIdx.x / 32]; }
 inline int lane() { return static_cast<int>(threadIdx.x % 32); }
 
+inline void run_thread() {
+  (*running)();
+  thread->done = true;
+}
+
 // Every thread of every block of the grid; `bytes` of shared memory.
 inline void launch(dim3 grid, int threads, size_t bytes, const std::function<void()>& kernel) {
+  running = &kernel, blockDim = {static_cast<unsigned>(threads), 1};
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {
       Block here(threads, bytes);
-      std::vector<std::thread> running;
-      for (int i = 0; i < threads; ++i)
-        running.emplace_back([&, i] {
-          block = &here;
-          threadIdx = {static_cast<unsigned>(i), 0}, blockIdx = {x, y}, blockDim = {static_cast<unsigned>(threads), 1};
-          kernel();
-        });
-      for (auto& thread : running) thread.join();
+      std::vector<Thread> all(threads);
+      block = &here, blockIdx = {x, y};
+      for (Thread& made : all) {
+        getcontext(&made.at);
+        made.at.uc_stack.ss_sp = made.stack.data(), made.at.uc_stack.ss_size = made.stack.size();
+        made.at.uc_link = &scheduler;
+        makecontext(&made.at, run_thread, 0);
+      }
+      int left = threads;
+      for (int pass = 0; left > 0; ++pass)
+        for (int i = 0; i < threads; ++i) {
+          const int turn = pass % 2 ? i : threads - 1 - i;
+          if (all[turn].done) continue;
+          thread = &all[turn], threadIdx = {static_cast<unsigned>(turn), 0};
+          swapcontext(&scheduler, &thread->at);
+          left -= thread->done;
+        }
     }
 }
 
@@ -150,16 +188,17 @@ inline float sum_over_warp(float x) {
 }
 
 inline void cp_async(void* shared, const void* global, bool valid) {
-  emulated::group.push_back({shared, global, valid});
+  emulated::thread->group.push_back({shared, global, valid});
 }
 inline void cp_async_commit_group() {
-  emulated::groups.push_back(std::move(emulated::group));
-  emulated::group.clear();
+  emulated::thread->groups.push_back(std::move(emulated::thread->group));
+  emulated::thread->group.clear();
 }
 template <int N>
 void cp_async_wait_group() {
-  for (; emulated::groups.size() > N; emulated::groups.pop_front())
-    for (const emulated::Copy& copy : emulated::groups.front()) {
+  auto& groups = emulated::thread->groups;
+  for (; groups.size() > N; groups.pop_front())
+    for (const emulated::Copy& copy : groups.front()) {
       std::memset(copy.to, 0, 16);
       if (copy.valid) std::memcpy(copy.to, copy.from, 16);
     }
@@ -206,20 +245,16 @@ inline uint32_t shared_address(const void* shared) {
 inline char* shared_at(uint32_t address) { return emulated::block->shared.data() + address - emulated::first_address; }
 
 inline void mbarrier_init(Mbarrier* barrier, int arrivals) {
-  const std::lock_guard lock(emulated::block->guard);
   emulated::block->barriers[barrier].expected = arrivals;
 }
 inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive_expect_tx(Mbarrier* barrier, int bytes) {
-  const std::lock_guard lock(emulated::block->guard);
   emulated::Phases& phases = emulated::block->barriers.at(barrier);
   phases.bytes += bytes;
   ++phases.arrived;
-  emulated::block->moved.notify_all();
 }
 inline void mbarrier_arrive(Mbarrier* barrier) { mbarrier_arrive_expect_tx(barrier, 0); }
 inline void mbarrier_wait_parity(Mbarrier* barrier, int parity) {
-  std::unique_lock lock(emulated::block->guard);
   emulated::Phases& phases = emulated::block->barriers.at(barrier);
   const auto ended = [&] {
     for (const auto& copy : phases.arriving) copy();
@@ -227,11 +262,13 @@ inline void mbarrier_wait_parity(Mbarrier* barrier, int parity) {
     if (phases.arrived == phases.expected && phases.bytes == 0) ++phases.phase, phases.arrived = 0;
     return phases.phase % 2 != parity;
   };
-  if (emulated::block->moved.wait_for(lock, std::chrono::seconds(60), ended)) return;
-  std::printf("a barrier waits for ever: %d of %d arrived, %d bytes to come\n", phases.arrived, phases.expected,
-              phases.bytes);
-  std::fflush(stdout);
-  std::_Exit(1);
+  for (int waits = 0; !ended(); emulated::pause())
+    if (++waits > emulated::most_waits) {
+      std::printf("a barrier waits for ever: %d of %d arrived, %d bytes to come\n", phases.arrived, phases.expected,
+                  phases.bytes);
+      std::fflush(stdout);
+      std::_Exit(1);
+    }
 }
 
 inline void cp_async_bulk_tensor(void* shared, const TensorMap& map, Mbarrier* barrier, int x0, int x1, int x2 = 0,
@@ -256,9 +293,7 @@ inline void cp_async_bulk_tensor(void* shared, const TensorMap& map, Mbarrier* b
           }
     block->barriers.at(barrier).bytes -= done;
   };
-  const std::lock_guard lock(block->guard);
   block->barriers.at(barrier).arriving.push_back(copy);
-  block->moved.notify_all();
 }
 
 template <int N>

@@ -22,7 +22,7 @@ def gcc_version():
 @pytest.mark.skipif(gcc_version() < 12, reason="needs GCC 12 or later, for _Float16")
 def test_values_of_the_kernels_on_an_emulated_thread_block(tmp_path):
     program = tmp_path / "emulate"
-    flags = ["-std=c++20", "-O1", "-Wno-unknown-pragmas", "-pthread"]
+    flags = ["-std=c++20", "-O1", "-Wno-unknown-pragmas"]
     subprocess.run(["g++", TESTS / "emulate_cuda.cpp", "-o", program, *flags], check=True)
     ran = subprocess.run([program], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout
