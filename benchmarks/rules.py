@@ -77,7 +77,7 @@ def ranks() -> None:
         scheduler = scheduler_of(line["sampler"])
         scheduler.set_timesteps(line["steps"])
         levels = noise_levels(scheduler)
-        influence = influences(scheduler, levels)
+        influence = influences(scheduler)
         errors = (call_age_error(levels), level_error(levels), level_error(levels, influence))
         predicted = [[schedule_error(parse(row), error) for row in line["schedules"]] for error in errors]
         found = [f"{spearmanr(p, line['distances']).statistic:.3f}" for p in predicted]

@@ -8,8 +8,9 @@ from typing import Any
 from attnreuse.binding import loops
 from attnreuse.binding.clock import Place
 from attnreuse.planning.levels import influences, noise_levels
+from attnreuse.planning.rows import Influence
 
-Told = tuple[tuple[float, ...], tuple[float, ...] | None]  # of each step: noise level, influence
+Told = tuple[tuple[float, ...], Influence | None]  # of each step: noise level, influence
 
 
 def executed(place: Place, loop: loops.Loop | None) -> int:
@@ -53,8 +54,8 @@ def levels_from(place: Place, steps: int, backward: bool, schedulers: Callable[[
     levels = walk[: place.position + 1][::-1] if backward else walk[place.position :]
     if len(levels) < steps:
         raise ValueError(f"the run has {steps} steps, its timesteps have {len(levels)} noise levels")
-    influence = None if backward or place.scheduler is None else influences(place.scheduler, walk)
-    if influence is not None:
+    influence = None if backward or place.scheduler is None else influences(place.scheduler)
+    if not (influence is None or influence == "even"):
         influence = tuple(influence[place.position :][:steps])
     return tuple(levels[:steps]), influence
 

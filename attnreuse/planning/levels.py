@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreuse.planning.rows import even_harm
+from attnreuse.planning.rows import Influence
 
 INSTEAD = "give a policy with a step count, such as hurry(steps, reuse), or periodic(interval=2)"
 MOST = 200  # calls for which influences are told: it takes a run of as many rows
@@ -40,16 +40,13 @@ def noise_levels(scheduler: Any, timesteps: Tensor | None = None) -> list[float]
     return levels.clamp(-LIMIT, LIMIT).tolist()
 
 
-def influences(scheduler: Any, levels: list[float] | None = None) -> list[float] | None:
+def influences(scheduler: Any) -> Influence | None:
     """How far a unit error of each denoiser call's output moves the sample that the run ends with.
 
     The scheduler itself tells: it is run for pictures that are Gaussian noise of unit variance. There an exact
     denoiser's output, as v, is zero, so all that moves its sample is an error that is put into one call. Samplers of
     two calls a step differ in this most: the first call of DPM2 only finds the middle of its step. With flow matching
-    that foretells too little of early calls: there they are those of :func:`~attnreuse.planning.rows.even_harm`.
-
-    Args:
-        levels: those of the scheduler, so that they are not read again (:func:`noise_levels`).
+    that foretells too little of early calls: there it is "even" (docs/results.md has what was measured).
 
     Returns:
         One number per timestep that `scheduler` is set to; None where that cannot be told (a scheduler that cannot
@@ -57,7 +54,7 @@ def influences(scheduler: Any, levels: list[float] | None = None) -> list[float]
     """
     try:
         if _is_flow(scheduler):
-            return even_harm(noise_levels(scheduler) if levels is None else levels)
+            return "even"
         twin = _rewound(scheduler)
         if twin is None or len(twin.timesteps) > MOST or "prediction_type" not in twin.config:
             return None
@@ -77,8 +74,7 @@ def resolved(rule: Any, scheduler: Any, steps: int) -> Any:
     """The policy that a rule makes for the `steps` calls that `scheduler` is set to."""
     if not rule.uses_levels:
         return rule.resolve(steps)
-    levels = noise_levels(scheduler)
-    return rule.resolve(steps, levels, influences(scheduler, levels))
+    return rule.resolve(steps, noise_levels(scheduler), influences(scheduler))
 
 
 def check_levels(scheduler: Any) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 Row = tuple["bool | Literal['H']", ...]
 ReuseError = Callable[[int, int], float]  # (step that captured, step that reuses) to the predicted error
+Influence = Sequence[float] | Literal["even"]  # of each step; "even": a reuse of the level before harms alike anywhere
 SAME = 1e-3  # levels that differ less are one level
 
 
@@ -59,37 +60,32 @@ def room_for(steps: int, age: int) -> int:
     return steps - -(-steps // (age + 1))
 
 
-def level_error(levels: Sequence[float], influence: Sequence[float] | None = None) -> ReuseError:
+def level_error(levels: Sequence[float], influence: Influence | None = None) -> ReuseError:
     """The error that a reuse is predicted to cause, from what the scheduler says alone.
 
     A map drifts with the distance in level (log-SNR). What that does to the denoiser's output moves the final sample
     by the influence of the call (:func:`~attnreuse.planning.levels.influences`). Where that is not known,
     ``sqrt(alpha_bar)`` stands for it: where noise prevails, the output moves the sample little (for Gaussian data of
-    unit variance this is the exact factor of the probability-flow ODE).
+    unit variance this is the exact factor of the probability-flow ODE). Where it is "even", the distance is counted in
+    levels.
     """
+    if influence == "even":
+        place = _places(levels)
+        return lambda captured, step: float(abs(place[step] - place[captured]))
     weights = _sqrt_alpha_bar(levels) if influence is None else influence
     return lambda captured, step: weights[step] * abs(levels[step] - levels[captured])
-
-
-def even_harm(levels: Sequence[float]) -> list[float]:
-    """Influences under which a reuse of the map of the level before does the same harm at every step.
-
-    So it is measured with flow matching (docs/results.md): steps that are close in level lie early, where a change of
-    the picture's layout grows.
-    """
-    influence, distance, before = [], 1.0, None
-    for level in levels:
-        if before is not None and abs(level - before) > SAME:
-            distance = abs(level - before)
-        influence.append(1 / distance)
-        before = level
-    return influence
 
 
 def call_age_error(levels: Sequence[float]) -> ReuseError:
     """:func:`level_error` with the age of a map counted in calls: what distances in level are judged against."""
     weights = _sqrt_alpha_bar(levels)
     return lambda captured, step: weights[step] * (step - captured)
+
+
+def _places(levels: Sequence[float]) -> list[int]:
+    """Of each step: how many times the level has changed before it."""
+    changed = (abs(b - a) > SAME for a, b in itertools.pairwise(levels))
+    return list(itertools.accumulate(changed, initial=0))
 
 
 def _sqrt_alpha_bar(levels: Sequence[float]) -> list[float]:

@@ -11,7 +11,7 @@ from pydantic import (
 )
 
 from attnreuse.planning.policy import Policy, Saved, check_steps, library_version_here
-from attnreuse.planning.rows import best_row, count_of, level_error
+from attnreuse.planning.rows import Influence, best_row, count_of, level_error
 
 
 class Rule(Saved, ABC):
@@ -36,9 +36,7 @@ class Rule(Saved, ABC):
         return False
 
     @abstractmethod
-    def resolve(
-        self, steps: int, levels: Sequence[float] | None = None, influence: Sequence[float] | None = None
-    ) -> Policy:
+    def resolve(self, steps: int, levels: Sequence[float] | None = None, influence: Influence | None = None) -> Policy:
         """The policy for a run of `steps` executed steps.
 
         Args:
@@ -69,13 +67,11 @@ class Hurry(Rule):
     def uses_levels(self) -> bool:
         return True
 
-    def resolve(
-        self, steps: int, levels: Sequence[float] | None = None, influence: Sequence[float] | None = None
-    ) -> Policy:
+    def resolve(self, steps: int, levels: Sequence[float] | None = None, influence: Influence | None = None) -> Policy:
         if levels is None:
             raise ValueError(f"{self.name} needs the noise levels of the steps")
         check_steps(steps, levels)
-        if influence is not None and len(influence) != steps:
+        if not (influence is None or influence == "even" or len(influence) == steps):
             raise ValueError(f"influence must be {steps} numbers like steps, got {len(influence)}")
         row = best_row(steps, count_of(self.reuse, steps), level_error(levels, influence))
         return Policy(steps=steps, reuse=row, name=self.name, levels=levels)
@@ -91,9 +87,7 @@ class Periodic(Rule):
     def name(self) -> str:
         return f"periodic(interval={self.interval})"
 
-    def resolve(
-        self, steps: int, levels: Sequence[float] | None = None, influence: Sequence[float] | None = None
-    ) -> Policy:
+    def resolve(self, steps: int, levels: Sequence[float] | None = None, influence: Influence | None = None) -> Policy:
         row = [step % self.interval != 0 for step in range(steps)]
         return Policy(steps=steps, reuse=row, name=self.name, levels=levels)
 
@@ -116,7 +110,5 @@ class Stretched(Rule):
     def uses_levels(self) -> bool:
         return self.policy.levels is not None
 
-    def resolve(
-        self, steps: int, levels: Sequence[float] | None = None, influence: Sequence[float] | None = None
-    ) -> Policy:
+    def resolve(self, steps: int, levels: Sequence[float] | None = None, influence: Influence | None = None) -> Policy:
         return self.policy.stretch(steps, levels)

@@ -150,7 +150,7 @@ class Evaluator:
         step_options(pipe.scheduler, setting.eta)
         self.executed_steps = executed_steps(pipe.scheduler, setting.steps)
         self.levels = _levels(pipe.scheduler)
-        self.influence = None if self.levels is None else influences(pipe.scheduler, self.levels)
+        self.influence = None if self.levels is None else influences(pipe.scheduler)
         self.scheduler, self.model = type(pipe.scheduler).__name__, model_name(pipe)
         self._memo = Memo(memo_bytes)
         self._inputs: dict[str, Any] = {}  # the denoiser's, of the first call

@@ -100,7 +100,7 @@ class Analysis(Result):
     scheduler: str
     steps: int
     levels: tuple[float, ...] | None = None
-    influence: tuple[float, ...] | None = None
+    influence: tuple[float, ...] | Literal["even"] | None = None
     images: int
     growth: Growth
     noise: Growth
