@@ -60,7 +60,7 @@ TRANSFORMERS: dict[str, tuple[str, int, dict[str, Any]]] = {  # class, side of i
     "PixArt-Sigma 1024": (
         "PixArtTransformer2DModel",
         128,
-        dict(sample_size=128, out_channels=8, interpolation_scale=2, use_additional_conditions=False),
+        dict(sample_size=128, caption_channels=4096, interpolation_scale=2, use_additional_conditions=False),
     ),
     "SD3.5-medium 1024": (
         "SD3Transformer2DModel",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -18,6 +19,11 @@ from attnreuse.errors import UnsupportedLayerError
 class Adapter:
     """A family of denoisers: subclass it, and :func:`register` an instance.
 
+    The forward of its models names the noisy sample as `sample` says and the timestep ``timestep``; what
+    cross-attention attends over it is given as ``encoder_hidden_states``. Stock processors are made without arguments
+    and called with ``(attn, hidden_states, encoder_hidden_states, attention_mask, ...)``: what follows is given by
+    position or by name, as the layer does.
+
     Attributes:
         models: names of the classes that it serves.
         parts: attributes of a pipeline that may hold such a model.
@@ -27,6 +33,7 @@ class Adapter:
         left_alone: why layers only compute, by a part of their name.
         rows: of the batch for each picture, under classifier-free guidance.
         tokens: of a prompt; None: as many as the text encoder takes.
+        second_call: argument of its pipelines that turns on guidance by a call of its own, with maps of its own.
         makes_videos: its pipelines give frames instead of pictures.
     """
 
@@ -37,6 +44,7 @@ class Adapter:
     left_alone: ClassVar[Mapping[str, str]] = {}
     rows: ClassVar[int] = 2
     tokens: ClassVar[int | None] = None
+    second_call: ClassVar[str | None] = None
     makes_videos: ClassVar[bool] = False
 
     def forms(self) -> Mapping[type, Form]:
@@ -44,8 +52,8 @@ class Adapter:
         raise NotImplementedError
 
     def stock(self, attn: Any) -> type:
-        """The stock processor of a layer that nobody has changed."""
-        raise NotImplementedError
+        """The stock processor of a layer that nobody has changed: the first of :meth:`forms`, unless told otherwise."""
+        return next(iter(self.forms()))
 
     def kind(self, name: str, attn: Any) -> str:
         """What a layer attends over: see :meth:`Form.kind`."""
@@ -62,6 +70,10 @@ class Adapter:
     def config(self, denoiser: Any) -> dict[str, Any]:
         """Config of a denoiser whose layers see the same numbers of tokens, and that is called without adapters."""
         return dict(denoiser.config)
+
+    def latents(self, denoiser: Any, size: tuple[int, int], scale: int) -> tuple[int, int]:
+        """Height and width of the latents of pictures of `size` pixels, with `scale` pixels a latent."""
+        return -(-size[0] // scale), -(-size[1] // scale)
 
     def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
         """Arguments of the denoiser's forward, on meta: `batch` samples of `size` (height, width) latents.
@@ -114,6 +126,25 @@ def _nearest(denoiser: Any) -> str:
             kin += [model] if attends & adapter.forms().keys() else []
     name = type(denoiser).__name__
     return (difflib.get_close_matches(name, kin or _adapters, 1, 0.0) or [next(iter(_adapters))])[0]
+
+
+def parameters(denoiser: Any) -> list[str]:
+    """Names of the arguments of a denoiser's forward, in order.
+
+    A class may hand on whatever it is given: of it and its base classes the first counts that names the sample and the
+    timestep.
+
+    Raises:
+        UnsupportedLayerError: none does.
+    """
+    needed = {adapter_of(denoiser).sample, "timestep"}
+    for cls in type(denoiser).__mro__:
+        names = list(inspect.signature(cls.forward).parameters)[1:] if hasattr(cls, "forward") else []
+        if needed <= set(names):
+            return names
+    raise UnsupportedLayerError(
+        f"{type(denoiser).__name__}: expected a forward with arguments {' and '.join(sorted(needed))}"
+    )
 
 
 def empty(*shape: int) -> Tensor:

@@ -48,12 +48,13 @@ class Flux(Adapter):
     each_step = ("controlnet_block_samples", "controlnet_single_block_samples", "ip_hidden_states")
     rows = 1  # guidance is embedded
     tokens = 512
+    second_call = "true_cfg_scale"
 
     def forms(self) -> Mapping[type, Form]:
         return _forms()
 
-    def stock(self, attn: Any) -> type:
-        return next(iter(_forms()))
+    def latents(self, denoiser: Any, size: tuple[int, int], scale: int) -> tuple[int, int]:
+        return 2 * (size[0] // (2 * scale)), 2 * (size[1] // (2 * scale))
 
     def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
         config = denoiser.config

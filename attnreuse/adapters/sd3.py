@@ -31,9 +31,6 @@ class SD3(Adapter):
     def forms(self) -> Mapping[type, Form]:
         return _forms()
 
-    def stock(self, attn: Any) -> type:
-        return next(iter(_forms()))
-
     def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
         config = denoiser.config
         return {"hidden_states": empty(batch, config["in_channels"], *size), **text_inputs(config, batch, tokens)}

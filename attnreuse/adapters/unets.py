@@ -165,4 +165,4 @@ class DreamLite(UNet):
         return {DreamLiteAttnProcessor2_0: Dispatched()}
 
     def stock(self, attn: Any) -> type:
-        return next(iter(self.forms()))
+        return Adapter.stock(self, attn)

@@ -16,9 +16,13 @@ from attnreuse.adapters.forms import is_hooked
 from attnreuse.binding.processors import attention_layers, stock_of
 from attnreuse.errors import UnsupportedLayerError
 
+KINDS = ("all", "self", "cross")  # of layers, by name
+
 
 def part_of(pipe: Any) -> Any:
     """The denoiser of a pipeline as it stands there, or None for a denoiser alone."""
+    if isinstance(pipe, Module):
+        return None
     return next((part for name in parts() if (part := getattr(pipe, name, None)) is not None), None)
 
 
@@ -67,7 +71,7 @@ def select_layers(kinds: dict[str, str], layers: str | Sequence[str] | None, nam
     """
     if layers is None:
         return [name for name, kind in kinds.items() if kind != "cross" or name in named]
-    if layers in ("all", "self", "cross"):
+    if layers in KINDS:
         return [name for name, kind in kinds.items() if layers == "all" or (layers == "cross") == (kind == "cross")]
     patterns = [layers] if isinstance(layers, str) else list(layers)
     for pattern in patterns:
@@ -128,7 +132,8 @@ def foreign(adapter: Adapter, attn: Any) -> str | None:
     form = forms.get(type(processor))
     if form is None:
         usual = adapter.stock(attn).__name__
-        return f"its processor is {type(processor).__name__}; {usual} and its kin are served"
+        own = type(processor).__name__
+        return f"its processor is {own}; {usual} and its kin are served, others by an adapter (docs/adapters.md)"
     if type(getattr(attn.to_q, "weight", None)).__name__ == "DTensor":
         return "tensor parallelism splits its heads between devices"
     return diverted(processor) if form.dispatched else None

@@ -14,7 +14,7 @@ from typing import Any
 from torch.nn import Module
 
 from attnreuse.adapters import adapter_of
-from attnreuse.binding.denoiser import diverted, foreign, layer_kinds, never_served, opaque, select_layers
+from attnreuse.binding.denoiser import KINDS, diverted, foreign, layer_kinds, never_served, opaque, select_layers
 from attnreuse.binding.processors import (
     ANY_CONTEXT,
     CAPTURE,
@@ -50,6 +50,7 @@ class Layers:
         around: the layers and the blocks they lie in.
         refused: layers that cannot be served, with the reason; those whose processor is another tool's are
             in `modules` all the same, since it may be taken off again.
+        unexpected: those of `refused` but what the family leaves alone, which only patterns of names ask for.
 
     Raises:
         UnsupportedLayerError: there is none to serve.
@@ -65,6 +66,9 @@ class Layers:
             name, reason = next(iter(self.refused.items()), ("", "it has no attention layer to serve"))
             count = f"{len(wanted)} of {len(wanted)} layers cannot be served: {name}: " if wanted else ""
             raise UnsupportedLayerError(f"{type(denoiser).__name__}: {count}{reason}")
+        by_kind = layers is None or layers in KINDS
+        aside = set(self.adapter.left_alone.values()) if by_kind else set()
+        self.unexpected = {name: reason for name, reason in self.refused.items() if reason not in aside}
         self.all = modules
         self.modules = {name: modules[name] for name in wanted if name not in never}
         self.kinds = {name: kinds[name] for name in self.modules}

@@ -69,8 +69,8 @@ class Memory:
             self.notices.only_compute(run, dict.fromkeys(names, str(error)))
             return None
         for layer in run.report.layers:
-            sizes = shapes.get(layer.name)
-            layer.shape, layer.head_dim = (None, None) if sizes is None else sizes[:2]
+            if layer.name in shapes:  # another branch may call more of them
+                layer.shape, layer.head_dim = shapes[layer.name][:2]
         unfit = "its map of {:,} bytes does not fit the memory budget of {:,}"
         dropped = {name: unfit.format(nbytes, self.budget) for name, nbytes in plan.dropped.items()}
         self.notices.only_compute(run, dropped, asked_for=True)

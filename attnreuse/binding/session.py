@@ -6,7 +6,6 @@ earlier calls it continues. The layers are then told what to do, and what they d
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from attnreuse.adapters import parameters
 from attnreuse.binding import compiled, loops
 from attnreuse.binding.clock import Place, StepClock
 from attnreuse.binding.conditions import Conditions
@@ -89,12 +89,12 @@ class Session:
     def _bind(self, denoiser: Any) -> None:
         """Choose the layers of `denoiser` to serve."""
         self.denoiser = denoiser
-        self._parameters = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+        self._parameters = parameters(denoiser)
         self._layers = Layers(denoiser, self._chosen, self.policy.patterns)
         self._clock.as_given = self._layers.adapter.as_given
         self._resolver = Resolver(self.policy, denoiser, self._layers, self._clock, self._notices)
         self._memory = Memory(denoiser, self._layers, self.map_format, self._budget, self._notices)
-        refused = self._layers.refused
+        refused = self._layers.unexpected
         if refused:
             name, reason = next(iter(refused.items()))
             message = f"leaves {len(refused)} of the chosen layers alone, such as {name}: {reason}"

@@ -8,7 +8,6 @@ into the model (merged, tiled or skipped tokens) is not in it, so a patched laye
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from attnreuse.adapters import adapter_of
+from attnreuse.adapters import adapter_of, parameters
 from attnreuse.binding.denoiser import form_of
 from attnreuse.binding.processors import ShapeRecorder, attention_layers
 from attnreuse.binding.schedule import Schedule, kept_outputs
@@ -64,7 +63,7 @@ def map_shapes(denoiser: Any, inputs: dict[str, Any], layers: dict[str, Any] | N
     Raises:
         UnsupportedLayerError: they cannot be told; the message holds the reason.
     """
-    accepted = inspect.signature(type(denoiser).forward).parameters.keys() - {"self", "cross_attention_kwargs"}
+    accepted = set(parameters(denoiser)) - {"cross_attention_kwargs"}
     given = tree_map_only(Tensor, _on_meta, {name: inputs[name] for name in sorted(accepted & inputs.keys())})
     layers = layers or attention_layers(denoiser)
     adapter = adapter_of(denoiser)

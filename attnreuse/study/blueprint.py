@@ -112,8 +112,8 @@ class Blueprint:
 
     def inputs(self, size: tuple[int, int], batch: int, frames: int = 1) -> dict[str, Any]:
         """Arguments of the denoiser's forward for pictures of `size` (height, width), on meta."""
-        height, width = (-(-pixels // self.vae_scale) for pixels in size)
-        return self.adapter.inputs(self.denoiser, batch, (height, width), self.tokens, frames)
+        latents = self.adapter.latents(self.denoiser, size, self.vae_scale)
+        return self.adapter.inputs(self.denoiser, batch, latents, self.tokens, frames)
 
     def with_random_weights(self, dtype: torch.dtype, device: torch.device) -> Any:
         """The pipeline of these configs; nothing but its tokenizers' files is read.

@@ -81,6 +81,7 @@ class Forecast(Result):
         attention_products: share of a denoiser call's multiplications that softmax(QK')V makes, of all layers.
         predicted_bytes: of the buffer.
         dropped: bytes of the maps that the memory budget leaves out, by layer.
+        second_call: what makes the pipeline call the denoiser twice a step, which takes the buffer twice; or None.
         not_timed: why there is no `run`, where there is none.
     """
 
@@ -92,6 +93,7 @@ class Forecast(Result):
     dropped: dict[str, int]
     layers: list[LayerForecast]
     run: RunForecast | None
+    second_call: str | None
     not_timed: str | None
 
     def __rich__(self) -> Any:
@@ -116,6 +118,8 @@ class Forecast(Result):
         size = f"{self.map_format} maps: a buffer of {self.predicted_bytes / 2**20:.1f} MiB"
         title = f"{steps}; {self.policy}; {size}"
         said = [Text("Times are milliseconds of one layer at one step.")] if self.run else []
+        if self.second_call:
+            said.append(Text(f"Guidance by {self.second_call} is a call of its own: it takes such a buffer once more."))
         return Group(Text(title), table, *said, Text(self.verdict()))
 
     def verdict(self) -> str:
@@ -207,6 +211,7 @@ def forecast(
         dropped=ring.dropped,
         layers=rows,
         run=run,
+        second_call=adapter.second_call,
         not_timed=not_timed,
     )
 

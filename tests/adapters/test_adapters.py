@@ -1,6 +1,7 @@
 """Who is served, who is refused and with which words, and an adapter from outside of the package."""
 
 import copy
+import warnings
 from types import SimpleNamespace
 
 import diffusers
@@ -8,10 +9,11 @@ import pytest
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from tiny_random import random_pipeline
 from zoo import FRAMES, TOKENS, ZOO, S, conditions
 
 import attnreuse
-from attnreuse import Policy, adapters
+from attnreuse import Policy, adapters, hurry
 from attnreuse.adapters import adapter_of
 from attnreuse.binding.shapes import map_shapes
 
@@ -97,6 +99,58 @@ def test_half_precision_timesteps_that_the_pipeline_scales_are_told_apart():
             out = model(sample, timestep=t.expand(2).bfloat16() / 1000, **given, return_dict=False)[0]
             sample = scheduler.step(out, t, sample, return_dict=False)[0]
     assert steps == list(range(100))
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "Flux"])
+def test_a_subclass_may_hand_on_whatever_it_is_given(name):
+    animal, scheduler = ZOO[name](), SimpleNamespace(timesteps=torch.tensor([900.0, 500.0]))
+    adapter, base = adapter_of(animal.model), type(animal.model)
+
+    class HandsOn(base):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    animal.model.__class__ = HandsOn
+    sample, given = torch.randn(animal.sample), conditions(animal)
+    with attnreuse.enable(animal.model, Policy(steps=2, reuse=".R"), strict=True, scheduler=scheduler) as session:
+        for t in scheduler.timesteps:
+            step = adapter.as_given(t.expand(2), torch.float32)
+            with torch.no_grad():
+                if name == "Flux":
+                    animal.model(sample, timestep=step, **given)
+                else:
+                    animal.model(sample, step, **given)
+    assert {layer.reused + layer.held for layer in session.report().layers} == {1}
+
+
+def test_what_a_family_leaves_alone_is_told_of_where_it_is_asked_for_by_name():
+    animal = ZOO["AnimateDiff"]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for layers in (None, "self", "all"):
+            attnreuse.enable(animal.model, hurry(reuse=0.5), layers=layers, strict=True).disable()
+    with pytest.warns(UserWarning, match=r"leaves \d+ of the chosen layers alone, .*: motion modules attend"):
+        attnreuse.enable(animal.model, hurry(reuse=0.5), layers=["down_blocks.0.*", "up_blocks.1.*"]).disable()
+
+
+def test_what_is_not_served_is_named():
+    with pytest.raises(attnreuse.UnsupportedLayerError, match="AutoencoderKL is not served"):
+        attnreuse.enable(random_pipeline().vae)
+    model = ZOO["Flux"]().model
+    model.set_attn_processor(TheirProcessor())
+    said = r"its processor is TheirProcessor; FluxAttnProcessor .* others by an adapter \(docs/adapters\.md\)"
+    with pytest.raises(attnreuse.UnsupportedLayerError, match=said):
+        attnreuse.enable(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "latents"),
+    [("Flux", (1020, 1024), (126, 128)), ("PixArt", (1000, 1000), (128, 128)), ("SD3", (1024, 768), (128, 96))],
+)
+def test_latents_are_those_of_the_pipelines(name, size, latents):
+    model = ZOO[name]().model
+    model.register_to_config(sample_size=128)
+    assert adapter_of(model).latents(model, size, 8) == latents
 
 
 FLUX_TOKENS = TOKENS + 16
@@ -235,6 +289,25 @@ class TheirAdapter(adapters.Adapter):
 
     def inputs(self, denoiser, batch, size, tokens, frames):
         return {"noisy": torch.empty(batch, size[0], 16, device="meta"), "timestep": 1}
+
+
+def test_a_model_must_name_its_timestep():
+    class Unnamed(ModelMixin, ConfigMixin):
+        def __init__(self):
+            super().__init__()
+            self.block = TheirAttention()
+
+        def forward(self, noisy, t):
+            return self.block(noisy)
+
+    class Its(TheirAdapter):
+        models = ("Unnamed",)
+
+    adapters.register(Its())
+    with pytest.raises(
+        attnreuse.UnsupportedLayerError, match="Unnamed: expected a forward with arguments noisy and time"
+    ):
+        attnreuse.enable(Unnamed(), Policy(steps=2, reuse=".R"))
 
 
 def test_an_adapter_from_outside_is_served():
