@@ -81,7 +81,7 @@ def tiny_shapes_path() -> Path:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *_MODULES})
 
 
 def __getattr__(name: str) -> Any:

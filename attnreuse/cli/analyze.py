@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from attnreuse.cli.console import clear_errors, faint, out, progress
-from attnreuse.cli.inputs import load_pipeline, setting_for, writable
+from attnreuse.cli.inputs import check_prompts, load_pipeline, refuse_beside, setting_for, writable
 from attnreuse.cli.options import AsJson, Batch, Eta, Guidance, Images, Layers, Model, Prompts, Scheduler, Seed, Steps
 
 EXAMPLES = (
@@ -20,6 +20,7 @@ EXAMPLES = (
 
 
 def command(
+    context: typer.Context,
     model: Model = "",
     steps: Steps = 20,
     prompt: Prompts = None,
@@ -47,6 +48,9 @@ def command(
         from attnreuse.study import analysis, plots
         from attnreuse.study.evaluate import Evaluator
 
+        check_prompts(context, model, prompt)
+        if schedules == 0:
+            refuse_beside(context, "--schedules 0", "reuse")
         plots.pyplot()
         writable("--out", out_path, ".json")
         figures = [out_path.with_suffix(".png"), out_path.with_name(f"{out_path.stem}-layers.png")]

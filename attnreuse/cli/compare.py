@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from attnreuse.cli.console import clear_errors, faint, out, progress
-from attnreuse.cli.inputs import load_pipeline, setting_for, writable
+from attnreuse.cli.inputs import check_prompts, load_pipeline, read_policy, setting_for, writable
 from attnreuse.cli.options import AsJson, Batch, Eta, Formats, Guidance, Images, Layers, Metrics, Model, Prompts, Seed
 
 EXAMPLES = (
@@ -22,6 +22,7 @@ EXAMPLES = (
 
 
 def command(
+    context: typer.Context,
     model: Model = "",
     steps: Annotated[
         list[int] | None, typer.Option("--steps", min=2, help="num_inference_steps. Repeatable. Default: 20.")
@@ -52,16 +53,17 @@ def command(
 ) -> None:
     """Compare reuse with fewer steps and other caches at equal measured latency, on one page."""
     with clear_errors():
-        from attnreuse.policy import load_policy, shipped_policies
+        from attnreuse.policy import shipped_policies
         from attnreuse.study import plots
         from attnreuse.study.compare import groups, page
 
+        check_prompts(context, model, prompt)
         plots.pyplot()
         writable("--out", out_path, ".html")
         writable("--out", out_path.with_suffix(".csv"))
         judge = tuple(m.value for m in metric or []) or (("ssim",) if model else ("ssim", "fid", "clip"))
         count, formats = (steps or [20])[0], [f.value for f in map_format or []]
-        policies = [load_policy(p) for p in policy] if policy else [] if model else shipped_policies()
+        policies = [read_policy(p) for p in policy] if policy else [] if model else shipped_policies()
         first = formats[0] if formats else None
         setting = setting_for(model, prompt, images, count, seed, guidance, eta, first, layers, batch, held_out=True)
         pipe = load_pipeline(model, None)
@@ -91,7 +93,7 @@ def _table(group: Any) -> Table:
     title = f"{group.scheduler}, {group.steps} steps, {group.map_format} maps"
     caption = "time: of the full run's; plain: PSNR of plain steps in the same time"
     table = Table(title=title, caption=caption, box=None)
-    judged = {key: form for key, form in MEAN_QUALITY.items() if key in group.full.scores or key == "fid"}
+    judged = {key: form for key, form in MEAN_QUALITY.items() if any(key in r.scores for r in group.rows)}
     table.add_column("method", overflow="fold")
     for column in ("time", "PSNR, dB", "plain", *judged):
         table.add_column(column.replace("_score", ""), justify="right", no_wrap=True)

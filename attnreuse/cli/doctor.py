@@ -32,6 +32,8 @@ def command(as_json: AsJson = False) -> None:
         missing = ", ".join(name for name in packages if package_version(name) is None)
         remedy = f"{missing} not installed: pip install 'attnreuse[{extra}]'"
         facts[f"extra {extra}"] = remedy if missing else "installed"
+    if package_version("torchvision") is not None:
+        facts["torchvision"] = _torchvision()
     devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
     reasons: dict[str, list[str]] = {}  # why not, to "format on device"
     for device, name in itertools.product(devices, FORMATS):
@@ -53,6 +55,15 @@ def command(as_json: AsJson = False) -> None:
     for why, formats in reasons.items():
         faint(f"{why} (not used for {', '.join(formats)})")
     out.print(verdict)
+
+
+def _torchvision() -> str:
+    """Whether it loads: transformers, and so every pipeline, fails beside one that was built for another torch."""
+    try:
+        import torchvision
+    except Exception as error:  # whatever a library of another build raises
+        return f"does not load with this torch ({error}): pip uninstall torchvision"
+    return str(torchvision.__version__)
 
 
 def _verdict(device: Any, backend: str) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+from attnreuse.errors import AttnReuseError
+
 
 def find_model(model: str) -> tuple[str, bool]:
     """The folder or hub name of a pipeline (nothing: the shipped one), and whether only files here are to be read.
@@ -26,7 +28,10 @@ def find_model(model: str) -> tuple[str, bool]:
         return str(folder), True
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise ValueError(f"--model: no such folder: {model} (a hub name is like user/pipeline)")
-    return model, not is_online(model, "model_index.json")
+    try:
+        return model, not is_online(model, "model_index.json")
+    except AttnReuseError as error:
+        raise AttnReuseError(f"--model: {error}") from error
 
 
 def load_pipeline(model: str, scheduler: str | None) -> Any:
@@ -69,14 +74,11 @@ def policy_for(
     from attnreuse.binding.clock import executed_steps
     from attnreuse.planning.levels import resolved
     from attnreuse.planning.rows import count_of
-    from attnreuse.policy import Policy, Stretched, hurry, load_policy, shipped_policies
+    from attnreuse.policy import Policy, Stretched, hurry, shipped_policies
 
     executed = executed_steps(scheduler, steps)
     if file is not None:
-        try:
-            loaded = load_policy(file)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--policy: {error}") from error
+        loaded = read_policy(file)
         if isinstance(loaded, Policy) and fit == "exact" and loaded.steps != executed:
             raise ValueError(
                 f"--policy {file} is for {loaded.steps} executed steps, this run executes {executed}: --fit stretch"
@@ -95,6 +97,33 @@ def policy_for(
     fitting = shipped_policies(type(scheduler).__name__, executed) if not model else []
     fitting = [p for p in fitting if p.reuse_steps == count]
     return fitting[0] if fitting else resolved(hurry(reuse=count / executed), scheduler, executed)
+
+
+def read_policy(file: str) -> Any:
+    """The policy or rule of a file or hub name; one without a name of its own takes the file's.
+
+    Raises:
+        ValueError: it cannot be read; the message names the option.
+    """
+    from attnreuse.policy import Policy, load_policy
+
+    try:
+        loaded = load_policy(file)
+    except OSError as error:
+        said = f"{file}: {error.strerror}" if error.strerror else error
+        raise ValueError(f"--policy: {said}") from error
+    except (AttnReuseError, ValueError) as error:
+        raise ValueError(f"--policy: {error}") from error
+    is_unnamed = isinstance(loaded, Policy) and loaded.name == Policy.model_fields["name"].default
+    return loaded.model_copy(update={"name": Path(file).stem}) if is_unnamed else loaded
+
+
+def check_prompts(context: typer.Context, model: str, prompts: list[str] | None) -> None:
+    """Refuse a model without prompts, and prompts beside a number of pictures."""
+    if not prompts and model:
+        raise ValueError("--model needs --prompt (repeatable): the default captions are those of the shipped pipeline")
+    if prompts:
+        refuse_beside(context, "--prompt", "images")
 
 
 def setting_for(
@@ -116,8 +145,6 @@ def setting_for(
     from attnreuse.measure.environment import default_device
     from attnreuse.study.evaluate import Setting
 
-    if not prompts and model:
-        raise ValueError("--model needs --prompt (repeatable): the default captions are those of the shipped pipeline")
     draw = tiny_shapes.held_out_prompts if held_out else tiny_shapes.search_prompts
     device = default_device()
     return Setting(
@@ -159,6 +186,13 @@ def refuse_beside(context: typer.Context, option: str, *others: str) -> None:
     for name in others:
         if is_given(context, name):
             raise ValueError(f"{option} decides that already: leave out {_typed(name)}")
+
+
+def refuse_without(context: typer.Context, option: str, *others: str) -> None:
+    """Refuse options that were given, and that mean nothing without `option`, which was not."""
+    for name in others:
+        if is_given(context, name):
+            raise ValueError(f"{_typed(name)} is for {option}, which is not given")
 
 
 def is_given(context: typer.Context, name: str) -> bool:

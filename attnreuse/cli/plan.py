@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from attnreuse.cli.console import clear_errors, out
-from attnreuse.cli.inputs import default_dtype, default_format, find_model, policy_for, refuse_beside
+from attnreuse.cli.inputs import default_dtype, default_format, find_model, policy_for, refuse_beside, refuse_without
 from attnreuse.cli.options import (
     AsJson,
     Fit,
@@ -57,6 +57,8 @@ def command(
 
         if policy is not None:
             refuse_beside(context, "--policy", "reuse", "max_age")
+        else:
+            refuse_without(context, "--policy", "fit")
         path, local = find_model(model)
         size = (height, width) if height and width else None
         blueprint = Blueprint.load(path, scheduler, local, size, frames)

@@ -9,7 +9,15 @@ import typer
 from rich.table import Table
 
 from attnreuse.cli.console import clear_errors, faint, out, progress
-from attnreuse.cli.inputs import default_format, load_pipeline, policy_for, refuse_beside, writable
+from attnreuse.cli.inputs import (
+    check_prompts,
+    default_format,
+    load_pipeline,
+    policy_for,
+    refuse_beside,
+    refuse_without,
+    writable,
+)
 from attnreuse.cli.options import AsJson, Eta, Fit, Format, MaxAge, Model, PolicyFile, Prompts, Seed, Share, Steps
 
 EXAMPLES = (
@@ -58,6 +66,9 @@ def command(
         writable("--out", json_path)
         if policy is not None:
             refuse_beside(context, "--policy", "reuse", "max_age")
+        else:
+            refuse_without(context, "--policy", "fit")
+        check_prompts(context, model, prompt)
         if not model:
             scheduler, guidance = scheduler or "Euler a", 7.5 if guidance is None else guidance
         pipe = load_pipeline(model, scheduler)
@@ -87,7 +98,8 @@ def command(
 
 
 def _table(result: Any) -> Table:
-    table = Table(title=f"{len(result.prompts)} pictures, {result.policy}, {result.report.map_format} maps")
+    count = len(result.prompts)
+    table = Table(title=f"{count} picture{'s' * (count != 1)}, {result.policy}, {result.report.map_format} maps")
     for column in ("", "steps", "latency", "against full", "PSNR", "map memory"):
         table.add_column(column, justify="left" if not column else "right")
     for way in result.ways:
@@ -106,10 +118,13 @@ def _table(result: Any) -> Table:
 
 def _verdict(result: Any) -> str:
     """Honest lines about what was measured."""
+    saved = f"saved {max(0.0, result.saved_s):.2f} s" + (
+        ", more than that, as times differ from run to run" if result.saved_s > result.at_most_s else ""
+    )
     share = result.attention_s / result.baseline.latency_s
     limit = (
         f"Attention with its projections takes {share:.0%} of full steps' time in the layers with maps; reuse "
-        f"could save {result.at_most_s:.2f} s at most, and saved {result.saved_s:.2f} s."
+        f"could save {result.at_most_s:.2f} s at most, and {saved}."
     )
     ratio = result.baseline.latency_s / result.reuse.latency_s
     speed = f"Reuse ran {ratio:.2f} times as fast as full steps" if ratio >= 1 else (

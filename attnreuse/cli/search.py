@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from attnreuse.cli.console import clear_errors, faint, out, progress
-from attnreuse.cli.inputs import load_pipeline, refuse_ignored, setting_for, writable
+from attnreuse.cli.inputs import check_prompts, load_pipeline, refuse_ignored, setting_for, writable
 from attnreuse.cli.options import (
     AsJson,
     Batch,
@@ -26,6 +26,7 @@ from attnreuse.cli.options import (
     Seed,
     Steps,
 )
+from attnreuse.errors import AttnReuseError
 
 EXAMPLES = (
     "    attnreuse search --out policy.json\n\n    attnreuse search --metric ssim --floor 0.98\n\n"
@@ -101,6 +102,8 @@ def command(
         typer.Option(
             rich_help_panel=PHAST,
             help="A file of `attnreuse analyze`. The search starts from its prediction.",
+            exists=True,
+            dir_okay=False,
         ),
     ] = None,
     by: Annotated[
@@ -157,7 +160,7 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Search the schedule that keeps the full-step pictures best, or the best one at every time (ladder)."""
-    with clear_errors(lambda: f"{_lines(cache)} scores are in {cache}; run the same command again to go on"):
+    with clear_errors(lambda: _kept(cache)):
         from attnreuse.binding.shapes import parse_bytes
         from attnreuse.search import InProcess, Objective, RayEngine, exhaustive, ladder, phast
         from attnreuse.study.evaluate import Evaluator
@@ -174,6 +177,7 @@ def command(
         writable("--cache", cache)
         layers, images = layers or ("all" if is_ladder else None), images or (16 if is_ladder else 8)
         count = images + confirm
+        check_prompts(context, model, prompt)
         setting = setting_for(model, prompt, count, steps, seed, guidance, eta, map_format, layers, batch)
         setting, others = _kept_back(setting, confirm)
         evaluator = Evaluator(load_pipeline(model, scheduler), setting)
@@ -195,7 +199,7 @@ def command(
                     judges, by=by, budget=budget, budget_time=seconds, memory_budget=objective.memory_budget,
                     seed=seed, confirm=others, **common,
                 )  # fmt: skip
-        picked = result.pick(floor, time) if is_ladder else result
+        picked = _picked(result, floor, time, cache) if is_ladder else result
         if not is_ladder and not objective.reaches(result.history[-1].metric):
             raise ValueError(
                 f"none of {result.evaluations} schedules reaches --floor {floor:g}: the best has {metric} "
@@ -207,11 +211,20 @@ def command(
         return
     out.print(_front_table(result, picked) if is_ladder else _table(result, metric))
     judged = evaluator.calls
-    of_cache = f"{result.evaluations - judged.schedules} of them from the cache"
-    out.print(f"{result.evaluations} schedules judged, {of_cache}; {judged.saved:.0%} of denoiser calls replayed.")
+    replayed = f" ({judged.saved:.0%} of their denoiser calls replayed)" if judged.schedules else ""
+    of_cache = result.evaluations - judged.schedules
+    out.print(f"{judged.schedules} schedules judged now{replayed}, {of_cache} from the cache.")
     if is_ladder and picked.steps != steps:
         out.print(f"Run the saved policy with --steps {picked.steps}.")
     faint(f"{out_path}; scores in {cache}")
+
+
+def _picked(front: Any, floor: float | None, time: float | None, cache: Path) -> Any:
+    """The point of the front that is asked for."""
+    try:
+        return front.pick(floor, time)
+    except AttnReuseError as error:
+        raise AttnReuseError(f"{error}; nothing is saved but the scores in {cache}") from error
 
 
 def _kept_back(setting: Any, confirm: int) -> tuple[Any, Any]:
@@ -227,8 +240,11 @@ def _kept_back(setting: Any, confirm: int) -> tuple[Any, Any]:
     return replace(setting, prompts=setting.prompts[:first]), kept
 
 
-def _lines(cache: Path) -> int:
-    return cache.read_bytes().count(b"\n") if cache.exists() else 0
+def _kept(cache: Path) -> str:
+    """What an interrupt leaves."""
+    if not cache.exists():
+        return "nothing was judged yet"
+    return f"the scores so far are in {cache}; run the same command again to go on"
 
 
 def _predicted(analysis: Path | None, evaluator: Any, reuse: int) -> tuple[list[Any], Any]:

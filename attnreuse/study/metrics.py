@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from attnreuse.errors import AttnReuseError
 
+EVAL = "pip install 'attnreuse[eval]'"
+IMAGES = "pip install 'torchmetrics[image]', from where your torch came from: its torchvision must match"
 EQUAL_DB = 120.0  # PSNR that counts for equal pictures in a mean: fp32 rounding is about there
 CLIP_MODEL = "openai/clip-vit-base-patch16"
 
@@ -84,7 +86,7 @@ def fid(images: np.ndarray, targets: np.ndarray, *, tiny: bool = False) -> float
     Args:
         tiny: features of the shipped pipeline's image tower (128 dims) instead of Inception's 2,048.
     """
-    with _needing("FID"):
+    with _needing("FID", EVAL if tiny else IMAGES):
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         metric = FrechetInceptionDistance(_TinyFeatures() if tiny else 2048, normalize=True)
@@ -168,7 +170,7 @@ def _tiny_pair() -> tuple[Any, _TinyProcessor]:
 
 @lru_cache(maxsize=1)
 def _lpips_model() -> Any:
-    with _needing("LPIPS"):
+    with _needing("LPIPS", IMAGES):
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
         return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
@@ -177,14 +179,14 @@ def _lpips_model() -> Any:
 class _needing:  # noqa: N801 (read as a word)
     """Turns a missing package or unreachable weights into one clear error."""
 
-    def __init__(self, what: str):
-        self.what = what
+    def __init__(self, what: str, remedy: str = EVAL):
+        self.what, self.remedy = what, remedy
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, ImportError):
-            raise AttnReuseError(f"{self.what} needs more: pip install 'attnreuse[eval]' ({error})") from error
+            raise AttnReuseError(f"{self.what} needs more: {self.remedy} ({error})") from error
         if isinstance(error, OSError):
             raise AttnReuseError(f"{self.what}: its weights could not be loaded ({error})") from error
 

@@ -170,13 +170,22 @@ def test_a_policy_file_is_used(tmp_path):
         (("plan", "--layers", "[/a]"), "'[/a]' matches none"),
         (("plan", "--model", "./play"), "--model: no such folder: ./play"),
         (("plan", "--policy", "user/name", "--reuse", 4), "--policy decides that already: leave out --reuse"),
+        (("plan", "--fit", "stretch"), "--fit is for --policy, which is not given"),
+        (("sample", "--fit", "stretch"), "--fit is for --policy, which is not given"),
+        (("plan", "--policy", "/"), "--policy: /: Is a directory"),
+        (("compare", "--policy", "nofile.json"), "--policy: "),
+        (("search", "--images", 4, "--prompt", "a"), "--prompt decides that already: leave out --images"),
+        (("analyze", "--images", 4, "--prompt", "a"), "--prompt decides that already: leave out --images"),
+        (("compare", "--images", 4, "--prompt", "a"), "--prompt decides that already: leave out --images"),
+        (("analyze", "--schedules", 0, "--reuse", 3), "--schedules 0 decides that already: leave out --reuse"),
+        (("sample", "--model", "user/name"), "--model needs --prompt"),
         (("sample", "--policy", "p.json", "--max-age", 4), "--policy decides that already: leave out --max-age"),
         (("sample", "--out", "[/x].jpg"), "--out must end in .png, got [/x].jpg"),
         (("sample", "--out", "/proc/x.png"), "--out: /proc/x.png cannot be written: No such file"),
         (("search", "--cache", "/does/not/c.jsonl"), "--cache: no such folder: /does/not"),
         (("sample", "--out", "picture.jpg"), "--out must end in .png, got picture.jpg"),
         (("sample", "--out", "/does/not/exist/s.png"), "no such folder: /does/not/exist"),
-        (("sample", "--model", "/does/not/exist"), "/does/not/exist"),
+        (("sample", "--model", "/does/not/exist", "--prompt", "a"), "/does/not/exist"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(args, said):
@@ -311,7 +320,7 @@ def test_a_floor_that_is_not_reached_is_said_and_nothing_saved(tmp_path):
     assert not (tmp_path / "p.json").exists()
     again = run("search", "--method", "exhaustive", *args)
     assert again.exit_code == 0
-    assert "2 schedules judged, 2 of them from the cache" in again.output
+    assert "0 schedules judged now, 2 from the cache." in again.output
 
 
 def test_an_interrupt_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch):
@@ -325,7 +334,10 @@ def test_an_interrupt_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch):
     args = ("--steps", 3, "--reuse", 1, "--images", 1, "--cache", tmp_path / "c.jsonl", "--out", tmp_path / "p.json")
     result = run("search", *args)
     assert result.exit_code == 130
-    assert f"stopped: 1 scores are in {tmp_path / 'c.jsonl'}; run the same command again to go on" in result.output
+    assert (
+        f"stopped: the scores so far are in {tmp_path / 'c.jsonl'}; run the same command again to go on"
+        in result.output
+    )
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def test_the_caption_oracle_reads_drawn_pictures(drawn):
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is there")
 def test_what_lpips_lacks_is_said(drawn):
-    with pytest.raises(AttnReuseError, match=r"LPIPS needs more: pip install 'attnreuse\[eval\]'"):
+    with pytest.raises(AttnReuseError, match=r"LPIPS needs more: pip install 'torchmetrics\[image\]', from where"):
         metrics.lpips_each(drawn[0][:1], drawn[0][:1])
 
 

@@ -75,6 +75,10 @@ def summary(group: Group) -> list[str]:
         f"{len(faster)} of {len(reuse)} schedules took less time than the full run; at equal measured time "
         f"{_above(gained, len(reuse))} plain steps."
     )
+    if len(group.full.latencies_s) < 3:
+        said.append("Methods were timed less than three times: times this near differ from run to run.")
+    if "psnr_ci" not in best.scores:
+        said.append("One picture says little: others may order the methods otherwise.")
     return said
 
 
