@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnreuse.adapters.forms import Form
-from attnreuse.adapters.unserved import figures
+from attnreuse.adapters.unserved import entry_of, figures
 from attnreuse.errors import UnsupportedLayerError
 
 
@@ -105,9 +105,9 @@ def adapter_of(denoiser: Any, size: tuple[int, int] | None = None, frames: int |
         UnsupportedLayerError: there is none; the message says what reuse would meet in runs of `size` (height, width
             in pixels) and `frames`, where that is known, and names the nearest model that is served.
     """
-    for cls in type(denoiser).__mro__:
-        if cls.__name__ in _adapters:
-            return _adapters[cls.__name__]
+    adapter = entry_of(denoiser, _adapters)
+    if adapter is not None:
+        return adapter
     name = type(denoiser).__name__
     known = figures(denoiser, size, frames)
     if known is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,11 @@ GRIDS = {  # defaults of the pipelines of diffusers 0.42
 }
 
 
+def entry_of(denoiser: Any, table: Mapping[str, Any]) -> Any:
+    """What `table` has for a denoiser's class by name, or else for the nearest of its base classes; or None."""
+    return next((table[cls.__name__] for cls in type(denoiser).__mro__ if cls.__name__ in table), None)
+
+
 def figures(denoiser: Any, size: tuple[int, int] | None = None, frames: int | None = None) -> str | None:
     """What reuse would meet in one call for one picture or video; None for a model that is not known.
 
@@ -50,7 +56,7 @@ def figures(denoiser: Any, size: tuple[int, int] | None = None, frames: int | No
         size: (height, width) in pixels; None: the pipeline's own.
         frames: of a video, likewise.
     """
-    grid = next((GRIDS[cls.__name__] for cls in type(denoiser).__mro__ if cls.__name__ in GRIDS), None)
+    grid = entry_of(denoiser, GRIDS)
     if grid is None:
         return None
     size, frames = size or grid.size, (frames or grid.frames) if grid.frames > 1 else 1

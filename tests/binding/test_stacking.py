@@ -370,10 +370,7 @@ def test_graphs_are_as_many_as_stock_has_times_the_actions(whole):
     sizes = (8, 12, 16)
     stock = graphs(random_pipeline(), whole, sizes)
     assert stock[-1] == stock[1]  # sizes became symbols
-    cases = (
-        [(hurry(4, 2, None), 3)] if whole else [(hurry(4, 2, None), 3), (hurry(4, 2), 2)]
-    )  # graphs of blocks are small
-    for policy, actions in cases:
+    for policy, actions in ((hurry(4, 2), 2), (hurry(4, 2, None), 3)):
         pipe = random_pipeline()
         with attnreuse.enable(pipe, policy) as session, warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -35,17 +35,22 @@ constexpr int most_waits = 10'000;  // turns of a thread at one barrier: far mor
 
 void pause();  // until the other threads have had their turn
 
+template <class Ended>
+void wait(const Ended& ended, const int& arrived, int expected, const int& bytes) {
+  for (int waits = 0; !ended(); pause())
+    if (++waits > most_waits) {
+      std::printf("a barrier waits for ever: %d of %d arrived, %d bytes to come\n", arrived, expected, bytes);
+      std::fflush(stdout);
+      std::_Exit(1);
+    }
+}
+
 struct Barrier {
   explicit Barrier(int threads) : expected(threads) {}
   void arrive_and_wait() {
     const int mine = phase;
     if (++arrived == expected) arrived = 0, ++phase;
-    for (int waits = 0; phase == mine; pause())
-      if (++waits > most_waits) {
-        std::printf("threads wait for ever: %d of %d arrived\n", arrived, expected);
-        std::fflush(stdout);
-        std::_Exit(1);
-      }
+    wait([&] { return phase != mine; }, arrived, expected, 0);
   }
   int expected, arrived = 0, phase = 0;
 };
@@ -262,13 +267,7 @@ inline void mbarrier_wait_parity(Mbarrier* barrier, int parity) {
     if (phases.arrived == phases.expected && phases.bytes == 0) ++phases.phase, phases.arrived = 0;
     return phases.phase % 2 != parity;
   };
-  for (int waits = 0; !ended(); emulated::pause())
-    if (++waits > emulated::most_waits) {
-      std::printf("a barrier waits for ever: %d of %d arrived, %d bytes to come\n", phases.arrived, phases.expected,
-                  phases.bytes);
-      std::fflush(stdout);
-      std::_Exit(1);
-    }
+  emulated::wait(ended, phases.arrived, phases.expected, phases.bytes);
 }
 
 inline void cp_async_bulk_tensor(void* shared, const TensorMap& map, Mbarrier* barrier, int x0, int x1, int x2 = 0,
