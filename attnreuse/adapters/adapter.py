@@ -33,6 +33,7 @@ class Adapter:
         left_alone: why layers only compute, by a part of their name.
         rows: of the batch for each picture, under classifier-free guidance.
         tokens: of a prompt; None: as many as the text encoder takes.
+        beside: pipelines that show the model a picture they are given beside the one they make.
         second_call: argument of its pipelines that turns on guidance by a call of its own, with maps of its own.
         makes_videos: its pipelines give frames instead of pictures.
     """
@@ -44,6 +45,7 @@ class Adapter:
     left_alone: ClassVar[Mapping[str, str]] = {}
     rows: ClassVar[int] = 2
     tokens: ClassVar[int | None] = None
+    beside: ClassVar[tuple[str, ...]] = ()
     second_call: ClassVar[str | None] = None
     makes_videos: ClassVar[bool] = False
 
@@ -72,8 +74,14 @@ class Adapter:
         return dict(denoiser.config)
 
     def latents(self, denoiser: Any, size: tuple[int, int], scale: int) -> tuple[int, int]:
-        """Height and width of the latents of pictures of `size` pixels, with `scale` pixels a latent."""
-        return -(-size[0] // scale), -(-size[1] // scale)
+        """Height and width of the latents of pictures of `size` pixels, with `scale` pixels a latent.
+
+        Raises:
+            ValueError: its pipelines refuse that size.
+        """
+        if size[0] % scale or size[1] % scale:
+            raise ValueError(f"height and width must be multiples of {scale} for this model, got {size[0]}x{size[1]}")
+        return size[0] // scale, size[1] // scale
 
     def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
         """Arguments of the denoiser's forward, on meta: `batch` samples of `size` (height, width) latents.

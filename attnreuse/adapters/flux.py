@@ -48,6 +48,7 @@ class Flux(Adapter):
     each_step = ("controlnet_block_samples", "controlnet_single_block_samples", "ip_hidden_states")
     rows = 1  # guidance is embedded
     tokens = 512
+    beside = ("FluxKontextPipeline", "FluxKontextInpaintPipeline")
     second_call = "true_cfg_scale"
 
     def forms(self) -> Mapping[type, Form]:

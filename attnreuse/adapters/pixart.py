@@ -26,7 +26,7 @@ class PixArt(Adapter):
         return AttnProcessor2_0
 
     def latents(self, denoiser: Any, size: tuple[int, int], scale: int) -> tuple[int, int]:
-        # Its pipelines take the nearest of their own resolutions.
+        # Its pipelines refuse odd sizes, and take the nearest of their own resolutions.
         from diffusers.image_processor import PixArtImageProcessor
         from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha as alpha
         from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma as sigma
@@ -37,9 +37,10 @@ class PixArt(Adapter):
             128: alpha.ASPECT_RATIO_1024_BIN,
             256: sigma.ASPECT_RATIO_2048_BIN,
         }.get(denoiser.config["sample_size"])
-        if bins is not None:
-            size = PixArtImageProcessor.classify_height_width_bin(*size, ratios=bins)
-        return super().latents(denoiser, size, scale)
+        latents = super().latents(denoiser, size, scale)
+        if bins is None:
+            return latents
+        return super().latents(denoiser, PixArtImageProcessor.classify_height_width_bin(*size, ratios=bins), scale)
 
     def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
         config = denoiser.config

@@ -31,6 +31,10 @@ class SD3(Adapter):
     def forms(self) -> Mapping[type, Form]:
         return _forms()
 
+    def latents(self, denoiser: Any, size: tuple[int, int], scale: int) -> tuple[int, int]:
+        height, width = super().latents(denoiser, size, 2 * scale)
+        return 2 * height, 2 * width
+
     def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
         config = denoiser.config
         return {"hidden_states": empty(batch, config["in_channels"], *size), **text_inputs(config, batch, tokens)}

@@ -41,6 +41,11 @@ class UNet(Adapter):
             config | {"encoder_hid_dim_type": None} if config.get("encoder_hid_dim_type") == "ip_image_proj" else config
         )
 
+    def latents(self, denoiser: Any, size: tuple[int, int], scale: int) -> tuple[int, int]:
+        if denoiser.config.get("encoder_hid_dim_type") in ("image_proj", "text_image_proj"):  # Kandinsky 2
+            return _whole_squares(size, scale)
+        return super().latents(denoiser, size, scale)
+
     def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
         config = denoiser.config
         given: dict[str, Any] = {"sample": empty(batch, config["in_channels"], *size), "timestep": 1}
@@ -77,6 +82,11 @@ class UNet(Adapter):
         # A widened conv_in, as inpainting models have it, changes no map.
         b, _, *size = sample.shape
         return sample.new_empty(b, twin.conv_in.in_channels, *size)
+
+
+def _whole_squares(size: tuple[int, int], scale: int) -> tuple[int, int]:
+    """Latents of Kandinsky's pipelines, which round up to squares of so many latents as a latent has pixels."""
+    return scale * -(-size[0] // scale**2), scale * -(-size[1] // scale**2)
 
 
 class AnimateDiff(UNet):
@@ -143,6 +153,9 @@ class Kandinsky3(UNet):
 
     def kind(self, name: str, attn: Any) -> str:
         return "self" if name.endswith("attentions.0.attention") else "cross"
+
+    def latents(self, denoiser: Any, size: tuple[int, int], scale: int) -> tuple[int, int]:
+        return _whole_squares(size, scale)
 
     def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
         config = denoiser.config

@@ -13,7 +13,7 @@ from torch.nn import Dropout, Linear, Module
 from attnreuse import ops
 from attnreuse.adapters import Adapter, Form, adapter_of, parts
 from attnreuse.adapters.forms import is_hooked
-from attnreuse.binding.processors import attention_layers, stock_of
+from attnreuse.binding.processors import attention_layers, stock_of, takes_extra
 from attnreuse.errors import UnsupportedLayerError
 
 KINDS = ("all", "self", "cross")  # of layers, by name
@@ -127,13 +127,18 @@ def opaque(form: Form, attn: Any) -> str | None:
 
 
 def foreign(adapter: Adapter, attn: Any) -> str | None:
-    """Why the processor that this layer has now cannot be stood in for; or None."""
+    """Why the processor that this layer has now cannot be stood in for; or None.
+
+    Raises:
+        UnsupportedLayerError: an adapter serves it, and it is not called as processors are.
+    """
     processor, forms = stock_of(attn.processor), adapter.forms()
     form = forms.get(type(processor))
     if form is None:
         usual = adapter.stock(attn).__name__
         own = type(processor).__name__
         return f"its processor is {own}; {usual} and its kin are served, others by an adapter (docs/adapters.md)"
+    takes_extra(type(processor))
     if type(getattr(attn.to_q, "weight", None)).__name__ == "DTensor":
         return "tensor parallelism splits its heads between devices"
     return diverted(processor) if form.dispatched else None

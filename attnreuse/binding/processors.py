@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils._device import DeviceContext
 
 from attnreuse import ops
 from attnreuse.adapters import Form, Inputs
+from attnreuse.errors import UnsupportedLayerError
 from attnreuse.maps.formats import AttentionMap
 from attnreuse.maps.ring import OutputSlot
 from attnreuse.policy import Action
@@ -22,6 +24,7 @@ CALLED_AGAIN = "it was called several times in one denoiser call"
 OVERRIDDEN = "another tool overrides its attention"
 OTHER_CONTEXT = "it attends over another tensor than the denoiser was given (another tool changes it)"
 ANY_CONTEXT: Any = object()
+FIRST = ["attn", "hidden_states", "encoder_hidden_states", "attention_mask"]  # arguments of every processor
 OTHER_OUTPUT = "its output has another size or dtype than planned"
 
 
@@ -37,10 +40,21 @@ def stock_of(processor: Any) -> Any:
 
 @functools.cache
 def takes_extra(processor: type) -> bool:
-    """Whether a processor takes a fourth argument by name: rotary embeddings, or the embedded timestep."""
-    taken = inspect.signature(processor.__call__).parameters.values()
-    named = [p for p in taken if p.kind is p.POSITIONAL_OR_KEYWORD]
-    return len(named) > 5  # self, the layer, tokens, context and mask come before
+    """Whether a processor takes one more argument: rotary embeddings, or the embedded timestep.
+
+    Raises:
+        UnsupportedLayerError: it does not take those before that one as ours does.
+    """
+    taken = list(inspect.signature(processor.__call__).parameters.values())[1:]
+    names = [p.name for p in taken if p.kind is p.POSITIONAL_OR_KEYWORD]
+    hands_on = len(names) < len(FIRST) and any(p.kind is p.VAR_POSITIONAL for p in taken)
+    misplaced = any(name in FIRST and name != expected for name, expected in itertools.zip_longest(names, FIRST))
+    if misplaced or not (hands_on or len(names) >= len(FIRST)):
+        raise UnsupportedLayerError(
+            f"{processor.__name__} takes ({', '.join(names)}); "
+            f"expected a processor that takes ({', '.join(FIRST)}, ...)"
+        )
+    return hands_on or len(names) > len(FIRST)
 
 
 class ReuseAttnProcessor:

@@ -54,7 +54,7 @@ def progress(unit: str, at_most: bool = False) -> Iterator[Progress]:
         from rich.progress import Progress as Bar
 
         bar: list[Any] = [] if at_most else [BarColumn(20)]
-        columns = (SpinnerColumn(), *bar, TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        columns = (SpinnerColumn(), *bar, TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
         with Bar(*columns, console=err, transient=True) as shown:
             task = shown.add_task("starting", total=None)
             yield lambda done, of, now: shown.update(task, completed=done, total=of, description=text(done, of, now))

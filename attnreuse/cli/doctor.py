@@ -28,12 +28,14 @@ def command(as_json: AsJson = False) -> None:
     facts: dict[str, Any] = dict(environment(default_device()))
     facts["cuda"] = torch.version.cuda if torch.cuda.is_available() else "no CUDA device"
     facts["extension"] = native.INFO
+    remedies = []
     for extra, packages in EXTRAS.items():
         missing = ", ".join(name for name in packages if package_version(name) is None)
-        remedy = f"{missing} not installed: pip install 'attnreuse[{extra}]'"
-        facts[f"extra {extra}"] = remedy if missing else "installed"
+        facts[f"extra {extra}"] = f"missing: {missing}" if missing else "installed"
+        remedies += [f"pip install 'attnreuse[{extra}]' brings {missing}"] * bool(missing)
     if package_version("torchvision") is not None:
-        facts["torchvision"] = _torchvision()
+        facts["torchvision"], remedy = _torchvision()
+        remedies += [remedy] * bool(remedy)
     devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
     reasons: dict[str, list[str]] = {}  # why not, to "format on device"
     for device, name in itertools.product(devices, FORMATS):
@@ -46,7 +48,7 @@ def command(as_json: AsJson = False) -> None:
         facts[f"reuse by the {name} kernel"] = reason or "u8 and u4 maps of fp16 tensors, where it is named"
     verdict = _verdict(devices[-1], facts[f"u8 maps on {devices[-1].type}"])
     if as_json:
-        print(json.dumps(facts | {"not used": reasons, "verdict": verdict}, indent=2))
+        print(json.dumps(facts | {"not used": reasons, "remedies": remedies, "verdict": verdict}, indent=2))
         return
     table = Table(show_header=False, box=box.SIMPLE, pad_edge=False)
     for key, value in facts.items():
@@ -54,16 +56,19 @@ def command(as_json: AsJson = False) -> None:
     out.print(table)
     for why, formats in reasons.items():
         faint(f"{why} (not used for {', '.join(formats)})")
+    for remedy in remedies:
+        out.print(remedy, soft_wrap=True)
     out.print(verdict)
 
 
-def _torchvision() -> str:
-    """Whether it loads: transformers, and so every pipeline, fails beside one that was built for another torch."""
+def _torchvision() -> tuple[str, str | None]:
+    """Its version, or why it does not load, and the remedy: transformers, and so every pipeline, fails beside that."""
     try:
         import torchvision
     except Exception as error:  # whatever a library of another build raises
-        return f"does not load with this torch ({error}): pip uninstall torchvision"
-    return str(torchvision.__version__)
+        remedy = "pip uninstall torchvision: pipelines fail beside one that was built for another torch"
+        return f"does not load with this torch: {error}", remedy
+    return str(torchvision.__version__), None
 
 
 def _verdict(device: Any, backend: str) -> str:

@@ -6,12 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field
 
-from attnreuse.planning.policy import Policy, Saved, check_steps, library_version_here
-from attnreuse.planning.rows import Influence, best_row, count_of, level_error
+from attnreuse.planning.policy import Policy, Saved, library_version_here
+from attnreuse.planning.rows import Influence
 
 
 class Rule(Saved, ABC):
@@ -47,49 +45,6 @@ class Rule(Saved, ABC):
 
     def __str__(self) -> str:
         return self.name
-
-
-class Hurry(Rule):
-    """Reuse a share of the steps: those whose map, by noise level and influence, has changed least in effect.
-
-    Attributes:
-        reuse: share of the executed steps that reuse, in [0, 1]; half a step goes down.
-    """
-
-    rule: Literal["hurry"] = "hurry"
-    reuse: float = Field(ge=0, le=1, strict=True)
-
-    @property
-    def name(self) -> str:
-        return f"hurry(reuse={self.reuse:g})"
-
-    @property
-    def uses_levels(self) -> bool:
-        return True
-
-    def resolve(self, steps: int, levels: Sequence[float] | None = None, influence: Influence | None = None) -> Policy:
-        if levels is None:
-            raise ValueError(f"{self.name} needs the noise levels of the steps")
-        check_steps(steps, levels)
-        if not (influence is None or influence == "even" or len(influence) == steps):
-            raise ValueError(f"influence must be {steps} numbers like steps, got {len(influence)}")
-        row = best_row(steps, count_of(self.reuse, steps), level_error(levels, influence))
-        return Policy(steps=steps, reuse=row, name=self.name, levels=levels)
-
-
-class Periodic(Rule):
-    """Compute every `interval`-th step, starting with the first, and reuse at the others."""
-
-    rule: Literal["periodic"] = "periodic"
-    interval: int = Field(ge=1, strict=True)
-
-    @property
-    def name(self) -> str:
-        return f"periodic(interval={self.interval})"
-
-    def resolve(self, steps: int, levels: Sequence[float] | None = None, influence: Influence | None = None) -> Policy:
-        row = [step % self.interval != 0 for step in range(steps)]
-        return Policy(steps=steps, reuse=row, name=self.name, levels=levels)
 
 
 class Stretched(Rule):

@@ -110,6 +110,12 @@ class Blueprint:
         """Of the model's own videos."""
         return self.denoiser.config.get("num_frames") or FRAMES
 
+    @property
+    def beside(self) -> str | None:
+        """The pipeline's class, where it shows the model a picture it is given beside the one it makes."""
+        name = self.index["_class_name"]
+        return name if name in self.adapter.beside else None
+
     def inputs(self, size: tuple[int, int], batch: int, frames: int = 1) -> dict[str, Any]:
         """Arguments of the denoiser's forward for pictures of `size` (height, width), on meta."""
         latents = self.adapter.latents(self.denoiser, size, self.vae_scale)

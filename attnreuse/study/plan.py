@@ -81,6 +81,7 @@ class Forecast(Result):
         attention_products: share of a denoiser call's multiplications that softmax(QK')V makes, of all layers.
         predicted_bytes: of the buffer.
         dropped: bytes of the maps that the memory budget leaves out, by layer.
+        beside: the pipeline's class, where it shows the model a picture it is given beside the one it makes; or None.
         second_call: what makes the pipeline call the denoiser twice a step, which takes the buffer twice; or None.
         not_timed: why there is no `run`, where there is none.
     """
@@ -93,6 +94,7 @@ class Forecast(Result):
     dropped: dict[str, int]
     layers: list[LayerForecast]
     run: RunForecast | None
+    beside: str | None
     second_call: str | None
     not_timed: str | None
 
@@ -118,6 +120,10 @@ class Forecast(Result):
         size = f"{self.map_format} maps: a buffer of {self.predicted_bytes / 2**20:.1f} MiB"
         title = f"{steps}; {self.policy}; {size}"
         said = [Text("Times are milliseconds of one layer at one step.")] if self.run else []
+        if self.beside:
+            said.append(
+                Text(f"A picture that {self.beside} is given stands beside the one it makes: plan the pixels of both.")
+            )
         if self.second_call:
             said.append(Text(f"Guidance by {self.second_call} is a call of its own: it takes such a buffer once more."))
         return Group(Text(title), table, *said, Text(self.verdict()))
@@ -211,6 +217,7 @@ def forecast(
         dropped=ring.dropped,
         layers=rows,
         run=run,
+        beside=blueprint.beside,
         second_call=adapter.second_call,
         not_timed=not_timed,
     )

@@ -145,12 +145,28 @@ def test_what_is_not_served_is_named():
 
 @pytest.mark.parametrize(
     ("name", "size", "latents"),
-    [("Flux", (1020, 1024), (126, 128)), ("PixArt", (1000, 1000), (128, 128)), ("SD3", (1024, 768), (128, 96))],
+    [
+        ("Flux", (1020, 1024), (126, 128)),
+        ("PixArt", (1000, 1000), (128, 128)),
+        ("SD3", (1024, 768), (128, 96)),
+        ("Kandinsky 2.2", (520, 500), (72, 64)),
+        ("Kandinsky 3", (520, 512), (72, 64)),
+    ],
 )
 def test_latents_are_those_of_the_pipelines(name, size, latents):
     model = ZOO[name]().model
     model.register_to_config(sample_size=128)
     assert adapter_of(model).latents(model, size, 8) == latents
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "multiple"),
+    [("UNet2DConditionModel", (500, 512), 8), ("SD3", (1024, 1000), 16), ("PixArt", (1001, 1000), 8)],
+)
+def test_sizes_that_the_pipelines_refuse_are_refused(name, size, multiple):
+    model = ZOO[name]().model
+    with pytest.raises(ValueError, match=rf"must be multiples of {multiple} for this model, got {size[0]}x{size[1]}"):
+        adapter_of(model).latents(model, size, 8)
 
 
 FLUX_TOKENS = TOKENS + 16
@@ -308,6 +324,40 @@ def test_a_model_must_name_its_timestep():
         attnreuse.UnsupportedLayerError, match="Unnamed: expected a forward with arguments noisy and time"
     ):
         attnreuse.enable(Unnamed(), Policy(steps=2, reuse=".R"))
+
+
+@pytest.mark.parametrize(
+    ("call", "taken"),
+    [
+        (lambda self, attn, hidden_states: hidden_states, "attn, hidden_states"),
+        (
+            lambda self, attn, hidden_states, encoder_hidden_states, text_mask, attention_mask: hidden_states,
+            "attn, hidden_states, encoder_hidden_states, text_mask, attention_mask",
+        ),
+    ],
+)
+def test_a_processor_must_be_called_as_those_of_diffusers_are(call, taken):
+    processor = type("Odd", (), {"__call__": call})
+
+    class Other(TheirModel):
+        pass
+
+    class Its(TheirAdapter):
+        models = ("Other",)
+
+        def forms(self):
+            return {processor: TheirForm()}
+
+        def stock(self, attn):
+            return processor
+
+    adapters.register(Its())
+    model = Other()
+    for block in model.blocks:
+        block.processor = processor()
+    said = rf"Odd takes \({taken}\); expected a processor that takes \(attn, hidden_states, encoder_hidden_states, att"
+    with pytest.raises(attnreuse.UnsupportedLayerError, match=said):
+        attnreuse.enable(model, Policy(steps=2, reuse=".R"))
 
 
 def test_an_adapter_from_outside_is_served():

@@ -4,15 +4,19 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 
+import diffusers
 import huggingface_hub
 import pytest
 from PIL import Image
+from tiny_random import random_pipeline
 from typer.testing import CliRunner
+from zoo import ZOO
 
 import attnreuse
 from attnreuse import Policy, hurry, load_policy
-from attnreuse.cli import app, console
+from attnreuse.cli import app, console, doctor
 from attnreuse.cli.inputs import load_pipeline, writable
 from attnreuse.policy import shipped_policies
 from attnreuse.search import InProcess
@@ -140,6 +144,40 @@ def test_plan_drops_layers_for_a_budget():
     planned = json.loads(run("plan", "--no-measure", "--memory-budget", "4MiB", "--batch", 1, "--json").stdout)
     assert planned["predicted_bytes"] <= 4 << 20
     assert planned["dropped"]
+
+
+def test_plan_tells_of_calls_and_pictures_beside_those_it_counts(tmp_path):
+    ZOO["Flux"]().model.save_config(tmp_path / "transformer")
+    random_pipeline().vae.save_config(tmp_path / "vae")
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).save_config(tmp_path / "scheduler")
+    index = {"_class_name": "FluxKontextPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    index |= {"vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    told = " ".join(run("plan", "--model", tmp_path, "--height", 64, "--width", 64, "--no-measure").stdout.split())
+    assert (
+        "A picture that FluxKontextPipeline is given stands beside the one it makes: plan the pixels of both." in told
+    )
+    assert "Guidance by true_cfg_scale is a call of its own: it takes such a buffer once more." in told
+
+
+def test_plan_refuses_sizes_that_the_pipeline_refuses():
+    result = run("plan", "--height", 65, "--width", 64, "--no-measure")
+    assert result.exit_code == 2
+    assert "height and width must be multiples of 4 for this model, got 65x64" in result.stderr
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is there")
+def test_doctor_gives_remedies_that_fit_on_a_line(tmp_path, monkeypatch):
+    """A torchvision of another build does not load; its metadata tells that it is installed."""
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (tmp_path / "torchvision-0.1.dist-info").mkdir()
+    (tmp_path / "torchvision-0.1.dist-info" / "METADATA").write_text("Name: torchvision\nVersion: 0.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(doctor.EXTRAS, "plot", ("matplotlib", "no-such-package"))
+    said = run("doctor").stdout.splitlines()
+    assert "pip install 'attnreuse[plot]' brings no-such-package" in said
+    assert "pip uninstall torchvision: pipelines fail beside one that was built for another torch" in said
+    assert "does not load with this torch: operator torchvision::nms" in " ".join(" ".join(said).split())
 
 
 def test_doctor_tells_what_is_there():

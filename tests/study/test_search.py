@@ -206,10 +206,13 @@ def test_a_line_cut_short_is_judged_again(tmp_path, cut):
         json.loads(line)
 
 
-@pytest.mark.parametrize("text", ['{"a": 1}', '{"a": 1}\n', "garbage\n", '{"setting": "x"}\nnotes', "# notes\n"])
-def test_a_file_of_other_things_is_refused_and_left_as_it_is(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [('{"a": 1}', 1), ('{"a": 1}\n', 1), ("garbage\n", 1), ('{"setting": "x"}\nnotes', 2), ("# notes\n", 1)],
+)
+def test_a_file_of_other_things_is_refused_and_left_as_it_is(tmp_path, text, line):
     (tmp_path / "notes.json").write_text(text)
-    with pytest.raises(ValueError, match=r"notes\.json is not a file of scores: give another"):
+    with pytest.raises(ValueError, match=rf"notes\.json is not a file of scores \(line {line}\): give another"):
         fake(cache=tmp_path / "notes.json")
     assert (tmp_path / "notes.json").read_text() == text
 

@@ -119,12 +119,16 @@ class Judge:
         data = self.cache.read_bytes() if self.cache.exists() else b""
         whole, rest = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
         begin = b'{"setting":'
+        rows: list[_Kept] = []
         try:
-            rows = [_Kept.model_validate_json(line) for line in whole.splitlines()]
+            for line in whole.splitlines():
+                rows.append(_Kept.model_validate_json(line))
             if not (rest.startswith(begin) or begin.startswith(rest)):
                 raise ValueError
         except ValueError as error:
-            raise ValueError(f"{self.cache} is not a file of scores: give another, or move it away") from error
+            raise ValueError(
+                f"{self.cache} is not a file of scores (line {len(rows) + 1}): give another, or move it away"
+            ) from error
         if rest:
             self.cache.write_bytes(whole)
         return rows
