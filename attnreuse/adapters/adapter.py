@@ -119,7 +119,7 @@ def adapter_of(denoiser: Any, size: tuple[int, int] | None = None, frames: int |
     name = type(denoiser).__name__
     known = figures(denoiser, size, frames)
     if known is not None:
-        raise UnsupportedLayerError(f"{name} is not served: {known}")
+        raise UnsupportedLayerError(f"{name} is not served: {known} (docs/adapters.md says how to serve a model)")
     raise UnsupportedLayerError(
         f"{name} is not served; the nearest model that is served is {_nearest(denoiser)}. To serve it, subclass "
         "attnreuse.adapters.Adapter (docs/adapters.md says how) and attnreuse.adapters.register it"

@@ -1,8 +1,9 @@
-"""Models whose maps do not fit, or whose attention is a small share of the work: refused with both figures."""
+"""Models that are not served, with the figures that tell whether it would pay: bytes of maps, share of attention."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,11 @@ from torch.nn import Linear, Module
 
 from attnreuse.maps.formats import format_named
 
-ELSEWHERE = ("norm", "mod", "ada", "time", "txt", "text", "context", "add", "refiner")  # in names of such layers
+# In names of layers: those that image tokens do not meet, those of attention where no two image tokens meet, and linear
+# ones that not every image token meets.
+OTHERS = ("text", "txt", "caption", "audio")
+CROSS = (*OTHERS, "attn2", "cross")
+NOT_EACH = (*OTHERS, "norm", "mod", "ada", "time", "add", "attn2.to_k", "attn2.to_v")
 
 
 @dataclass(frozen=True)
@@ -32,15 +37,47 @@ class Grid:
         return (size[0] // self.side) * (size[1] // self.side) * (1 + (frames - 1) // self.depth)
 
 
-GRIDS = {  # defaults of the pipelines of diffusers 0.42
+# Defaults of the pipelines of diffusers 0.42. Left out: attention that is linear, windowed, sparse, per frame or over
+# chunks, experts of which a token meets some, and tokens that depend on the VAE or on pictures that are given.
+GRIDS = {
+    "AuraFlowTransformer2DModel": Grid(16),
+    "BriaFibo2Transformer2DModel": Grid(16),
+    "BriaFiboTransformer2DModel": Grid(16),
+    "BriaTransformer2DModel": Grid(16),
+    "ChromaTransformer2DModel": Grid(16),
+    "CogView3PlusTransformer2DModel": Grid(16),
+    "CogView4Transformer2DModel": Grid(16),
+    "DiTTransformer2DModel": Grid(16, size=(256, 256)),
+    "ErnieImageTransformer2DModel": Grid(16),
     "Flux2Transformer2DModel": Grid(16),
+    "GlmImageTransformer2DModel": Grid(16),
+    "HunyuanDiT2DModel": Grid(16),
+    "HunyuanImageTransformer2DModel": Grid(32, size=(2048, 2048)),
+    "Ideogram4Transformer2DModel": Grid(16, size=(2048, 2048)),
+    "Krea2Transformer2DModel": Grid(16),
+    "LongCatImageTransformer2DModel": Grid(16),
+    "Lumina2Transformer2DModel": Grid(16),
+    "LuminaNextDiT2DModel": Grid(16),
+    "OmniGenTransformer2DModel": Grid(16),
+    "OvisImageTransformer2DModel": Grid(16),
+    "QwenImage21Transformer2DModel": Grid(16),
     "QwenImageTransformer2DModel": Grid(16),
     "ZImageTransformer2DModel": Grid(16),
-    "HiDreamImageTransformer2DModel": Grid(16),
-    "WanTransformer3DModel": Grid(16, 4, (480, 832), 81),
-    "HunyuanVideoTransformer3DModel": Grid(16, 4, (720, 1280), 129),
+    "AllegroTransformer3DModel": Grid(16, 4, (720, 1280), 88),
+    "AnyFlowTransformer3DModel": Grid(16, 4, (480, 832), 81),
+    "ChronoEditTransformer3DModel": Grid(16, 4, (480, 832), 5),
     "CogVideoXTransformer3DModel": Grid(16, 4, (480, 720), 49),
+    "ConsisIDTransformer3DModel": Grid(16, 4, (480, 720), 49),
+    "EasyAnimateTransformer3DModel": Grid(16, 4, (512, 512), 49),
+    "HunyuanVideo15Transformer3DModel": Grid(16, 4, (480, 848), 121),
+    "HunyuanVideoTransformer3DModel": Grid(16, 4, (720, 1280), 129),
+    "LTX2VideoTransformer3DModel": Grid(32, 8, (512, 768), 121),
     "LTXVideoTransformer3DModel": Grid(32, 8, (512, 704), 161),
+    "MochiTransformer3DModel": Grid(16, 6, (480, 848), 19),
+    "MotifVideoTransformer3DModel": Grid(16, 4, (736, 1280), 121),
+    "SkyReelsV2Transformer3DModel": Grid(16, 4, (544, 960), 97),
+    "WanTransformer3DModel": Grid(16, 4, (480, 832), 81),
+    "WanVACETransformer3DModel": Grid(16, 4, (480, 832), 81),
 }
 
 
@@ -61,14 +98,10 @@ def figures(denoiser: Any, size: tuple[int, int] | None = None, frames: int | No
         return None
     size, frames = size or grid.size, (frames or grid.frames) if grid.frames > 1 else 1
     n, u8 = grid.tokens(size, frames), format_named("u8")
-    layers = [
-        attn
-        for name, attn in denoiser.named_modules()
-        if hasattr(attn, "set_processor") and hasattr(attn, "heads") and not name.endswith("attn2")  # over text
-    ]
-    nbytes = sum(u8.nbytes((1, attn.heads, n, n)) for attn in layers)
-    attention = sum(4 * n * n * attn.inner_dim for attn in layers)
-    others = 2 * n * sum(m.weight.numel() for name, m in denoiser.named_modules() if _meets_tokens(name, m))
+    layers = self_attention(denoiser)
+    nbytes = sum(u8.nbytes((1, _heads(attn), n, n)) for attn in layers)
+    attention = sum(4 * n * n * _width(attn) for attn in layers)
+    others = 2 * n * sum(m.weight.numel() for m in _in_blocks(denoiser, NOT_EACH) if isinstance(m, Linear))
     at = f"{size[0]}x{size[1]}" + (f" and {frames} frames" if frames > 1 else "")
     share = attention / (attention + others)
     return (
@@ -77,8 +110,21 @@ def figures(denoiser: Any, size: tuple[int, int] | None = None, frames: int | No
     )
 
 
-def _meets_tokens(name: str, module: Module) -> bool:
-    """Whether every image token meets this layer: it lies in a block, and neither sees text nor modulates."""
-    parts = name.split(".")
-    in_block = any(part.isdigit() for part in parts)
-    return isinstance(module, Linear) and in_block and not any(w in p for p in parts for w in ELSEWHERE)
+def self_attention(denoiser: Module) -> list[Any]:
+    """Layers that attend over all image tokens, alone or along with text."""
+    return [attn for attn in _in_blocks(denoiser, CROSS) if hasattr(attn, "processor")]
+
+
+def _in_blocks(denoiser: Module, but: tuple[str, ...]) -> Iterator[Module]:
+    """What lies in a list of blocks, such as ``blocks.0.attn``, but for names that have one of `but` in them."""
+    for name, module in denoiser.named_modules():
+        if re.match(r"\w+\.\d+\.", name) and not any(word in name for word in but):
+            yield module
+
+
+def _heads(attn: Any) -> int:
+    return attn.heads if hasattr(attn, "heads") else attn.num_heads
+
+
+def _width(attn: Any) -> int:
+    return attn.inner_dim if hasattr(attn, "inner_dim") else attn.to_q.out_features

@@ -1,8 +1,12 @@
 """Who is served, who is refused and with which words, and an adapter from outside of the package."""
 
 import copy
+import inspect
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import diffusers
 import pytest
@@ -10,11 +14,12 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from tiny_random import random_pipeline
+from torch.nn import functional
 from zoo import FRAMES, TOKENS, ZOO, S, conditions
 
 import attnreuse
 from attnreuse import Policy, adapters, hurry
-from attnreuse.adapters import adapter_of
+from attnreuse.adapters import adapter_of, unserved
 from attnreuse.binding.shapes import map_shapes
 
 
@@ -29,11 +34,11 @@ def test_plans_see_the_shapes_of_runs(name):
 
 def test_the_nearest_model_is_named_and_how_to_serve_another():
     with torch.device("meta"):
-        chroma = diffusers.ChromaTransformer2DModel(num_layers=1, num_single_layers=1)
+        beside = diffusers.FluxControlNetModel(num_layers=1, num_single_layers=1)
     with pytest.raises(attnreuse.UnsupportedLayerError, match="nearest model that is served is FluxTransformer2DModel"):
-        attnreuse.enable(chroma)
+        attnreuse.enable(beside)
     with pytest.raises(attnreuse.UnsupportedLayerError, match=r"docs/adapters\.md"):
-        attnreuse.enable(chroma)
+        attnreuse.enable(beside)
 
 
 def test_models_that_cannot_gain_are_refused_with_both_figures():
@@ -50,6 +55,220 @@ def test_models_that_cannot_gain_are_refused_with_both_figures():
         adapter_of(wan)
     with pytest.raises(attnreuse.UnsupportedLayerError, match="at 256x256 and 17 frames"):
         adapter_of(wan, (256, 256), 17)
+
+
+NARROW = dict(num_layers=1, num_attention_heads=2, attention_head_dim=8)  # layers 16 wide, as texts are
+SIZES = dict.fromkeys(("original_size", "target_size", "crop_coords"), torch.ones(1, 2))
+AUDIO = dict(audio_num_attention_heads=2, audio_attention_head_dim=8, audio_cross_attention_dim=16, audio_in_channels=4)
+
+
+@dataclass
+class Seen:
+    """A small model that is not served, in the pipeline of its family, and what that gives it.
+
+    Attributes:
+        size, frames: what is made: neither square nor the default.
+        given: further arguments, by the latents.
+        beside: tokens in one sequence with those of the picture.
+        channels: of the latents before they are packed.
+    """
+
+    pipeline: str
+    config: dict[str, Any]
+    size: tuple[int, int]
+    frames: int = 1
+    given: Callable[[torch.Tensor], dict[str, Any]] = lambda latents: {}
+    beside: int = TOKENS
+    channels: int = 4
+
+
+NOT_SERVED = {
+    "AuraFlowTransformer2DModel": Seen(
+        "AuraFlowPipeline",
+        dict(
+            num_mmdit_layers=1,
+            num_single_dit_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            caption_projection_dim=16,
+        ),
+        (96, 64),
+        beside=TOKENS + 8,  # registers
+    ),
+    "CogView4Transformer2DModel": Seen(
+        "CogView4Pipeline",
+        dict(**NARROW, in_channels=4, text_embed_dim=16, time_embed_dim=8, condition_dim=4),
+        (96, 64),
+        given=lambda latents: SIZES,
+    ),
+    "HunyuanImageTransformer2DModel": Seen(
+        "HunyuanImagePipeline",
+        dict(**NARROW, in_channels=4, num_single_layers=1, text_embed_dim=16, rope_axes_dim=(4, 4)),
+        (192, 128),
+        given=lambda latents: dict(encoder_attention_mask=torch.ones(1, TOKENS)),
+    ),
+    "Krea2Transformer2DModel": Seen(
+        "Krea2Pipeline",
+        dict(
+            **NARROW,
+            in_channels=16,
+            num_key_value_heads=1,
+            intermediate_size=16,
+            text_hidden_dim=16,
+            num_text_layers=2,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=2,
+            text_intermediate_size=16,
+            axes_dims_rope=(4, 2, 2),
+        ),
+        (96, 64),
+        given=lambda latents: dict(
+            encoder_hidden_states=torch.ones(1, TOKENS, 2, 16),
+            position_ids=torch.zeros(TOKENS + latents.shape[1], 3),
+        ),
+    ),
+    "Lumina2Transformer2DModel": Seen(
+        "Lumina2Pipeline",
+        dict(
+            in_channels=4,
+            hidden_size=24,
+            num_layers=1,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=8,
+            axes_dim_rope=(4, 4, 4),
+            axes_lens=(16, 16, 16),
+            cap_feat_dim=16,
+        ),
+        (96, 64),
+        given=lambda latents: dict(encoder_attention_mask=torch.ones(1, TOKENS, dtype=torch.long)),
+    ),
+    "EasyAnimateTransformer3DModel": Seen(
+        "EasyAnimatePipeline",
+        dict(
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            patch_size=2,
+            time_embed_dim=8,
+            text_embed_dim=16,
+        ),
+        (96, 64),
+        9,
+    ),
+    "LTX2VideoTransformer3DModel": Seen(
+        "LTX2Pipeline",
+        dict(**NARROW, **AUDIO, in_channels=4, cross_attention_dim=16, caption_channels=16),
+        (192, 128),
+        17,
+        given=lambda latents: dict(
+            audio_hidden_states=torch.ones(1, 5, 4),
+            audio_encoder_hidden_states=torch.ones(1, TOKENS, 16),
+            num_frames=3,
+            height=6,
+            width=4,
+            audio_num_frames=5,
+        ),
+        beside=0,
+    ),
+    "MochiTransformer3DModel": Seen(
+        "MochiPipeline",
+        dict(**NARROW, in_channels=4, pooled_projection_dim=16, text_embed_dim=16, time_embed_dim=8),
+        (96, 64),
+        13,
+        given=lambda latents: dict(encoder_attention_mask=torch.ones(1, TOKENS)),
+    ),
+    "MotifVideoTransformer3DModel": Seen(
+        "MotifVideoPipeline",
+        dict(**NARROW, in_channels=4, num_single_layers=1, text_embed_dim=16, rope_axes_dim=(4, 2, 2)),
+        (96, 64),
+        9,
+    ),
+    "SkyReelsV2Transformer3DModel": Seen(
+        "SkyReelsV2Pipeline",
+        dict(
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            text_dim=16,
+            freq_dim=8,
+            ffn_dim=16,
+        ),
+        (96, 64),
+        9,
+        beside=0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_SERVED)
+def test_the_tokens_and_the_layers_told_of_are_those_of_runs(name, monkeypatch):
+    seen, lengths, exact = NOT_SERVED[name], [], functional.scaled_dot_product_attention
+
+    def attend(query, key, value, *args, **kwargs):
+        lengths.append((query.shape[2], key.shape[2]))
+        return exact(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attend)
+    model, kind = getattr(diffusers, name)(**seen.config).eval(), getattr(diffusers, seen.pipeline)
+    parts = inspect.signature(kind).parameters.values()
+    pipe = kind(**{**{p.name: None for p in parts if p.default is p.empty}, "transformer": model})
+    made = dict(height=seen.size[0], width=seen.size[1], num_frames=seen.frames)
+    made = {k: v for k, v in made.items() if k in inspect.signature(pipe.prepare_latents).parameters}
+    latents = pipe.prepare_latents(
+        batch_size=1,
+        num_channels_latents=seen.channels,
+        **made,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        generator=None,
+    )
+    given = dict(timestep=torch.ones(1), encoder_hidden_states=torch.ones(1, TOKENS, 16))
+    with torch.no_grad():
+        model(latents, **{**given, **seen.given(latents)})
+    n = unserved.GRIDS[name].tokens(seen.size, seen.frames)
+    assert (n + seen.beside, n + seen.beside) in lengths
+    whole = [pair for pair in lengths if pair[0] == pair[1] in {n, n + seen.beside}]
+    assert len(whole) == len(unserved.self_attention(model))
+
+
+def test_figures_are_told_of_models_of_diffusers():
+    assert not [name for name in unserved.GRIDS if not hasattr(diffusers, name)]
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "AnyFlowPipeline",
+        "AuraFlowPipeline",
+        "EasyAnimatePipeline",
+        "ErnieImagePipeline",
+        "HunyuanVideo15Pipeline",
+        "HunyuanVideoPipeline",
+        "Ideogram4Pipeline",
+        "Krea2Pipeline",
+        "LTX2Pipeline",
+        "LTXPipeline",
+        "MochiPipeline",
+        "MotifVideoPipeline",
+        "SkyReelsV2Pipeline",
+        "WanPipeline",
+        "WanVACEPipeline",
+    ],
+)
+def test_sizes_told_of_are_the_defaults_of_the_pipelines(pipeline):
+    kind = getattr(diffusers, pipeline)
+    model = next(m for m in unserved.GRIDS if m in inspect.getsource(kind.__init__))
+    grid = unserved.GRIDS[model]
+    told = dict(height=grid.size[0], width=grid.size[1], num_frames=grid.frames)
+    defaults = {k: p.default for k, p in inspect.signature(kind.__call__).parameters.items() if k in told and p.default}
+    assert defaults
+    assert defaults == {k: told[k] for k in defaults}
 
 
 @pytest.mark.parametrize("name", ["Flux", "DreamLite"])
