@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from typing_extensions import Self
 
+MOST = 3  # of a file's faults that a message names
+
 
 class Result(BaseModel):
     """Data of numbers, text, lists and tables alone.
@@ -48,7 +50,8 @@ def reading(path: str | Path, file_kind: str) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"{path} is not {file_kind} file: {wrong}") from None
+        wrong = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
+        more = f"; and {len(wrong) - MOST} more" if len(wrong) > MOST else ""
+        raise ValueError(f"{path} is not {file_kind} file: {'; '.join(wrong[:MOST])}{more}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not {file_kind} file: {error}") from None

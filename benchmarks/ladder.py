@@ -11,7 +11,6 @@ A search goes on from its scores; samplers whose front, or whose rows, are there
 
 import argparse
 import csv
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +22,11 @@ from shipped import pipeline
 from attnreuse.demo import tiny_shapes
 from attnreuse.measure.timing import Times
 from attnreuse.search import InProcess, ladder
-from attnreuse.study.compare.measure import Measured, judged, timed
+from attnreuse.study.compare.measure import Measured, Plain, at_time, judged, timed
 from attnreuse.study.compare.methods import PLAIN, Method, plain_steps, rule_for
 from attnreuse.study.compare.other_caches import OTHER_CACHES
 from attnreuse.study.evaluate import Evaluator, Setting
-from attnreuse.study.metrics import half_width, shown_psnr
+from attnreuse.study.metrics import shown_psnr
 from attnreuse.study.plots import Spot, pareto_figure, spot_name
 from attnreuse.study.search.front import Front, Point
 
@@ -114,14 +113,11 @@ def _judged(row: dict[str, str]) -> tuple[float, np.ndarray]:
 
 def above_front(front: list[tuple[float, np.ndarray]], time: float, psnrs: np.ndarray) -> str:
     """How far the PSNRs of a run of `time` lie above the line between the front's, picture by picture."""
-    front = sorted(front, key=lambda point: (point[0], -point[1].mean()))
-    times, pictures = zip(*front, strict=True)
-    if time < times[0]:
+    line = at_time(front, time)
+    if line is None:
         return "outside"
-    best = list(itertools.accumulate(pictures, lambda a, b: max(a, b, key=np.mean)))  # more time may be worse
-    line = np.array([np.interp(time, times, of_picture) for of_picture in np.transpose(best)])
-    gap = psnrs - line
-    return f"{gap.mean():+.1f}" + (f" ± {half_width(gap):.1f}" if len(gap) > 1 else "")
+    gap = Plain.of(psnrs, line)
+    return f"{gap.gain:+.1f}" + ("" if gap.gain_ci is None else f" ± {gap.gain_ci:.1f}")
 
 
 def figure() -> None:

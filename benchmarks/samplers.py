@@ -123,12 +123,12 @@ def table(guidance: float) -> None:
 def _equal(rows: list[dict[str, str]], taken: dict[tuple[str, str], float], family: str, time: float) -> str:
     """PSNR of the best of `family` that takes no longer."""
     found = [
-        (taken[r["sampler"], r["method"].removesuffix(", same noise")], float(r["psnr"]))
+        (taken[r["sampler"], r["method"].removesuffix(", same noise")], [float(r["psnr"])])
         for r in rows
         if r["family"] == family
     ]
-    best = at_time(found, time) if found else None
-    return "" if best is None else f"{best:.1f}"
+    best = at_time(found, time)
+    return "" if best is None else f"{best.mean():.1f}"
 
 
 def main() -> None:

@@ -72,15 +72,15 @@ class Report(Result):
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE, pad_edge=False)
-        for column in ("", "layers", "kind", "map", *COUNTS.values(), "bytes"):
-            table.add_column(column, justify="left" if column in ("", "kind") else "right")
+        table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+        for column in ("", "layers", "kind", "map", *COUNTS.values(), "MiB"):
+            table.add_column(column, justify="left" if column in ("", "kind") else "right", overflow="fold")
         notes = []
         for number, layers in enumerate(self.groups(), 1):
             layer = layers[0]
             shape = "" if layer.shape is None else "x".join(map(str, layer.shape[2:]))
             counts = [_of(getattr(layer, key), layer.planned[key]) for key in COUNTS.values()]
-            table.add_row(f"{number}", f"{len(layers)}", layer.kind, shape, *counts, f"{layer.map_bytes:,}")
+            table.add_row(f"{number}", f"{len(layers)}", layer.kind, shape, *counts, f"{layer.map_bytes / 2**20:,.1f}")
             notes.append(f"{number}: {_names([layer.name for layer in layers])}")
             notes += [f"   {times} calls not as planned: {why}" for why, times in layer.reasons.items()]
             notes += [f"   only computes: {self.skipped[layer.name]}"] if layer.name in self.skipped else []

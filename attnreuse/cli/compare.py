@@ -104,7 +104,7 @@ def _table(group: Any) -> Table:
             row.method.name,
             f"{row.of_full(group.full).median:.2f}",
             quality,
-            "" if row.plain_psnr is None else f"{row.plain_psnr:.1f}",
+            "" if row.plain is None else f"{row.plain.psnr:.1f}",
             *(f"{known[key]:{form}}" if key in known else "" for key, form in judged.items()),
         )
     return table

@@ -16,6 +16,7 @@ from attnreuse.progress import Progress
 
 out = Console(markup=False, highlight=False, emoji=False)
 err = Console(stderr=True, markup=False, highlight=False, emoji=False)
+ARGUMENTS = {"layers", "max_age", "memory_budget", "reuse", "schedules", "student"}  # whose options have their names
 EVERY = 30.0  # seconds between lines of progress without a terminal
 
 
@@ -34,8 +35,14 @@ def clear_errors(kept: Callable[[], str] = lambda: "nothing was written") -> Ite
         raise typer.Exit(130) from stop
     except (AttnReuseError, ValueError, OSError) as error:
         said = str(error).strip() or type(error).__name__
-        err.print(Text.assemble(("error: ", "red"), said.splitlines()[0]), soft_wrap=True)
+        err.print(Text.assemble(("error: ", "red"), _as_typed(said.splitlines()[0])), soft_wrap=True)
         raise typer.Exit(2) from error
+
+
+def _as_typed(said: str) -> str:
+    """A message whose first word is an argument, with the option that gives it instead."""
+    name = said.partition(" must ")[0]
+    return "--" + name.replace("_", "-") + said[len(name) :] if name in ARGUMENTS else said
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from attnreuse.cli.console import clear_errors, out
+from attnreuse.cli.console import clear_errors, out, progress
 from attnreuse.cli.inputs import default_dtype, default_format, find_model, policy_for, refuse_beside, refuse_without
 from attnreuse.cli.options import (
     AsJson,
@@ -65,20 +65,22 @@ def command(
         device = default_device()
         dtype = default_dtype(device)
         chosen = policy_for(policy, fit, model, blueprint.scheduler, steps, reuse, max_age)
-        result = forecast(
-            blueprint,
-            chosen,
-            asked_steps=steps,
-            map_format=map_format or default_format(device, dtype),
-            layers=layers,
-            size=(height or blueprint.side, width or blueprint.side),
-            pictures=batch,
-            guidance=guidance,
-            memory_budget=memory_budget,
-            dtype=dtype,
-            measure_on=device if measure else None,
-            frames=frames,
-        )
+        with progress("runs") as tell:
+            result = forecast(
+                blueprint,
+                chosen,
+                asked_steps=steps,
+                map_format=map_format or default_format(device, dtype),
+                layers=layers,
+                size=(height or blueprint.side, width or blueprint.side),
+                pictures=batch,
+                guidance=guidance,
+                memory_budget=memory_budget,
+                dtype=dtype,
+                measure_on=device if measure else None,
+                frames=frames,
+                progress=tell,
+            )
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
         return

@@ -272,7 +272,8 @@ def _predicted(analysis: Path | None, evaluator: Any, reuse: int) -> tuple[list[
 
 def _front_table(front: Any, picked: Any) -> Table:
     """The points of a front, and which of them is saved."""
-    title = f"stopped at: {front.stopped}; PSNR of {front.pictures} pictures; time, {front.times}, as a share of "
+    pictures = f"{front.pictures} picture{'s' * (front.pictures != 1)}"
+    title = f"stopped at: {front.stopped}; PSNR of {pictures}; time, {front.times}, as a share of "
     table = Table(title=f"{title}{front.full_s:.2f} s")
     for column in ("time", "PSNR, dB", "steps", "schedule", ""):
         table.add_column(column, justify="right" if column in ("time", "PSNR, dB", "steps") else "left")

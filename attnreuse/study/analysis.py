@@ -58,7 +58,7 @@ def analyze(
     schedules = min(schedules, math.comb(steps - 1, count)) if schedules else 0
     if 0 < schedules < FEWEST:
         raise ValueError(
-            f"a rank needs at least {FEWEST} schedules, or none: got {schedules} of {count} reuses in {steps} steps"
+            f"schedules must be at least {FEWEST}, or 0 for no rank; {count} reuses in {steps} steps make {schedules}"
         )
     ages = [age for age in (1, 2, 4, 8) if age < steps]
     places = sorted({min(steps - 1, max(1, round(steps * share))) for share in (0.25, 0.5, 0.75)} | {steps - 1})

@@ -24,6 +24,7 @@ from attnreuse.binding.shapes import LayerCost
 from attnreuse.errors import AttnReuseError
 from attnreuse.measure.timing import Times, in_turns, stopwatch
 from attnreuse.policy import Action, Policy
+from attnreuse.progress import Progress, silent
 from attnreuse.study.evaluate import Evaluator
 
 ROUNDS = 3
@@ -73,10 +74,13 @@ class _Run:
         return sum(map(sum, self.taken.values()))
 
 
-def measure(evaluator: Evaluator, rounds: int = ROUNDS) -> RunCosts:
+def measure(evaluator: Evaluator, rounds: int = ROUNDS, progress: Progress = silent) -> RunCosts:
     """Costs of the evaluator's layers, at its setting and map format.
 
     Medians over `rounds` runs of one batch, in turns of random order: stock, every other step reused, every other held.
+
+    Args:
+        progress: called before each run, with the number of these done, of all.
 
     Raises:
         AttnReuseError: a layer is not called as often in each step, or does not do what its policy says.
@@ -84,8 +88,13 @@ def measure(evaluator: Evaluator, rounds: int = ROUNDS) -> RunCosts:
     one = _one_batch(evaluator, evaluator.setting.steps)
     steps = one.executed_steps
     kinds = [None, *(Policy(steps=steps, reuse=[i % 2 and letter for i in range(steps)]) for letter in (True, "H"))]
-    _ = one.full  # warms up
-    stock, reused, held = in_turns([functools.partial(_timed, one, policy) for policy in kinds], rounds)
+    progress(0, rounds * len(kinds) + 1, "warm-up")
+    _ = one.full
+
+    def tell(done: int, i: int) -> None:
+        progress(done + 1, rounds * len(kinds) + 1, f"timing {('stock', 'reuse', 'hold')[i]}")
+
+    stock, reused, held = in_turns([functools.partial(_timed, one, policy) for policy in kinds], rounds, tell)
     runs: dict[bool, list[_Run]] = {False: stock, True: reused + held}  # by whether a session serves them
     taken: Taken = defaultdict(list)
     for run in runs[True] + runs[False]:

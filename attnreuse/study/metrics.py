@@ -63,6 +63,18 @@ PAIRED: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "ssim": ssim_each,
     "lpips": lpips_each,
 }
+
+
+def try_out(paired: str) -> None:
+    """Judge two blank pictures by one of ``PAIRED``.
+
+    Raises:
+        AttnReuseError: it needs what is not installed; the message says how to get it.
+    """
+    blank = np.zeros((1, 64, 64, 3), np.float32)
+    PAIRED[paired](blank, blank)
+
+
 HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False}
 
 

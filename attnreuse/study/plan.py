@@ -21,6 +21,7 @@ from attnreuse.binding.shapes import LayerCost, Shapes, map_requests, map_shapes
 from attnreuse.maps.formats import format_named
 from attnreuse.maps.ring import RingPlan, plan_ring
 from attnreuse.policy import Action, Policy
+from attnreuse.progress import Progress, silent
 from attnreuse.results import Result
 from attnreuse.study import costs
 from attnreuse.study.blueprint import Blueprint
@@ -49,7 +50,7 @@ class RunForecast(Result):
     """What a run of one batch should take.
 
     Attributes:
-        attention_share: of a step's time that the layers take which the policy serves, with their projections.
+        attention_share: of a step's time that the chosen layers take, with their projections.
         full_s: seconds with every step computed.
         policy_s: seconds with the policy.
         plain_steps: ``num_inference_steps`` that take as long as the policy.
@@ -104,10 +105,10 @@ class Forecast(Result):
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE, pad_edge=False)
+        table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
         timed = ("compute", "capture", "reuse", "hold") if self.run else ()
         for column in ("layers", "kind", "map", "heads", "MiB", "", *timed):
-            table.add_column(column, justify="left" if column in ("kind", "") else "right")
+            table.add_column(column, justify="left" if column in ("kind", "") else "right", overflow="fold")
         for (kind, shape, dim, fate), group in itertools.groupby(sorted(self.layers, key=_alike), key=_alike):
             layers = list(group)
             cost = layers[0].cost
@@ -120,6 +121,8 @@ class Forecast(Result):
         size = f"{self.map_format} maps: a buffer of {self.predicted_bytes / 2**20:.1f} MiB"
         title = f"{steps}; {self.policy}; {size}"
         said = [Text("Times are milliseconds of one layer at one step.")] if self.run else []
+        if self.dropped:
+            said.append(Text("Layers without room do not fit into the memory budget: they only compute."))
         if self.beside:
             said.append(
                 Text(f"A picture that {self.beside} is given stands beside the one it makes: plan the pixels of both.")
@@ -134,7 +137,7 @@ class Forecast(Result):
             share = f"Attention makes {self.attention_products:.0%} of a step's multiplications."
             return f"{share} Whether it pays is not measured ({self.not_timed})."
         run, steps = self.run, self.asked_steps
-        share = f"The layers that reuse take {run.attention_share:.0%} of a step's time here."
+        share = f"The layers above take {run.attention_share:.0%} of a step's time here."
         took = f"This policy should take {run.ratio:.2f} of the time of {steps} full steps ({run.full_s:.2f} s)"
         if not run.pays:
             return f"{share} No, it does not pay: {took[0].lower()}{took[1:]}."
@@ -146,7 +149,7 @@ class Forecast(Result):
 
 def _alike(layer: LayerForecast) -> tuple[str, tuple[int, int, int, int], int, str]:
     """What layers of one line of the table share."""
-    fate = "" if layer.offset is not None else "computes" if layer.steps is None else "does not fit"
+    fate = "" if layer.offset is not None else "computes" if layer.steps is None else "no room"
     return layer.kind, layer.shape, layer.head_dim, fate
 
 
@@ -164,6 +167,7 @@ def forecast(
     memory_budget: int | str | None = None,
     measure_on: torch.device | None = None,
     frames: int | None = None,
+    progress: Progress = silent,
 ) -> Forecast:
     """Plan `policy` for a batch of `pictures` of `size` (height, width) in `dtype`.
 
@@ -172,6 +176,7 @@ def forecast(
         guidance: classifier-free guidance is on, which gives most denoisers two rows for each picture.
         measure_on: time runs on this device; None: do not.
         frames: of a video, for models that make one; None: as the model's config says.
+        progress: called before each timed run, with the number of these done, of all.
     """
     chosen, denoiser = format_named(map_format), blueprint.denoiser
     kinds = layer_kinds(denoiser)
@@ -192,7 +197,7 @@ def forecast(
             layers=tuple(schedule.actions), batch=pictures,
         )  # fmt: skip
         pipe = blueprint.with_random_weights(dtype, measure_on)
-        run_costs = costs.measure(Evaluator(pipe, setting), ROUNDS)
+        run_costs = costs.measure(Evaluator(pipe, setting), ROUNDS, progress)
     rows = [
         LayerForecast(
             name=name,

@@ -113,7 +113,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise AttnReuseError("plots need matplotlib: pip install 'attnreuse[plot]'") from error
+        raise AttnReuseError("plots need matplotlib: pip install 'attnreuse[eval,plot]'") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

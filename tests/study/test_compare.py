@@ -173,17 +173,43 @@ def test_costs_are_counted_as_the_paper_does(measured):
     assert row(measured, "4 plain steps").maps_computed == 0.5
     assert row(measured, "PAB(2)").maps_computed is None
     equal = row(measured, "4 plain steps").scores["psnr"]
-    assert row(measured, "hurry(8,4,max_age=None)").equal_cost_psnr == equal
+    assert row(measured, "hurry(8,4,max_age=None)").equal_cost.psnr == pytest.approx(equal)
 
 
 def test_plain_steps_at_a_time_are_the_best_up_to_it():
-    measured = [(3.0, 42.0), (1.0, 30.0), (2.0, 40.0), (2.5, 36.0)]
+    measured = [(3.0, [40.0, 44.0]), (1.0, [31.0, 29.0]), (2.0, [39.0, 41.0]), (2.5, [42.0, 30.0])]
     assert measure.at_time(measured, 0.9) is None
-    assert measure.at_time(measured, 1.0) == 30
-    assert measure.at_time(measured, 1.5) == 35
-    assert measure.at_time(measured, 2.5) == 40  # though these more steps are worse
-    assert measure.at_time(measured, 9.0) == 42
+    assert measure.at_time(measured, 1.0).tolist() == [31, 29]
+    assert measure.at_time(measured, 1.5).tolist() == [35, 35]
+    assert measure.at_time(measured, 2.5).tolist() == [39, 41]  # though these more steps are worse
+    assert measure.at_time(measured, 9.0).tolist() == [40, 44]
     assert measure.at_time([], 1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("psnrs", "clear", "finding"),
+    [
+        ([31.0, 41.2, 51.1], True, "mine: 1.1 dB above plain steps of the same time"),
+        ([36.0, 38.0, 53.0], False, "No schedule is clearly above plain steps of the same time"),
+        ([29.0, 38.9, 48.9], True, "Plain steps of the same time are better than every schedule"),
+    ],
+)
+def test_a_gain_is_what_pictures_agree_on(psnrs, clear, finding):
+    def method(name, family, psnrs, time, steps=8):
+        scores = {"psnr": np.mean(psnrs)} if psnrs else {}
+        one = methods.Method(name, family, steps)
+        return measure.Measured(one, steps, 0, scores, psnrs=psnrs, latencies_s=[time])
+
+    rows = [method("full steps", "full", [], 1.0), method("mine", "reuse", psnrs, 0.75)]
+    rows += [method(f"{n} plain steps", "plain steps", [30.0, 40.0, 50.0], n / 8, n) for n in (4, 6)]
+    measure._at_equal(rows)
+    assert rows[1].plain.psnr == 40
+    assert rows[1].plain.gain == pytest.approx(np.mean(psnrs) - 40)
+    assert rows[1].plain.is_clear == clear
+    group = groups.Group(scheduler="DDIM", steps=8, map_format="u8", rows=rows, notes=[])
+    assert page._finding(group) == finding
+    said = " ".join(page.summary(group))
+    assert ("1 within what pictures differ by" in said) is not clear
 
 
 def test_rows_are_told_plain_steps_of_their_time_and_maps(measured):
@@ -191,15 +217,15 @@ def test_rows_are_told_plain_steps_of_their_time_and_maps(measured):
     rows = [copy.copy(r) for r in measured.groups[0].rows]
     for r in rows:
         r.latencies_s = [r.method.steps / 8]
-        r.plain_psnr = None
+        r.plain = None
     mine = next(r for r in rows if r.method.name == "mine")
     plain = {r.method.steps: r.scores["psnr"] for r in rows if r.method.family == "plain steps"}
     for latency, psnr in ((0.1, None), (0.5, max(v for k, v in plain.items() if k <= 4)), (1.1, None)):
         mine.latencies_s = [latency]
-        mine.plain_psnr = None
+        mine.plain = None
         measure._at_equal(rows)
-        assert mine.plain_psnr == (None if psnr is None else pytest.approx(psnr))
-    assert mine.equal_cost_psnr == plain[5]  # 5 of 8 calls compute
+        assert (mine.plain and mine.plain.psnr) == (None if psnr is None else pytest.approx(psnr))
+    assert mine.equal_cost.psnr == pytest.approx(plain[5])  # 5 of 8 calls compute
 
 
 def test_a_stochastic_sampler_is_compared_with_its_noise_held_fixed():
@@ -284,7 +310,7 @@ def test_the_scheduler_is_put_back_and_groups_multiply():
     rows = {r.method.name: r for r in found.groups[2].rows}
     assert rows["2 plain steps"].maps_computed == pytest.approx(3 / 7)  # Heun calls once in the last step
     near = [rows[f"{n} plain steps"].scores["psnr"] for n in (2, 3)]  # 3 and 5 calls, about 4
-    assert rows["hurry(7,3,max_age=1)"].equal_cost_psnr == max(near)
+    assert rows["hurry(7,3,max_age=1)"].equal_cost.psnr == pytest.approx(max(near))
 
 
 def test_the_page_and_its_table_hold_every_figure(measured, tmp_path):

@@ -79,7 +79,8 @@ def compare(
 
     Raises:
         AttnReuseError: a metric needs what is not installed.
-        ValueError: an unknown sampler, eta for one that has none, or a rule for a scheduler without noise levels.
+        ValueError: an unknown sampler, eta for one that has none, a rule for a scheduler without noise levels, or no
+            student in its folder.
     """
     own, groups = pipe.scheduler, []
     made = {name: own if name is None else make_scheduler(own.config, name) for name in schedulers}
@@ -92,8 +93,11 @@ def compare(
         ):
             pipe.scheduler = made[scheduler]
             at = replace(setting, steps=count, map_format=name)
-            same = type(pipe.scheduler) is type(own)  # a student is made for one scheduler
-            wanted.append((scheduler, at, *methods(pipe, at, policies, student if same else None, others)))
+            same = type(pipe.scheduler) is type(own)
+            found, notes = methods(pipe, at, policies, student if same else None, others)
+            if student is not None and not same:
+                notes.append(f"the student was left out: it is made for {type(own).__name__}")
+            wanted.append((scheduler, at, found, notes))
         of, done = sum(runs(candidates, rounds) for _, _, candidates, _ in wanted), 0
         for scheduler, at, candidates, notes in wanted:
             pipe.scheduler = made[scheduler]

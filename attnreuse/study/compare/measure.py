@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -30,6 +31,32 @@ SHOWN = 4  # pictures that are kept of each method
 
 
 @dataclass
+class Plain:
+    """Plain steps that a method is read against, and how far it lies above them, picture by picture.
+
+    Attributes:
+        psnr: their mean, dB.
+        gain, gain_ci: mean of the differences, dB, and the half-width of its 95 % confidence interval; None for one
+            picture.
+    """
+
+    psnr: float
+    gain: float
+    gain_ci: float | None
+
+    @classmethod
+    def of(cls, psnrs: Sequence[float], plain: np.ndarray) -> Plain:
+        """Of the PSNRs of a method's pictures, and those of the same pictures with plain steps."""
+        gains = np.asarray(psnrs) - plain
+        return cls(float(plain.mean()), float(gains.mean()), metrics.half_width(gains) if len(gains) > 1 else None)
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the difference is more than pictures differ by; one picture does not tell."""
+        return abs(self.gain) > (self.gain_ci or 0)
+
+
+@dataclass
 class Measured:
     """What one method did.
 
@@ -41,8 +68,8 @@ class Measured:
         psnrs: of each picture, dB; empty for the full run.
         latencies_s: of one batch of pictures, one per round.
         maps_computed: share of the full run's attention-map elements that it computed; None where unknown.
-        plain_psnr: of plain steps at its latency; None below all that were measured.
-        equal_cost_psnr: of the plain steps that compute as many maps, as near as step counts allow.
+        plain: plain steps at its latency; None below all that were measured.
+        equal_cost: the plain steps that compute as many maps, as near as step counts allow.
     """
 
     method: Method
@@ -54,8 +81,8 @@ class Measured:
     scheduler: str = ""
     latencies_s: list[float] = field(default_factory=list)
     maps_computed: float | None = None
-    plain_psnr: float | None = None
-    equal_cost_psnr: float | None = None
+    plain: Plain | None = None
+    equal_cost: Plain | None = None
 
     @property
     def latency_s(self) -> float:
@@ -76,8 +103,8 @@ class Measured:
             "latency_s": _short(self.latency_s), "latency_p20_s": _short(low_high[0]),
             "latency_p80_s": _short(low_high[1]),
             **{key: _short(self.scores.get(key)) for key in SCORES},
-            "plain_psnr_at_equal_latency": _short(self.plain_psnr),
-            "plain_psnr_at_equal_cost": _short(self.equal_cost_psnr),
+            "plain_psnr_at_equal_latency": _short(self.plain and self.plain.psnr),
+            "plain_psnr_at_equal_cost": _short(self.equal_cost and self.equal_cost.psnr),
         }  # fmt: skip
 
 
@@ -264,20 +291,21 @@ def _maps_computed(one: Evaluator, full: Measured, row: Measured) -> float | Non
     return share * (1 - reused / (sum(sizes.values()) * policy.steps))
 
 
-def at_time(measured: Iterable[tuple[float, float]], time: float) -> float | None:
-    """The PSNR of plain steps at a time, by interpolation of (time, PSNR) pairs; None below all of them.
+def at_time(measured: Iterable[tuple[float, Sequence[float]]], time: float) -> np.ndarray | None:
+    """The PSNRs ``[P]`` of pictures at a time, by interpolation between (time, PSNRs); None below all of them.
 
-    More steps can be worse or, by noise, faster: up to each pair the best so far counts.
+    More time can be worse: from each on, the best mean so far counts.
     """
-    pairs = sorted(measured)
-    if not pairs or time < pairs[0][0]:
+    measured = sorted(measured, key=lambda pair: (pair[0], -np.mean(pair[1])))
+    if not measured or time < measured[0][0]:
         return None
-    times, psnrs = zip(*pairs, strict=True)
-    return float(np.interp(time, times, np.maximum.accumulate(psnrs)))
+    times, psnrs = zip(*measured, strict=True)
+    best = list(itertools.accumulate(psnrs, lambda a, b: max(a, b, key=np.mean)))
+    return np.array([np.interp(time, times, of_picture) for of_picture in np.transpose(best)])
 
 
 def _at_equal(rows: list[Measured]) -> None:
-    """Tell each row the plain steps' PSNR at its latency and at its count of maps."""
+    """Tell each row the plain steps at its latency and at its count of maps."""
     plain = [r for r in rows if r.method.family in PLAIN]
     if len(plain) < 2:
         return
@@ -286,12 +314,12 @@ def _at_equal(rows: list[Measured]) -> None:
         if row.method.family in PLAIN:
             continue
         time = row.of_full(rows[0]).median
-        if time <= 1:
-            row.plain_psnr = at_time([(r.of_full(rows[0]).median, r.scores["psnr"]) for r in plain], time)
+        psnrs = at_time([(r.of_full(rows[0]).median, r.psnrs) for r in plain], time) if time <= 1 else None
+        row.plain = None if psnrs is None else Plain.of(row.psnrs, psnrs)
         if row.maps_computed is not None:
             off = {id(r): abs(r.executed_steps - calls * row.maps_computed) for r in plain}
-            as_costly = [r.scores["psnr"] for r in plain if off[id(r)] == min(off.values()) <= 1]
-            row.equal_cost_psnr = max(as_costly, default=None)
+            as_costly = [r.psnrs for r in plain if off[id(r)] == min(off.values()) <= 1]
+            row.equal_cost = Plain.of(row.psnrs, np.array(max(as_costly, key=np.mean))) if as_costly else None
 
 
 def _short(value: float | None) -> str:

@@ -137,6 +137,8 @@ def _on_deepcache(setting: Setting, policy: Policy) -> Method:
 
 def _students(folder: Path, steps: int, map_format: str) -> list[Method]:
     """A student runs without guidance, on a grid of its own steps."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"student must be the folder of a UNet, with a config.json: {folder} is none")
     policies = [None, hurry(steps, max(1, steps // 5), 1), hurry(steps, max(1, steps // 2), 1)]
     return [
         Method(
@@ -156,7 +158,8 @@ def _student(folder: Path) -> Callable[[Any], AbstractContextManager]:
         from diffusers import UNet2DConditionModel
 
         if not students:
-            students.append(UNet2DConditionModel.from_pretrained(folder).to(pipe.device, pipe.unet.dtype).eval())
+            made = UNet2DConditionModel.from_pretrained(folder, local_files_only=True)
+            students.append(made.to(pipe.device, pipe.unet.dtype).eval())
         teacher, pipe.unet = pipe.unet, students[0]
         try:
             yield

@@ -13,7 +13,7 @@ from PIL import Image
 
 from attnreuse.errors import AttnReuseError
 from attnreuse.study.compare.groups import Comparison, Group
-from attnreuse.study.compare.measure import Measured
+from attnreuse.study.compare.measure import Measured, Plain
 from attnreuse.study.metrics import shown_psnr
 from attnreuse.study.plots import FAMILIES, Spot, pareto_figure, pyplot, spot_name
 
@@ -64,16 +64,13 @@ def summary(group: Group) -> list[str]:
         return []
     best = max(reuse, key=lambda r: r.scores["psnr"])
     said = [f"Closest to the full run among reuse schedules: {best.method.name}, {best.scores['psnr']:.1f} dB."]
-    known = [r for r in reuse if r.equal_cost_psnr is not None]
-    won = [r.method.name for r in known if r.scores["psnr"] > r.equal_cost_psnr]
-    said.append(
-        f"At equal cost as the paper counts it (attention maps computed), {_above(won, len(known))} plain steps."
-    )
+    known = {r.method.name: r.equal_cost for r in reuse if r.equal_cost is not None}
+    said.append(f"At equal cost as the paper counts it (attention maps computed), {_above(known, len(known))}.")
     faster = _faster(group)
-    gained = [r.method.name for r in faster if r.plain_psnr is not None and r.scores["psnr"] > r.plain_psnr]
+    known = {r.method.name: r.plain for r in faster if r.plain is not None}
     said.append(
         f"{len(faster)} of {len(reuse)} schedules took less time than the full run; at equal measured time "
-        f"{_above(gained, len(reuse))} plain steps."
+        f"{_above(known, len(reuse))}."
     )
     if len(group.full.latencies_s) < 3:
         said.append("Methods were timed less than three times: times this near differ from run to run.")
@@ -82,9 +79,13 @@ def summary(group: Group) -> list[str]:
     return said
 
 
-def _above(names: list[str], of: int) -> str:
-    who = f" ({', '.join(names)})" if 0 < len(names) < of else ""
-    return f"{len(names)} of {of} schedules{who} {'lies' if len(names) == 1 else 'lie'} above"
+def _above(known: dict[str, Plain], of: int) -> str:
+    """How many of so many schedules lie above plain steps, and how many of the others may."""
+    above = [name for name, plain in known.items() if plain.gain > 0 and plain.is_clear]
+    unclear = sum(not plain.is_clear for plain in known.values())
+    who = f" ({', '.join(above)})" if 0 < len(above) < of else ""
+    said = f"{len(above)} of {of} schedules{who} {'lies' if len(above) == 1 else 'lie'} above plain steps"
+    return said + (f", {unclear} within what pictures differ by" if unclear else "")
 
 
 def _cells(row: Measured, group: Group) -> dict[str, Any]:
@@ -104,8 +105,8 @@ def _cells(row: Measured, group: Group) -> dict[str, Any]:
         "maps": number(row.maps_computed, ".0%"),
         "memory": f"{row.map_bytes / 2**20:.0f} MiB" if row.map_bytes else "",
         "psnr": quality,
-        "plain": number(row.plain_psnr, ".1f"),
-        "equal_cost": number(row.equal_cost_psnr, ".1f"),
+        "plain": number(row.plain and row.plain.psnr, ".1f"),
+        "equal_cost": number(row.equal_cost and row.equal_cost.psnr, ".1f"),
         "others": [number(row.scores.get(key), OTHERS[key][1]) for key in _known(group)],
     }
 
@@ -125,14 +126,16 @@ def _spot(row: Measured, full: Measured) -> Spot:
 def _finding(group: Group) -> str:
     """How the best of the schedules that reuse stands to plain steps of its time, in a line."""
     faster = _faster(group)
-    known = [r for r in faster if r.plain_psnr is not None]
+    known = [r for r in faster if r.plain is not None]
     if not known:
         return "No plain steps of the same time to compare with" if faster else "No schedule takes less time than full"
-    best = max(known, key=lambda r: r.scores["psnr"] - r.plain_psnr)
-    gain = best.scores["psnr"] - best.plain_psnr
-    if gain <= 0:
-        return "Plain steps of the same time are as good as any schedule"
-    return f"{best.method.name}: {gain:.1f} dB above plain steps of the same time"
+    clear = [r for r in known if r.plain.is_clear]
+    best = max(clear or known, key=lambda r: r.plain.gain)
+    if best.plain.gain > 0 and clear:
+        return f"{best.method.name}: {best.plain.gain:.1f} dB above plain steps of the same time"
+    if len(clear) < len(known):
+        return "No schedule is clearly above plain steps of the same time"
+    return "Plain steps of the same time are better than every schedule"
 
 
 def _faster(group: Group) -> list[Measured]:

@@ -21,6 +21,7 @@ from attnreuse.planning.rows import Row, strip, trades
 from attnreuse.policy import Policy, hurry
 from attnreuse.progress import Progress, silent
 from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.metrics import try_out
 from attnreuse.study.search.engines import Engine, InProcess, RayEngine
 from attnreuse.study.search.judge import Judge
 from attnreuse.study.search.objective import Improvement, Objective, Scores, SearchResult, Value
@@ -137,6 +138,7 @@ class _Climb:
         progress: Progress,
         rank: Callable[[Policy], float] | None,
     ):
+        try_out(objective.metric)
         self.evaluator, self.objective, self.judge_policies = engine.evaluator, objective, judge
         self.budget, self.patience, self.progress, self.rank = budget, patience, progress, rank
         self.begun = replace(engine.evaluator.calls)
