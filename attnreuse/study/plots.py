@@ -76,7 +76,7 @@ def pareto_figure(spots: list[Spot], title: str) -> Any:
             times, psnrs, _ = zip(*joined, strict=True)
             axis.plot(times, psnrs, line, color=color, lw=1, label=family)
             for *at, name in joined:
-                axis.annotate(name, at, xytext=(0, -9), textcoords="offset points", fontsize=6, ha="center")
+                axis.annotate(name, at, xytext=(3, -9), textcoords="offset points", fontsize=6)
     axis.legend(fontsize=LABEL_PT, frameon=False, loc="upper left")
     axis.axvline(1, color=QUIET, lw=0.6, ls=":")
     axis.set(xlabel="time, of the full run's", ylabel="PSNR to the full run, dB")
@@ -96,11 +96,12 @@ def _name_beside(axis: Any, spots: list[Spot], points: float) -> None:
     lift = max(0.0, -min(heights, default=0.0))  # what has sunk below the axis
     for i in reversed(range(len(heights))):
         heights[i] = max(heights[i], heights[i + 1] + gap if i + 1 < len(heights) else 0.0) if lift else heights[i]
-    line = {"arrowstyle": "-", "lw": 0.4, "color": QUIET, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
+    line = {"arrowstyle": "-", "lw": 0.5, "ls": ":", "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
     for spot, y in zip(spots, heights, strict=True):
+        color = FAMILIES[spot.family].color
         axis.annotate(
             spot.name, (spot.time.median, spot.psnr), (1.03, y), textcoords="axes fraction", fontsize=LABEL_PT,
-            color=FAMILIES[spot.family].color, va="center", annotation_clip=False, arrowprops=line,
+            color=color, va="center", annotation_clip=False, arrowprops=line | {"color": color},
         )  # fmt: skip
 
 
@@ -137,8 +138,10 @@ def layer_drift_figure(analysis: Analysis, lag: int = 1) -> Any:
     """Heat map of the drift of each layer's map at each step."""
     figure, axis = pyplot().subplots(figsize=(9, 0.4 * len(analysis.drift.frobenius) + 1.6), layout="constrained")
     names = list(analysis.drift.frobenius)
-    table = np.array([[row[lag - 1] for row in analysis.drift.frobenius[name]] for name in names], dtype=float)
-    image = axis.imshow(table, aspect="auto", cmap="viridis")
+    rows = [[row[lag - 1] for row in analysis.drift.frobenius[name][lag:]] for name in names]  # no step has older maps
+    table = np.array(rows, dtype=float)
+    sides = (lag - 0.5, analysis.steps - 0.5, len(names) - 0.5, -0.5)
+    image = axis.imshow(table, aspect="auto", cmap="viridis", extent=sides)
     most = names[int(np.nanargmax(np.nanmean(table, 1)))]
     axis.set(xlabel="step", yticks=range(len(names)), yticklabels=names)
     axis.set_title(f"{most} drifts most, within {lag} step{'s' if lag > 1 else ''}", loc="right")
@@ -169,11 +172,11 @@ def _growth(axis: Any, analysis: Analysis) -> None:
 
 def _drift(figure: Any, axis: Any, analysis: Analysis) -> None:
     n = analysis.steps
-    table = np.full((n - 1, n), np.nan)  # lag - 1, step
+    table = np.full((n - 1, n - 1), np.nan)  # lag - 1, step - 1
     for step in range(1, n):
         for lag in range(1, step + 1):
-            table[lag - 1, step] = analysis.drift.between(step - lag, step)
-    image = axis.imshow(table, origin="lower", aspect="auto", cmap="viridis", extent=(-0.5, n - 0.5, 0.5, n - 0.5))
+            table[lag - 1, step - 1] = analysis.drift.between(step - lag, step)
+    image = axis.imshow(table, origin="lower", aspect="auto", cmap="viridis", extent=(0.5, n - 0.5, 0.5, n - 0.5))
     ages = [float(np.nanmean(table[lag])) for lag in (0, n // 2)]
     axis.set(xlabel="step", ylabel="age of the map, in steps")
     axis.set_title(f"Maps one step old are off by {ages[0]:.0%}, {n // 2 + 1} steps old by {ages[1]:.0%}")
@@ -189,6 +192,7 @@ def _staleness(axis: Any, analysis: Analysis) -> None:
     axis.set(xlabel="age of the map, in steps", ylabel="distance of the final latent", title=_of_age(analysis))
     axis.set_xticks(analysis.staleness.ages, analysis.staleness.ages)
     axis.minorticks_off()
+    _one_two_five(axis.yaxis)
     axis.legend(fontsize=7, frameon=False)
 
 
@@ -204,9 +208,15 @@ def _at_whole_steps(axis: Any, which: str = "x") -> None:
     axis.locator_params(axis=which, integer=True)
 
 
-def _prediction(axis: Any, analysis: Analysis) -> None:
+def _one_two_five(ticks: Any) -> None:
+    """Ticks of a logarithmic axis, close enough for a short one."""
     from matplotlib.ticker import LogLocator
 
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ticks.set_major_formatter("{x:g}")
+
+
+def _prediction(axis: Any, analysis: Analysis) -> None:
     prediction = analysis.prediction
     if prediction is None:
         axis.set_axis_off()
@@ -214,9 +224,8 @@ def _prediction(axis: Any, analysis: Analysis) -> None:
     axis.loglog(prediction.predicted, prediction.measured, "o", ms=3, color=INK)
     low, high = min(prediction.predicted + prediction.measured), max(prediction.predicted + prediction.measured)
     axis.loglog([low, high], [low, high], color=QUIET, lw=1)
-    for ticks in (axis.xaxis, axis.yaxis):
-        ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ticks.set_major_formatter("{x:g}")
+    _one_two_five(axis.xaxis)
+    _one_two_five(axis.yaxis)
     axis.minorticks_off()
     others = f"by growth alone {prediction.rank_growth:.2f}, latest first {prediction.rank_hurry:.2f}"
     title = f"Predictions order {len(prediction.schedules)} random schedules: rank correlation {prediction.rank:.2f}"

@@ -182,7 +182,7 @@ def sheet(result: SampleResult) -> Image.Image:
     height, width = result.baseline.pictures.shape[1:3]
     scale = max(1, math.ceil(MIN_SIDE / min(height, width)))
     height, width = height * scale, width * scale
-    font, margin, text, left = ImageFont.load_default(14), 12, 46, 150
+    font, margin, text, left = ImageFont.load_default(14), 12, 64, 150
     rows = _sheet_rows(result)
     size = (left + len(result.prompts) * (width + margin), margin + len(rows) * (height + text))
     canvas = Image.new("RGB", size, "white")
@@ -194,8 +194,9 @@ def sheet(result: SampleResult) -> Image.Image:
             at = left + j * (width + margin)
             image = Image.fromarray((picture * 255).round().astype(np.uint8)).resize((width, height), Image.NEAREST)
             canvas.paste(image, (at, top))
-            draw.text((at, top + height + 3), _fitted(line, width, font), "black", font)
-            draw.text((at, top + height + 21), below, "#666666", font)
+            lines = _wrapped(line, width, font)
+            for k, (words, color) in enumerate([*((words, "black") for words in lines), (below, "#666666")]):
+                draw.text((at, top + height + 3 + 18 * k), words, color, font)
     return canvas
 
 
@@ -216,10 +217,15 @@ def _sheet_rows(result: SampleResult) -> list[tuple[str, np.ndarray, list[tuple[
     return rows
 
 
-def _fitted(text: str, width: int, font: Any) -> str:
-    """`text` cut to `width` pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+def _wrapped(text: str, width: int, font: Any) -> list[str]:
+    """`text` in at most two lines of `width` pixels; what does not fit is cut off."""
+
+    def fitting(text: str, end: str = "") -> int:
+        return max((n for n in range(len(text) + 1) if font.getlength(text[:n] + end) <= width), default=0)
+
+    if fitting(text) == len(text):
+        return [text]
+    first = text.rfind(" ", 0, fitting(text) + 1)
+    first = first if first > 0 else fitting(text)
+    rest = text[first:].lstrip()
+    return [text[:first], rest if fitting(rest) == len(rest) else rest[: fitting(rest, "...")] + "..."]
