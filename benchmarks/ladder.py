@@ -42,9 +42,9 @@ def front_of(sampler: str) -> Path:
     return RESULTS / f"ladder-{sampler.lower().replace(' ', '-')}.json"
 
 
-def search(budget: int) -> None:
+def search(samplers: list[str], budget: int) -> None:
     """The front of each sampler, on captions of the training set."""
-    for sampler in (s for s in SAMPLERS if not front_of(s).exists()):
+    for sampler in (s for s in samplers if not front_of(s).exists()):
         captions = tiny_shapes.search_prompts(CAPTIONS)
         others = [c for c in tiny_shapes.search_prompts(2 * (CAPTIONS + CONFIRM)) if c not in captions][:CONFIRM]
         setting = Setting(tuple(captions), STEPS, 1000, GUIDANCE, layers="all")
@@ -56,9 +56,9 @@ def search(budget: int) -> None:
         front_of(sampler).write_text(json.dumps(found.to_dict() | provenance()) + "\n")
 
 
-def judge(images: int) -> None:
+def judge(samplers: list[str], images: int) -> None:
     """PSNR and time of the points of the front, of the rule, of plain steps and of other caches, in one run."""
-    for sampler in (s for s in SAMPLERS if not has_rows(JUDGED, sampler=s, images=images)):
+    for sampler in (s for s in samplers if not has_rows(JUDGED, sampler=s, images=images)):
         pipe = pipeline(sampler)
         setting = Setting(tuple(tiny_shapes.held_out_prompts(images)), STEPS, guidance=GUIDANCE, layers="all")
         points = Front.load(front_of(sampler)).points
@@ -146,7 +146,8 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["search", "judge", "table", "figure"])
     parser.add_argument("--budget", type=int, default=210)
     parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--sampler", action="append", choices=SAMPLERS, help="repeatable; default: both")
     args = parser.parse_args()
-    {"search": lambda: search(args.budget), "judge": lambda: judge(args.images), "table": table, "figure": figure}[
-        args.what
-    ]()
+    samplers = args.sampler or list(SAMPLERS)
+    does = {"search": lambda: search(samplers, args.budget), "judge": lambda: judge(samplers, args.images)}
+    (does | {"table": table, "figure": figure})[args.what]()
