@@ -6,6 +6,7 @@
 import sys
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from life import FreshProcesses, live
@@ -13,9 +14,12 @@ from life import FreshProcesses, live
 
 @pytest.fixture(scope="module")
 def alone():
-    processes = FreshProcesses()
+    """With one thread here as there: others give other bits."""
+    threads, processes = torch.get_num_threads(), FreshProcesses()
+    torch.set_num_threads(1)
     yield processes
     processes.close()
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="fresh processes are forked")

@@ -64,7 +64,7 @@ def test_plan_measures_and_advises():
     assert result.exit_code == 0, result.output
     said = " ".join(result.stdout.split())
     assert re.search(
-        r"The layers that reuse take \d+% of a step's time here. "
+        r"The layers above take \d+% of a step's time here. "
         r"(No, it does not pay: t|T)his policy should take \d\.\d\d of the time of 6 full steps \(\d+\.\d\d s\)",
         said,
     )
