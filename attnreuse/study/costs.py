@@ -87,14 +87,18 @@ def measure(evaluator: Evaluator, rounds: int = ROUNDS, progress: Progress = sil
     """
     one = _one_batch(evaluator, evaluator.setting.steps)
     steps = one.executed_steps
-    kinds = [None, *(Policy(steps=steps, reuse=[i % 2 and letter for i in range(steps)]) for letter in (True, "H"))]
-    progress(0, rounds * len(kinds) + 1, "warm-up")
+    kinds: dict[str, Policy | None] = {"stock": None}
+    for name, letter in (("reuse", True), ("hold", "H")):
+        kinds[name] = Policy(steps=steps, reuse=[i % 2 and letter for i in range(steps)])
+    names, of = list(kinds), rounds * len(kinds) + 1
+    progress(0, of, "warm-up")
     _ = one.full
 
     def tell(done: int, i: int) -> None:
-        progress(done + 1, rounds * len(kinds) + 1, f"timing {('stock', 'reuse', 'hold')[i]}")
+        progress(done + 1, of, f"timing {names[i]}")
 
-    stock, reused, held = in_turns([functools.partial(_timed, one, policy) for policy in kinds], rounds, tell)
+    calls = [functools.partial(_timed, one, policy) for policy in kinds.values()]
+    stock, reused, held = in_turns(calls, rounds, tell)
     runs: dict[bool, list[_Run]] = {False: stock, True: reused + held}  # by whether a session serves them
     taken: Taken = defaultdict(list)
     for run in runs[True] + runs[False]:
