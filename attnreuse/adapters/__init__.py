@@ -14,6 +14,7 @@ for adapter in (
     unets.AnimateDiff(),
     unets.VideoUNet(),
     unets.SpatioTemporalUNet(),
+    unets.AudioLDM2(),
     unets.Kandinsky3(),
     unets.DreamLite(),
     PixArt(),

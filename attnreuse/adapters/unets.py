@@ -51,8 +51,11 @@ class UNet(Adapter):
         given: dict[str, Any] = {"sample": empty(batch, config["in_channels"], *size), "timestep": 1}
         width, hidden = config.get("cross_attention_dim"), config.get("encoder_hid_dim")
         kind, added = config.get("encoder_hid_dim_type"), {}
-        width = width if width is None or isinstance(width, int) else width[0]
-        if kind == "image_proj":
+        widths = {width} if width is None or isinstance(width, int) else set(width)
+        width = widths.pop() if len(widths) == 1 else None
+        if widths:  # AudioLDM: each level attends over its own tokens
+            given["encoder_hidden_states"] = None
+        elif kind == "image_proj":
             given["encoder_hidden_states"], added = None, {"image_embeds": empty(batch, hidden)}
         elif width is not None:
             of_text = hidden if kind in ("text_proj", "text_image_proj") else width
@@ -143,6 +146,25 @@ class SpatioTemporalUNet(VideoUNet):
             "encoder_hidden_states": empty(batch, 1, config["cross_attention_dim"]),
             "added_time_ids": empty(batch, 3),
         }
+
+
+class AudioLDM2(UNet):
+    """AudioLDM 2: layers attend over one of two texts, or over their own tokens alone."""
+
+    models = ("AudioLDM2UNet2DConditionModel",)
+
+    def hands_on_context(self, denoiser: Any) -> bool:
+        return False  # a layer may see the other text
+
+    def inputs(self, denoiser: Any, batch: int, size: tuple[int, int], tokens: int, frames: int) -> dict[str, Any]:
+        config = denoiser.config
+        widths = config["cross_attention_dim"]  # by level, and there by layer
+        widths = widths if isinstance(widths, int) else widths[0]
+        widths = [widths] if isinstance(widths, int) else widths
+        texts = {"encoder_hidden_states": widths[:2], "encoder_hidden_states_1": widths[2:]}
+        seen = {name: empty(batch, tokens, max(filter(None, of))) for name, of in texts.items() if any(of)}
+        sample = empty(batch, config["in_channels"], *size)
+        return {"sample": sample, "timestep": 1, "encoder_hidden_states": None} | seen
 
 
 class Kandinsky3(UNet):

@@ -72,7 +72,7 @@ def command(
                 asked_steps=steps,
                 map_format=map_format or default_format(device, dtype),
                 layers=layers,
-                size=(height or blueprint.side, width or blueprint.side),
+                size=(height or blueprint.size[0], width or blueprint.size[1]),
                 pictures=batch,
                 guidance=guidance,
                 memory_budget=memory_budget,

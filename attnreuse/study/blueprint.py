@@ -30,6 +30,7 @@ class Blueprint:
         adapter: of the denoiser.
         vae_scale: pixels per latent, along a side.
         tokens: of a prompt.
+        bins: of a spectrogram's frame, where the pipeline makes sound of spectrograms.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Blueprint:
     scheduler: Any
     vae_scale: int
     tokens: int
+    bins: int | None = None
 
     @classmethod
     def load(
@@ -87,6 +89,7 @@ class Blueprint:
             tokens = known.get("max_position_embeddings") or known.get("text_config", {}).get(
                 "max_position_embeddings", 77
             )
+        vocoder = present("vocoder")
         sampler = present("scheduler") or next(name for name in index if "scheduler" in name)
         return cls(
             model,
@@ -97,13 +100,15 @@ class Blueprint:
             make_scheduler(config(sampler, diffusers.DDIMScheduler), scheduler),
             2 ** (len(config(vae)["block_out_channels"]) - 1) if vae else 1,
             tokens,
+            config(vocoder)["model_in_dim"] if vocoder else None,
         )
 
     @property
-    def side(self) -> int:
-        """The model's own resolution in pixels."""
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of the model's own pictures; frames and bins of its spectrograms."""
         size = self.denoiser.config.get("sample_size") or LATENTS
-        return (size if isinstance(size, int) else max(size)) * self.vae_scale
+        side = (size if isinstance(size, int) else max(size)) * self.vae_scale
+        return side, self.bins or side
 
     @property
     def frames(self) -> int:
@@ -147,7 +152,7 @@ class Blueprint:
 
     def not_timed(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why no run of it can be timed on `device`; None where one can."""
-        if self.adapter.makes_videos:
+        if self.adapter.makes_videos or self.bins:
             return "only pipelines of pictures are timed"
         free, weights = free_bytes(device), self.parameters() * dtype.itemsize
         if free is not None and weights > FILLED * free:

@@ -8,8 +8,9 @@ from importlib.util import find_spec
 import diffusers
 import huggingface_hub
 import pytest
+import transformers
 from PIL import Image
-from tiny_random import random_pipeline
+from tiny_random import random_pipeline, random_unet
 from typer.testing import CliRunner
 from zoo import ZOO
 
@@ -161,18 +162,35 @@ def test_the_tables_of_plans_and_reports_are_whole_in_80_columns(monkeypatch):
     assert "16,384.0" in report
 
 
+def save_configs(folder, pipeline, **parts):
+    """A pipeline's folder without weights."""
+    for name, part in parts.items():
+        part.save_config(folder / name) if hasattr(part, "save_config") else part.save_pretrained(folder / name)
+    index = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline, **index}))
+
+
 def test_plan_tells_of_calls_and_pictures_beside_those_it_counts(tmp_path):
-    ZOO["Flux"]().model.save_config(tmp_path / "transformer")
-    random_pipeline().vae.save_config(tmp_path / "vae")
-    diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).save_config(tmp_path / "scheduler")
-    index = {"_class_name": "FluxKontextPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
-    index |= {"vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    parts = dict(transformer=ZOO["Flux"]().model, vae=random_pipeline().vae, scheduler=scheduler)
+    save_configs(tmp_path, "FluxKontextPipeline", **parts)
     told = " ".join(run("plan", "--model", tmp_path, "--height", 64, "--width", 64, "--no-measure").stdout.split())
     assert (
         "A picture that FluxKontextPipeline is given stands beside the one it makes: plan the pixels of both." in told
     )
     assert "Guidance by true_cfg_scale is a call of its own: it takes such a buffer once more." in told
+
+
+@pytest.mark.parametrize("name", ["AudioLDM", "AudioLDM 2"])
+def test_plan_of_sound_is_of_spectrograms(name, tmp_path):
+    own = dict(class_embed_type="simple_projection", projection_class_embeddings_input_dim=12)
+    unet = ZOO[name]().model if name in ZOO else random_unet(cross_attention_dim=(16, 32), **own)
+    vae, scheduler = random_pipeline().vae, diffusers.DDIMScheduler()
+    vocoder = transformers.SpeechT5HifiGanConfig(model_in_dim=8)
+    save_configs(tmp_path, f"{name.replace(' ', '')}Pipeline", unet=unet, vae=vae, vocoder=vocoder, scheduler=scheduler)
+    said = run("plan", "--model", tmp_path).stdout
+    assert "self  32x32" in said  # 8 frames of 4 latents
+    assert "only pipelines of pictures are timed" in " ".join(said.split())
 
 
 def test_plan_refuses_sizes_that_the_pipeline_refuses():

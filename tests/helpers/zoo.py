@@ -172,6 +172,18 @@ def motion() -> Animal:
     )
 
 
+def audioldm2() -> Animal:
+    """Its layers attend over their own tokens, one text, or another with a mask."""
+    torch.manual_seed(0)
+    unet = diffusers.AudioLDM2UNet2DConditionModel(
+        **SMALL, **CROSS_2D, cross_attention_dim=[[None, WIDTH, 24]] * 2, attention_head_dim=2
+    )
+    mask = torch.ones(B, TOKENS)
+    mask[1, -2:] = 0
+    given = {"encoder_hidden_states": TEXT, "encoder_hidden_states_1": (B, TOKENS, 24)}
+    return Animal(unet.eval(), (B, 4, S, S), given, {"encoder_attention_mask_1": mask})
+
+
 def modelscope() -> Animal:
     torch.manual_seed(0)
     unet = diffusers.UNet3DConditionModel(
@@ -334,6 +346,7 @@ ZOO = {
     "ModelScope": modelscope,
     "I2VGen-XL": i2vgen,
     "Stable Video Diffusion": stable_video,
+    "AudioLDM 2": audioldm2,
     "DreamLite": dreamlite,
     "PixArt": pixart,
     "SD3": sd3,
