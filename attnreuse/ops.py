@@ -1,4 +1,4 @@
-"""The kernels' door: `capture` and `reuse` validate once, choose a backend and call a torch.library op.
+"""The public ops: `capture` and `reuse` validate once, choose a backend and call a torch.library op.
 
 A backend is a module or class of the shape of :class:`attnreuse.backends.Backend`.
 """

@@ -18,7 +18,7 @@ from attnreuse.cli.inputs import (
     refuse_without,
     writable,
 )
-from attnreuse.cli.options import AsJson, Eta, Fit, Format, MaxAge, Model, PolicyFile, Prompts, Seed, Share, Steps
+from attnreuse.cli.options import AsJson, Eta, Fit, Format, Layers, MaxAge, Model, PolicyFile, Prompts, Seed, Share, Steps
 
 EXAMPLES = (
     "    attnreuse sample\n\n    attnreuse sample --scheduler Heun --reuse 0.25\n\n"
@@ -41,6 +41,7 @@ def command(
     policy: PolicyFile = None,
     fit: Fit = "exact",
     map_format: Format = None,
+    layers: Layers = None,
     scheduler: Annotated[
         str | None, typer.Option(help="Sampler, as in search. Default: the model's; Euler a for tiny-shapes.")
     ] = None,
@@ -55,7 +56,7 @@ def command(
     ] = Path("attnreuse-sample.png"),
     as_json: AsJson = False,
 ) -> None:
-    """Sample with full steps, with reuse, and with fewer steps of equal measured latency."""
+    """Sample with full steps, with reuse, and with the plain steps that come nearest to its time."""
     with clear_errors():
         from attnreuse.binding.denoiser import find_denoiser
         from attnreuse.planning.samplers import step_options
@@ -81,6 +82,7 @@ def command(
                 prompt or list(PROMPTS),
                 steps=steps,
                 policy=chosen,
+                layers=layers,
                 map_format=map_format or default_format(denoiser.device, denoiser.dtype),
                 seed=seed,
                 guidance=guidance,

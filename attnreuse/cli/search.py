@@ -159,7 +159,7 @@ def command(
     ),
     as_json: AsJson = False,
 ) -> None:
-    """Search the schedule that keeps the full-step pictures best, or the best one at every time (ladder)."""
+    """Search for the schedule that keeps the full-step pictures best, or the best one at every time (ladder)."""
     with clear_errors(lambda: _kept(cache)):
         from attnreuse.binding.shapes import parse_bytes
         from attnreuse.search import InProcess, Objective, RayEngine, exhaustive, ladder, phast

@@ -1,4 +1,4 @@
-"""The main job: full steps, reuse, and fewer plain steps of equal measured latency, side by side."""
+"""The main job: full steps, reuse, and the plain steps that come nearest to its time, side by side."""
 
 from __future__ import annotations
 
@@ -98,6 +98,7 @@ def sample(
     *,
     steps: int,
     policy: Policy | Rule,
+    layers: str | tuple[str, ...] | None = None,
     map_format: str,
     seed: int,
     guidance: float | None = None,
@@ -107,12 +108,13 @@ def sample(
 ) -> SampleResult:
     """Sample `prompts` in one batch with full steps, with `policy`, and with fewer steps.
 
-    After a warm-up full steps and reuse are timed in turns, `rounds` times; then they and as many fewer steps as take
-    the reuse run's median time, `rounds` times more.
+    After a warm-up full steps and reuse are timed in turns, `rounds` times; then they and the fewer steps that come
+    nearest to the reuse run's median time, `rounds` times more.
 
     Args:
         steps: ``num_inference_steps`` of the baseline.
         policy: for the executed steps of that run; or a rule.
+        layers: as in :func:`attnreuse.enable`.
         guidance, eta: ``guidance_scale`` and the scheduler's ``eta``; None: the pipeline's default.
         progress: called before each run, with the number of runs done, of all, and what runs.
 
@@ -122,11 +124,13 @@ def sample(
     begun, reports = itertools.count(), []
     if isinstance(policy, Rule):
         policy = resolved(policy, pipe.scheduler, executed_steps(pipe.scheduler, steps))
-    setting = Setting(tuple(prompts), steps, seed, guidance, eta, map_format=map_format, batch=len(prompts))
+    setting = Setting(
+        tuple(prompts), steps, seed, guidance, eta, map_format=map_format, layers=layers, batch=len(prompts)
+    )
 
     @contextmanager
     def reusing(start: int) -> Iterator[None]:
-        with enable(pipe, policy, map_format=map_format) as session:
+        with enable(pipe, policy, map_format=map_format, layers=layers) as session:
             yield
         reports.append(session.report())
 
@@ -140,7 +144,7 @@ def sample(
     baseline, reuse = Way(label="full steps", steps=steps), Way(label="reuse", steps=steps)
     progress(next(begun), 1 + 5 * rounds, f"warm-up, {min(WARM_UP, steps)} steps")
     denoiser = find_denoiser(pipe)
-    served = tuple(select_layers(layer_kinds(denoiser), None, policy.patterns))
+    served = tuple(select_layers(layer_kinds(denoiser), layers, policy.patterns))
     attention = costs.attention(Evaluator(pipe, replace(setting, steps=min(WARM_UP, steps), layers=served)))
     ways, order = [baseline, reuse], random.Random(0)
     for turn in range(2 * rounds):
