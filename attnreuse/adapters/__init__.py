@@ -11,6 +11,7 @@ __all__ = ["Adapter", "Form", "Inputs", "Query", "adapter_of", "parameters", "pa
 
 for adapter in (
     unets.UNet(),
+    unets.Unconditional(),
     unets.AnimateDiff(),
     unets.VideoUNet(),
     unets.SpatioTemporalUNet(),

@@ -67,7 +67,7 @@ class Adapter:
 
     def as_given(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """What a denoiser is given for the scheduler's `timesteps`, where that is a tensor of `dtype`."""
-        return timesteps
+        return timesteps.to(dtype) if dtype.is_floating_point else timesteps
 
     def config(self, denoiser: Any) -> dict[str, Any]:
         """Config of a denoiser whose layers see the same numbers of tokens, and that is called without adapters."""

@@ -83,7 +83,7 @@ class Form(Protocol):
         """Undo :meth:`flat` for a call with the same arguments."""
 
     def makers(self, attn: Any) -> dict[str, Module] | None:
-        """The layers that make its values and its output, by name; None where its output depends on more."""
+        """The layers that make its output, by name; None where its output depends on more than them and its inputs."""
 
 
 class Projected:
@@ -158,7 +158,8 @@ class Plain(Projected):
     def makers(self, attn: Any) -> dict[str, Module] | None:
         if attn.residual_connection or attn.spatial_norm is not None or attn.norm_cross:
             return None
-        return {"to_v": attn.to_v, "to_out": attn.to_out[0], "to_out's dropout": attn.to_out[1]}
+        projections = {name: getattr(attn, name) for name in ("to_q", "to_k", "to_v")}
+        return projections | {"to_out": attn.to_out[0], "to_out's dropout": attn.to_out[1]}
 
     def _project_value(self, attn: Any, over: Tensor) -> Tensor:
         return attn.to_v(over)
@@ -185,7 +186,8 @@ class Fused(Plain):
     def makers(self, attn: Any) -> dict[str, Module] | None:
         makers = super().makers(attn)
         fused = {"to_kv": attn.to_kv} if attn.is_cross_attention else {"to_qkv": attn.to_qkv}
-        return makers and {**fused, **{name: maker for name, maker in makers.items() if name != "to_v"}}
+        apart = ("to_k", "to_v") if attn.is_cross_attention else ("to_q", "to_k", "to_v")
+        return makers and {**fused, **{name: maker for name, maker in makers.items() if name not in apart}}
 
     def _project_value(self, attn: Any, over: Tensor) -> Tensor:
         return last_part(attn.to_kv, over, 2) if attn.is_cross_attention else last_part(attn.to_qkv, over, 3)

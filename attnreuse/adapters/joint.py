@@ -78,7 +78,8 @@ class Joint(Projected):
         return image if text is None else (image, text)
 
     def makers(self, attn: Any) -> dict[str, Module] | None:
-        names = ("to_qkv", "to_added_qkv") if self._fused(attn) else ("to_v", "add_v_proj")
+        apart = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+        names = ("to_qkv", "to_added_qkv") if self._fused(attn) else apart
         made = {name: getattr(attn, name, None) for name in (*names, "to_add_out")}
         if not attn.pre_only:
             made |= {"to_out": attn.to_out[0], "to_out's dropout": attn.to_out[1]}

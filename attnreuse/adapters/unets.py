@@ -12,9 +12,9 @@ from attnreuse.adapters.forms import Dispatched, Form, attention_forms
 
 
 class UNet(Adapter):
-    """Stable Diffusion 1, 2 and XL, Kolors, Kandinsky 2, DeepFloyd, unCLIP, and models without conditions."""
+    """Stable Diffusion 1, 2 and XL, Kolors, Kandinsky 2, DeepFloyd, unCLIP, AudioLDM."""
 
-    models = ("UNet2DConditionModel", "UNet2DModel")
+    models = ("UNet2DConditionModel",)
     parts = ("unet", "decoder")  # of unCLIP
     each_step = (
         "down_block_additional_residuals",
@@ -90,6 +90,13 @@ class UNet(Adapter):
 def _whole_squares(size: tuple[int, int], scale: int) -> tuple[int, int]:
     """Latents of Kandinsky's pipelines, which round up to squares of so many latents as a latent has pixels."""
     return scale * -(-size[0] // scale**2), scale * -(-size[1] // scale**2)
+
+
+class Unconditional(UNet):
+    """Models without a prompt, and so without its guidance."""
+
+    models = ("UNet2DModel",)
+    rows = 1
 
 
 class AnimateDiff(UNet):

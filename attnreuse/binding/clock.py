@@ -19,6 +19,7 @@ from torch import Tensor
 from attnreuse.errors import UnknownStepError
 
 HELP = "call session.step(i, n) before the denoiser calls of each step"
+STAGES = 4  # timesteps that the calls of one step may have, as a sampler of several stages gives them
 
 
 def executed_steps(scheduler: Any, steps: int) -> int:
@@ -70,6 +71,7 @@ class StepClock:
         self.as_given: Callable[[Tensor, torch.dtype], Tensor] = lambda timesteps, dtype: timesteps
         self._told: tuple[object, int, int] | None = None  # token of the walk, step, steps
         self._told_in: object = None  # the loop it was told in
+        self._since: set[object] = set()  # timesteps of the calls since then, as far as they can be told apart
         self._last: Place | None = None
 
     def set(self, step: int, steps: int, loop: object = None) -> None:
@@ -79,6 +81,7 @@ class StepClock:
         token, last, total = self._told or (object(), 0, steps)
         self._told = (object() if (step == 0 < last) or steps != total else token, step, steps)
         self._told_in = loop
+        self._since.clear()
 
     def reset(self) -> None:
         """A step that was set is no longer in force."""
@@ -88,7 +91,7 @@ class StepClock:
         """Where a call with this `timestep` stands; `schedulers` gives those that may have made it.
 
         A step that was told outside of the pipeline's `loop` counts within it only if it is the first: the
-        loop it was told for has been given up otherwise.
+        loop it was told for has been given up otherwise. So it has been where more timesteps come than a step has.
 
         Raises:
             UnknownStepError: that cannot be told; the message says how to help.
@@ -96,7 +99,10 @@ class StepClock:
         if self._told and loop is not self._told_in and self._told[1] == 0:
             self._told_in = loop
         if self._told and loop is self._told_in:
-            return Place(*self._told)
+            self._since.update(_mark(timestep))
+            if len(self._since) <= STAGES:
+                return Place(*self._told)
+            self.reset()
         return self.read(timestep, schedulers)
 
     def read(self, timestep: Any, schedulers: Callable[[], Iterable[Any]]) -> Place:
@@ -106,6 +112,17 @@ class StepClock:
             if self._last is not None:
                 return self._last
         return _by_scheduler(timestep, [s for s in schedulers() if _has_timesteps(s)], self.as_given)
+
+
+def _mark(timestep: Any) -> list[object]:
+    """Something equal for equal timesteps, without a look at the device; nothing where there is no such thing."""
+    if not isinstance(timestep, Tensor):
+        return [float(timestep)]
+    if timestep.device.type == "cpu":
+        return [float(timestep.flatten()[0])]
+    storage = timestep.untyped_storage()
+    within = storage.nbytes() > timestep.element_size() and _one_place(timestep)
+    return [(storage.data_ptr(), timestep.storage_offset())] if within else []
 
 
 def _has_timesteps(scheduler: Any) -> bool:

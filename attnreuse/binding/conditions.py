@@ -21,17 +21,22 @@ class Conditions:
         given: arguments of the denoiser, by name, besides its sample and timestep.
         batch: rows of its sample.
         each_step: names of what is made anew at each step, and is no condition.
+        adapters: what the model's adapters are set to.
 
     Attributes:
         group: one object for calls whose conditions are known to be the same, row by row.
-        extras: names of further arguments, such as a ControlNet's residuals.
+        tensors: what must have the same values.
+        settings: what must be the same and is no tensor: scales, layers to skip, the model's adapters.
+        beside: names of what is given, and made anew at each step.
     """
 
-    def __init__(self, given: dict[str, Any], batch: int, each_step: Collection[str] = ()):
+    def __init__(self, given: dict[str, Any], batch: int, each_step: Collection[str] = (), adapters: tuple = ()):
         self.batch, self.group = batch, object()
-        self.tensors = dict(_tensors_in(given, each_step))
-        compared = {name.partition(".")[0].partition("[")[0] for name in self.tensors}
-        self.extras = {name for name, value in given.items() if value is not None} - compared - {"return_dict"}
+        leaves = dict(_leaves_in(given, {*each_step, "return_dict"}))
+        self.tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+        self.settings = {name: leaf for name, leaf in leaves.items() if name not in self.tensors}
+        self.settings |= {"the state of its adapters": adapters} if adapters else {}
+        self.beside = {name for name in each_step if given.get(name) is not None}
         self._versions = {name: None if t.is_inference() else t._version for name, t in self.tensors.items()}
         self._addresses = {name: t.data_ptr() for name, t in self.tensors.items()}
         self._kept = {name: t.clone() if t.is_inference() else t for name, t in self.tensors.items()}
@@ -64,9 +69,13 @@ class Conditions:
 
     def difference(self, earlier: Conditions) -> str | None:
         """What keeps all rows from being the same, without a look at values; or None."""
-        if self.tensors.keys() != earlier.tensors.keys():
-            name = next(iter(self.tensors.keys() ^ earlier.tensors.keys()))
-            return f"{name} is {'new' if name in self.tensors else 'gone'}"
+        for now, then in ((self.tensors, earlier.tensors), (self.settings, earlier.settings)):
+            if now.keys() != then.keys():
+                name = next(iter(now.keys() ^ then.keys()))
+                return f"{name} is {'new' if name in now else 'gone'}"
+        for name, now in self.settings.items():
+            if not _same(now, earlier.settings[name]):
+                return _change(name, now, earlier.settings[name])
         for name, now in self.tensors.items():
             then = earlier.tensors[name]
             if (now.shape[1:], now.dtype, now.device) != (then.shape[1:], then.dtype, then.device):
@@ -109,17 +118,30 @@ class Conditions:
         return t.ndim > 0 and len(t) == self.batch
 
 
-def _tensors_in(given: dict[str, Any], each_step: Collection[str], above: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors among arguments, also in tables and lists of them, each with its name."""
+def _leaves_in(given: dict[str, Any], left_out: Collection[str], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Arguments but None, also those in tables and lists, each with its name."""
     for name, value in given.items():
-        if name in each_step:
+        if name in left_out or value is None:
             continue
-        if isinstance(value, Tensor):
-            yield above + name, value
-        elif isinstance(value, dict):
-            yield from _tensors_in(value, each_step, f"{above}{name}.")
+        if isinstance(value, dict):
+            yield from _leaves_in(value, left_out, f"{above}{name}.")
         elif isinstance(value, (list, tuple)):
-            yield from _tensors_in({f"{name}[{i}]": item for i, item in enumerate(value)}, each_step, above)
+            yield from _leaves_in({f"{name}[{i}]": item for i, item in enumerate(value)}, left_out, above)
+        else:
+            yield above + name, value
+
+
+PLAIN = (bool, int, float, str)
+
+
+def _same(now: Any, then: Any) -> bool:
+    """Plain values that are equal; one and the same object, where its class may compare otherwise."""
+    return now is then or (type(now) is type(then) and isinstance(now, (*PLAIN, tuple)) and now == then)
+
+
+def _change(name: str, now: Any, then: Any) -> str:
+    both = isinstance(now, PLAIN) and isinstance(then, PLAIN)
+    return f"{name} is {now!r}, it was {then!r}" if both else f"{name} is another than before"
 
 
 def _matched(rows: int, others: int, same: Callable[[int, int], bool]) -> list[int] | None:

@@ -22,6 +22,7 @@ from attnreuse.binding.processors import (
     OTHER_SHAPE,
     ReuseAttnProcessor,
     attention_layers,
+    stock_of,
     takes_extra,
 )
 from attnreuse.binding.report import LayerReport
@@ -30,7 +31,9 @@ from attnreuse.binding.schedule import CACHED, NOTHING
 from attnreuse.errors import UnsupportedLayerError
 from attnreuse.policy import Action
 
-NOT_CALLED = "it was not called (another tool skipped it)"
+QUERY_AND_KEY = ("to_q", "to_k", "to_qkv", "to_kv", "add_q_proj", "add_k_proj", "to_added_qkv")
+NOT_CALLED = "it was not called (the model or another tool skipped it)"
+IDLE = "the model did not call it in such calls before"
 CHANGED = "its weights have changed since its output was kept"
 NO_CONTEXT = "the denoiser was given nothing that it attends over"
 
@@ -43,7 +46,7 @@ class Layers:
         layers, named: as in :func:`~attnreuse.binding.denoiser.select_layers`.
 
     Attributes:
-        adapter: of the denoiser.
+        denoiser, adapter: the model, and what serves it.
         all: every attention layer of the denoiser, by name.
         modules: those to serve, by name.
         kinds: "self", "cross" or "joint", by name.
@@ -58,7 +61,7 @@ class Layers:
 
     def __init__(self, denoiser: Any, layers: str | Sequence[str] | None, named: Sequence[str] = ()):
         modules, kinds = attention_layers(denoiser), layer_kinds(denoiser)
-        self.adapter = adapter_of(denoiser)
+        self.denoiser, self.adapter = denoiser, adapter_of(denoiser)
         wanted = select_layers(kinds, layers, named)
         never = {name: reason for name in wanted if (reason := never_served(self.adapter, name, modules[name]))}
         self.refused = never | {n: r for n in wanted if n not in never and (r := self._foreign(modules[n]))}
@@ -73,14 +76,14 @@ class Layers:
         self.modules = {name: modules[name] for name in wanted if name not in never}
         self.kinds = {name: kinds[name] for name in self.modules}
         self._forms = self.adapter.forms()
-        self._found = {attn: attn.processor for attn in modules.values() if self._has_default(attn)}
+        self._found = {attn: stock_of(attn.processor) for attn in modules.values() if self._has_default(attn)}
         parents = [name.split(".") for name in self.modules]
         paths = {".".join(parts[:i]) for parts in parents for i in range(1, len(parts) + 1)}
         self.around = [module for name, module in denoiser.named_modules() if name in paths]
         self._entries = [(name, module.__dict__, ReuseAttnProcessor()) for name, module in self.modules.items()]
         self._in_place = False  # our processors
-        # Of this call: whether the output is kept, and what that depends on.
-        self._armed: list[tuple[str, ReuseAttnProcessor, bool, Any]] = []
+        # Of this call: the action, and whether the output is kept.
+        self._armed: list[tuple[str, ReuseAttnProcessor, str, bool]] = []
         self._others: list[ReuseAttnProcessor] = []  # that another tool's stands in the place of, in this call
         self._reasons: dict[str, str] = {}  # why layers do not do what the policy says, in this call
 
@@ -95,6 +98,16 @@ class Layers:
     def _foreign(self, module: Any) -> str | None:
         return foreign(self.adapter, module)
 
+    def adapters(self) -> tuple:
+        """What the adapters (of peft) on queries and keys are set to: equal as long as maps are made by the same."""
+        if not getattr(self.denoiser, "peft_config", None):
+            return ()
+        projections = ((getattr(m, name, None) for name in QUERY_AND_KEY) for m in self.modules.values())
+        found = [p for of_layer in projections for p in of_layer if hasattr(p, "active_adapters")]
+        return tuple(
+            (p, p.disable_adapters, tuple(p.active_adapters), tuple(getattr(p, "scaling", {}).items())) for p in found
+        )
+
     def reports(self) -> list[LayerReport]:
         """Empty reports of the layers."""
         return [LayerReport(name=name, kind=kind) for name, kind in self.kinds.items()]
@@ -108,7 +121,7 @@ class Layers:
 
     def _has_default(self, attn: Any) -> bool:
         """Whether the processor is one that diffusers sets by itself: of torch's attention, or written out."""
-        default, now = self.adapter.stock(attn).__name__, type(attn.processor).__name__
+        default, now = self.adapter.stock(attn).__name__, type(stock_of(attn.processor)).__name__
         return now.removesuffix("2_0") == default.removesuffix("2_0") and not self._foreign(attn)
 
     # -- a call
@@ -121,7 +134,7 @@ class Layers:
         self._reasons, self._armed, self._others, self._in_place = {}, [], [], True
         forms = self._forms
         for (name, attributes, processor), planned in zip(self._entries, run.schedule.at(run.step), strict=True):
-            current = attributes.get("processor")
+            current = stock_of(attributes.get("processor"))  # another tool may have put ours back
             processor.did = processor.why = None
             action, reason = Action.COMPUTE, off
             form = forms.get(type(current))
@@ -156,11 +169,10 @@ class Layers:
             return Action.COMPUTE, run.report.skipped.get(name) or branch.why or "it has no memory for a map"
         is_cross = self.kinds[name] == "cross"
         context = given.get("encoder_hidden_states") if is_cross else None
-        about, unfit = None, None
+        unfit = None
         if keep or planned is Action.HOLD:
             unfit = NO_CONTEXT if is_cross and context is None else opaque(processor.form, self.modules[name])
-            about = None if unfit else _Weights(processor.form.makers(self.modules[name]))
-        action, reason = planned, self._missing(name, planned, about, unfit, run, branch)
+        action, reason = planned, self._missing(name, planned, processor.form, unfit, run, branch)
         if reason is not None:
             action = Action.CAPTURE if run.schedule.reuses_after(name, run.step) else Action.COMPUTE
             keep = run.schedule.planned(name, run.step + 1) is Action.HOLD
@@ -171,11 +183,11 @@ class Layers:
             processor.output, processor.kept = ring.outputs[name], False
             processor.context = ANY_CONTEXT if self.kinds[name] == "joint" else context
         if keep or action is not Action.COMPUTE:
-            self._armed.append((name, processor, keep, about))
+            self._armed.append((name, processor, action._value_, keep))
         return action, reason
 
     def _missing(
-        self, name: str, planned: Action, about: Any, unfit: str | None, run: Run, branch: Branch
+        self, name: str, planned: Action, form: Any, unfit: str | None, run: Run, branch: Branch
     ) -> str | None:
         """Why the branch does not hold what layer `name` is to reuse or hold; None if it does."""
         if planned not in CACHED:
@@ -188,8 +200,8 @@ class Layers:
             at = branch.ring.captured_at.get(name, -1)
         else:
             lost = f"its output of step {due} was not kept"
-            at, made_with = branch.ring.kept_at.get(name, (-1, about))
-            if made_with != about:
+            at, made_with = branch.ring.kept_at.get(name, (-1, None))
+            if made_with is not None and made_with != _Weights(form.makers(self.modules[name])):
                 return CHANGED
         return None if at >= due else branch.missed.get(name) or branch.why or lost
 
@@ -199,6 +211,7 @@ class Layers:
             return
         self._in_place = False
         for _, attributes, processor in self._entries:
+            processor.action = COMPUTE
             if attributes.get("processor") is processor:
                 attributes["processor"] = processor.original
         for _, processor, *_ in self._armed:
@@ -210,20 +223,23 @@ class Layers:
         Raises:
             UnsupportedLayerError: every layer with a map attends over other tokens than the map is for.
         """
-        for name, processor, keep, about in self._armed:
+        for name, processor, action, keep in self._armed:
             if processor.why:
                 self._reasons[name] = processor.why
             missed = None
-            if processor.action == CAPTURE:
+            if action == CAPTURE:
                 wrote = processor.did == CAPTURE
                 branch.ring.captured(name, run.step) if wrote else branch.ring.captured_at.pop(name, None)
                 missed = None if wrote else "map"
             if keep:
-                branch.ring.kept(name, run.step, about) if processor.kept else branch.ring.kept_at.pop(name, None)
-                missed = missed if processor.kept else "output"
+                if processor.kept:  # offloaded weights come to lie where they are read within the call
+                    branch.ring.kept(name, run.step, _Weights(processor.form.makers(self.modules[name])))
+                else:
+                    branch.ring.kept_at.pop(name, None)
+                    missed = "output"
             if missed is not None:
                 branch.missed[name] = f"it wrote no {missed} at step {run.step}: {processor.why or NOT_CALLED}"
-            elif keep or processor.action == CAPTURE:
+            elif keep or action == CAPTURE:
                 branch.missed.pop(name, None)
         for processor in self._others:
             processor.did = COMPUTE
@@ -237,7 +253,7 @@ class Layers:
         """Bring the run's report up to date."""
         for step, dids, reasons in run.calls:
             for layer, did in zip(run.report.layers, dids, strict=True):
-                reason = NOT_CALLED if did is None else reasons.get(layer.name)
+                reason = NOT_CALLED if did is None else reasons.get(layer.name, IDLE)
                 layer.count(run.schedule.planned(layer.name, step), None if did is None else Action(did), reason)
         run.calls.clear()
 
@@ -252,7 +268,7 @@ class Layers:
 
 
 class _Weights:
-    """The weights that a layer makes its values and output with, as they are now; equal as long as they are the same.
+    """The weights that a layer makes its output with, as they are now; equal as long as they are the same.
 
     They are kept alive, so that no others can come to lie at their addresses.
     """

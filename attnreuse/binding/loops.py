@@ -52,9 +52,11 @@ class Loop:
         for listener in listeners():
             listener.loop_entered(self)
 
-    def _exit(self) -> None:
+    def _exit(self, inner: bool) -> None:
+        """Leave the loop, and the `inner` ones: all that were entered since, where it is left in their order."""
         if self in self._stack:
-            del self._stack[self._stack.index(self) :]
+            at = self._stack.index(self)
+            del self._stack[at : None if inner else at + 1]
         while self._exits:
             self._exits.pop()()
 
@@ -64,7 +66,7 @@ class Loop:
         return self
 
     def __exit__(self, *exc: object) -> Any:
-        self._exit()
+        self._exit(inner=True)
         return self._bar.__exit__(*exc)
 
     def __iter__(self) -> Iterator[Any]:
@@ -72,7 +74,7 @@ class Loop:
         try:
             yield from self._bar
         finally:
-            self._exit()
+            self._exit(inner=False)
 
     def __len__(self) -> int:
         return len(self._bar)

@@ -26,6 +26,8 @@ OTHER_CONTEXT = "it attends over another tensor than the denoiser was given (ano
 ANY_CONTEXT: Any = object()
 FIRST = ["attn", "hidden_states", "encoder_hidden_states", "attention_mask"]  # arguments of every processor
 OTHER_OUTPUT = "its output has another size or dtype than planned"
+OTHER_DEVICE = "it runs on another device than the denoiser's sample lies on"
+GRADIENT = "a gradient is wanted, and reuse has none (call the denoiser under torch.no_grad())"
 
 
 def attention_layers(denoiser: Any) -> dict[str, Any]:
@@ -43,12 +45,19 @@ def takes_extra(processor: type) -> bool:
     """Whether a processor takes one more argument: rotary embeddings, or the embedded timestep.
 
     Raises:
-        UnsupportedLayerError: it does not take those before that one as ours does.
+        UnsupportedLayerError: it does not take those before that one as ours does, or has others after it, which
+            layers would not hand on.
     """
     taken = list(inspect.signature(processor.__call__).parameters.values())[1:]
     names = [p.name for p in taken if p.kind is p.POSITIONAL_OR_KEYWORD]
     hands_on = len(names) < len(FIRST) and any(p.kind is p.VAR_POSITIONAL for p in taken)
     misplaced = any(name in FIRST and name != expected for name, expected in itertools.zip_longest(names, FIRST))
+    own = names[len(FIRST) + 1 :] + [p.name for p in taken if p.kind is p.KEYWORD_ONLY]
+    if own:
+        raise UnsupportedLayerError(
+            f"{processor.__name__} takes {', '.join(own)} besides; expected a processor that takes "
+            f"({', '.join(FIRST)}, ...) and at most one more argument"
+        )
     if misplaced or not (hands_on or len(names) >= len(FIRST)):
         raise UnsupportedLayerError(
             f"{processor.__name__} takes ({', '.join(names)}); "
@@ -143,6 +152,11 @@ class ReuseAttnProcessor:
         """Why this call cannot do what it is to do, or None."""
         if self.did is not None:
             return CALLED_AGAIN
+        if torch.is_grad_enabled() and (hidden_states.requires_grad or (context is not None and context.requires_grad)):
+            return GRADIENT
+        kept = self.output if self.slot is None else self.slot
+        if kept is not None and kept.storage.device != hidden_states.device:
+            return OTHER_DEVICE
         if not self._fits(attn, hidden_states, context):
             return OTHER_SHAPE
         if self.output is not None and self.context is not ANY_CONTEXT and context is not self.context:

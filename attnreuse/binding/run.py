@@ -21,6 +21,8 @@ from attnreuse.maps.ring import MapRing, RingPlan, plan_ring
 
 NEAR = 0.7  # distance of samples from which on a call is not taken to continue a branch; unrelated ones are at 1
 CLEARLY = 0.7  # how much nearer than any other the branch must be
+FASTER, SMALL = 6.0, 0.1  # how much farther than ever before a sample may move, or how far at least
+MOVES = 2  # that must be known for this: samplers of two calls a step move at every second one
 CROWD = 8  # calls of one step that a loop nobody announced may make before they count as runs given up
 
 
@@ -54,6 +56,8 @@ class Branch:
     Attributes:
         call: the latest.
         step: of the latest call.
+        number: of the latest call within its step.
+        moves: how far the sample moved from call to call, where that was looked at.
         ring: its maps; without bytes as long as it has no memory.
         why: why it holds no map of an earlier step, where there is more to say than that it is the first.
         waits: it has been given no memory yet, or has lost it.
@@ -70,6 +74,8 @@ class Branch:
     waits: bool = True
     released: bool = False
     unproven: int = -1
+    number: int = 0
+    moves: list[float] = field(default_factory=list)
     missed: dict[str, str] = field(default_factory=dict)
     idle: frozenset[str] = frozenset()
 
@@ -79,6 +85,11 @@ class Branch:
         Without `values` only conditions in the same memory count, which costs no wait for the device.
         """
         return call.conditions.rows_of(self.call.conditions, values) if call.shape == self.call.shape else None
+
+    @property
+    def reach(self) -> float:
+        """How far its next sample may lie from its last one, in a loop that nobody announced."""
+        return NEAR if len(self.moves) < MOVES else min(NEAR, max(FASTER * max(self.moves), SMALL))
 
     def release(self, why: str) -> None:
         """Let go of the maps and their memory."""
@@ -224,33 +235,42 @@ class Match:
     branch: Branch | None = None
     rows: list[int] | None = None
 
+    @property
+    def in_order(self) -> bool:
+        """The call has the same number within its step as that of the branch had within its own."""
+        return self.branch.number == (self.run.call + 1 if self.step == self.run.step else 0)
+
 
 def continued(call: Call, walks: list[tuple[Run, int]], announced: bool) -> Match | None:
     """The branch of these runs (each with the step that `call` would be) that `call` continues; None if it begins one.
 
     Conditions and shapes decide. Where several branches share them, the sample tells: it must be near to its own
-    branch's last one, and nearer than to any other's. In a loop that no pipeline announced, calls of another
-    request may come in between at any time, so there the sample must tell always. In doubt what the branch holds
-    is forgotten.
+    branch's last one, and nearer than to any other's; of calls that see the very same sample, the order. In a loop
+    that no pipeline announced, calls of another request may come in between at any time, so there the sample must
+    tell always, and must not move much faster than before. In doubt what the branch holds is forgotten.
     """
     candidates = [Match(r, step, branch, rows) for r, step in walks for branch, rows in r.fitting(call, step)]
-    candidates = [c for c in candidates if c.branch.is_whole(c.rows)] or candidates
+    whole = [c for c in candidates if c.branch.is_whole(c.rows)]
+    if any(c.in_order for c in whole):  # else it may be a batch that has lost the rows before them
+        candidates = whole
     candidates = [c for c in candidates if c.step - c.branch.step == min(f.step - f.branch.step for f in candidates)]
-    candidates = [c for c in candidates if c.branch.call.conditions.extras == call.conditions.extras] or candidates
+    candidates = [c for c in candidates if c.branch.call.conditions.beside == call.conditions.beside] or candidates
     if not candidates:
         return None
     if announced and len(candidates) == 1:
         candidates[0].branch.unproven = candidates[0].step
         return candidates[0]
     distances = torch.stack([call.distance(c.branch.call, c.rows) for c in candidates]).tolist()
-    best = distances.index(min(distances))
-    rivals = [d for d in distances if d != distances[best]]  # at a tie both saw the same: the order decides
-    if distances[best] < NEAR and all(distances[best] < CLEARLY * d for d in rivals):
-        return candidates[best]
-    if not announced and distances[best] >= NEAR:
+    least = min(distances)
+    nearest = [c for c, d in zip(candidates, distances, strict=True) if d == least]
+    best = next((c for c in nearest if c.in_order), nearest[0])
+    if not announced and least >= best.branch.reach:
         return None
-    candidates[best].branch.forget("several calls attend over the same, and their samples do not tell which is which")
-    return candidates[best]
+    best.branch.moves.append(least)
+    told = len(nearest) == 1 or best.in_order
+    if least >= NEAR or not told or any(least >= CLEARLY * d for d in distances if d != least):
+        best.branch.forget("several calls attend over the same, and their samples do not tell which is which")
+    return best
 
 
 def _no_maps(map_format: MapFormat, call: Call) -> MapRing:

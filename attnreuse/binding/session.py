@@ -24,6 +24,7 @@ from attnreuse.binding.hooks import Attached, Hook, nothing
 from attnreuse.binding.layers import Layers
 from attnreuse.binding.memory import Memory
 from attnreuse.binding.notices import Notices
+from attnreuse.binding.processors import GRADIENT
 from attnreuse.binding.report import Report
 from attnreuse.binding.resolving import Resolver
 from attnreuse.binding.run import Branch, Call, Match, Run, continued
@@ -39,7 +40,6 @@ from attnreuse.maps.formats import MapFormat
 from attnreuse.policy import Action, Policy, Rule
 
 RUNS = 8  # loops of somebody's own that may be under way at once
-GRADIENT = "a gradient is wanted, and reuse has none (call the denoiser under torch.no_grad())"
 ATTRIBUTE = "_attnreuse_session"  # of an enabled denoiser
 
 
@@ -275,7 +275,7 @@ class Session:
                 call.conditions.join(branch.call.conditions)
             else:
                 branch.ring.keep_rows(match.rows, len(branch.call.sample))
-            branch.call, branch.step = call, run.step
+            branch.call, branch.step, branch.number = call, run.step, run.call
             if branch.waits and run.step < run.schedule.last_reuse:
                 self._memory.give(run, branch, given)
             self._now = (run, branch)
@@ -303,7 +303,7 @@ class Session:
         adapter = self._layers.adapter
         sample = given[adapter.sample]
         others = {name: value for name, value in given.items() if name not in (adapter.sample, "timestep")}
-        return Call(sample, Conditions(others, len(sample), adapter.each_step), keep)
+        return Call(sample, Conditions(others, len(sample), adapter.each_step, self._layers.adapters()), keep)
 
     def _wants_gradient(self, given: dict[str, Any]) -> bool:
         if not torch.is_grad_enabled():

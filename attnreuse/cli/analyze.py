@@ -32,7 +32,8 @@ def command(
     scheduler: Scheduler = None,
     batch: Batch = 4,
     schedules: Annotated[
-        int, typer.Option(min=0, help="How many random schedules, at least 3, test the prediction. 0: it is not tested.")
+        int,
+        typer.Option(min=0, help="How many random schedules test the prediction: at least 3, or 0 for no test."),
     ] = 100,
     reuse: Annotated[
         int | None, typer.Option(min=1, help="How many steps of each of these schedules reuse. Default: half.")

@@ -18,7 +18,20 @@ from attnreuse.cli.inputs import (
     refuse_without,
     writable,
 )
-from attnreuse.cli.options import AsJson, Eta, Fit, Format, Layers, MaxAge, Model, PolicyFile, Prompts, Seed, Share, Steps
+from attnreuse.cli.options import (
+    AsJson,
+    Eta,
+    Fit,
+    Format,
+    Layers,
+    MaxAge,
+    Model,
+    PolicyFile,
+    Prompts,
+    Seed,
+    Share,
+    Steps,
+)
 
 EXAMPLES = (
     "    attnreuse sample\n\n    attnreuse sample --scheduler Heun --reuse 0.25\n\n"

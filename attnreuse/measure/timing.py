@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import platform
 import random
 import statistics
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
+PACED = 3  # calls between two of the reference
 _kept: list[bool] = []  # what `keep_freed_memory` said
 FLUSH_BYTES = 512 << 20  # more than any GPU's L2; writing them takes longer than the host takes to launch a call
 
@@ -54,6 +56,46 @@ def in_turns(
             tell(done + i, call)
             given[call].append(calls[call]())
     return given
+
+
+def paced(
+    reference: Callable[[], float],
+    calls: Sequence[Callable[[], float]],
+    rounds: int,
+    tell: Callable[[int, int], None] = lambda done, call: None,
+) -> list[list[float]]:
+    """Seconds of `reference`, then of each of `calls`, in `rounds`, in turns of random order, at each round's pace.
+
+    A shared machine is slower for minutes, and faster again. So the reference runs before and after every ``PACED``
+    calls and is taken to change evenly in between; what a call took is told as it were at the median of its round.
+
+    Args:
+        reference, calls: give the seconds they took.
+        tell: called before each run with how many are done, and which comes (0: the reference).
+    """
+    order, done, given = random.Random(0), itertools.count(), [[] for _ in (reference, *calls)]
+
+    def run(call: int) -> float:
+        tell(next(done), call)
+        return calls[call - 1]() if call else reference()
+
+    for _ in range(rounds):
+        marks, shares = [run(0)], {}
+        turns = order.sample(range(1, len(given)), len(calls))
+        for some in (turns[at : at + PACED] for at in range(0, len(turns), PACED)):
+            took = {call: run(call) for call in some}
+            marks.append(run(0))
+            for at, (call, seconds) in enumerate(took.items(), 1):
+                later = at / (len(some) + 1)
+                shares[call] = seconds / ((1 - later) * marks[-2] + later * marks[-1])
+        for call, share in {0: 1.0, **shares}.items():
+            given[call].append(share * statistics.median(marks))
+    return given
+
+
+def paced_runs(calls: int, rounds: int) -> int:
+    """How many runs :func:`paced` makes."""
+    return rounds * (1 + calls + -(-calls // PACED))
 
 
 def keep_freed_memory() -> bool:

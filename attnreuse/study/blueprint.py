@@ -115,6 +115,12 @@ class Blueprint:
         """Of the model's own videos."""
         return self.denoiser.config.get("num_frames") or FRAMES
 
+    def rows(self, guidance: bool) -> int:
+        """Of the denoiser's batch for each picture, with or without classifier-free guidance."""
+        name = self.index["_class_name"]
+        perturbed, given = "PAG" in name, guidance and "InstructPix2Pix" in name  # rows of their own
+        return (self.adapter.rows if guidance else 1) + perturbed + given
+
     @property
     def beside(self) -> str | None:
         """The pipeline's class, where it shows the model a picture it is given beside the one it makes."""

@@ -183,7 +183,7 @@ def forecast(
     modules, adapter = attention_layers(denoiser), blueprint.adapter
     chosen_layers = select_layers(kinds, layers, policy.patterns)
     wanted = {name for name in chosen_layers if never_served(adapter, name, modules[name]) is None}
-    inputs = blueprint.inputs(size, pictures * (adapter.rows if guidance else 1), frames or blueprint.frames)
+    inputs = blueprint.inputs(size, pictures * blueprint.rows(guidance), frames or blueprint.frames)
     shapes = map_shapes(denoiser, inputs)
     schedule = Schedule(policy, [name for name in shapes if name in wanted], holding_layers(denoiser))
     requests = {r.name: r for r in map_requests(schedule, list(schedule.actions), shapes, dtype)}

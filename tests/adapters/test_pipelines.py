@@ -187,3 +187,31 @@ def test_caches_of_diffusers_are_compared_and_leave_nothing_behind():
             cached = sample(pipe, given)
         assert (cached - stock).norm() < 0.1 * stock.norm()
         assert torch.equal(sample(pipe, given), stock)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_guidance_that_ends_before_skip_layer_guidance_goes_on_with_its_own_maps(mode):
+    """The call that is left has the prompt of the call that skips layers, and nothing of that one's maps."""
+
+    def run(change, reuse):
+        options = dict(skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0)
+        pipe, given = sd3("SD3", skip_guidance_layers=[0], **options)
+        names = ["prompt_embeds", "pooled_prompt_embeds"]
+
+        def cut(pipe, step, t, kept):
+            if step != 4:
+                return {}
+            pipe._guidance_scale = 0.0
+            return {name: change(kept[name][-1:]) for name in names}
+
+        policy = attnreuse.Policy(steps=8, reuse=".....R.." if reuse else "........")
+        given |= dict(num_inference_steps=8, height=16, width=16, output_type="latent")
+        given |= dict(callback_on_step_end=cut, callback_on_step_end_tensor_inputs=names)
+        with attnreuse.enable(pipe, policy, map_format="fp32") as session, mode():
+            out = pipe(**given, generator=torch.Generator().manual_seed(0)).images.clone()
+        return out, {layer.reused for layer in session.report().layers}
+
+    view, copied = run(lambda kept: kept, True), run(torch.clone, True)
+    assert view[1] == copied[1] == {1}
+    assert torch.equal(view[0], copied[0])
+    assert not torch.equal(view[0], run(torch.clone, False)[0])

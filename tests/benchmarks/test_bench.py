@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import itertools
 import json
 import math
 import platform
@@ -20,7 +21,7 @@ from attnreuse.binding.denoiser import layer_kinds
 from attnreuse.binding.shapes import map_shapes
 from attnreuse.cli import app
 from attnreuse.maps.formats import format_named
-from attnreuse.measure.timing import Times, interleaved
+from attnreuse.measure.timing import Times, interleaved, paced, paced_runs
 from attnreuse.study import bench
 
 CPU = torch.device("cpu")
@@ -70,6 +71,31 @@ def test_calls_are_timed_in_turns():
     times = interleaved([lambda: order.append("a"), lambda: order.append("b")], CPU, 3)
     assert order == ["a", "b"] * 4  # a warm-up first
     assert all(t.p20 <= t.median <= t.p80 for t in times)
+
+
+def test_calls_are_told_at_the_pace_of_the_reference():
+    """On a machine that becomes slower all the while, and is twice as slow from the third round on."""
+    runs, order = itertools.count(), []
+
+    def taking(name, seconds):
+        def call():
+            done = next(runs)
+            order.append(name)
+            return seconds * (1 + done / 100) * (2 if done >= 22 else 1)
+
+        return call
+
+    shares = {"a": 0.5, "b": 0.75, "c": 1.5, "d": 0.9, "e": 0.8, "f": 0.25, "g": 0.1}
+    told = []
+    found = paced(taking("full", 1.0), [taking(*pair) for pair in shares.items()], 4, lambda *at: told.append(at))
+    assert len(order) == paced_runs(len(shares), 4) == 44
+    assert [done for done, _ in told] == list(range(44))
+    assert [("full", *shares)[call] for _, call in told] == order
+    for own, share in zip(found[1:], shares.values(), strict=True):
+        assert [seconds / full for seconds, full in zip(own, found[0], strict=True)] == pytest.approx([share] * 4)
+    for at in range(0, 44, 11):
+        assert [i for i, name in enumerate(order[at : at + 11]) if name == "full"] == [0, 4, 8, 10]
+    assert order[:11] != order[11:22]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")

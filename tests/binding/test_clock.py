@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 
+from attnreuse.adapters import Adapter
 from attnreuse.binding.clock import StepClock
 from attnreuse.errors import UnknownStepError
 
@@ -121,3 +122,21 @@ def test_steps_that_are_told_override_the_scheduler():
     assert clock.place(made.timesteps[4], lambda: [made]).position == 4
     with pytest.raises(ValueError, match=r"step must be in \[0, 3\), got 3"):
         clock.set(3, 3)
+
+
+def test_timesteps_in_the_dtype_of_the_model_are_looked_up():
+    """Half precision rounds them, as pipelines that cast them do."""
+    made, clock = scheduler("DDIMScheduler", 20), StepClock()
+    clock.as_given = Adapter().as_given
+    for dtype in (torch.bfloat16, torch.float32, torch.int64):
+        found = [clock.place(t.to(dtype).clone(), lambda: [made]) for t in made.timesteps]
+        assert [place.position for place in found] == list(range(20))
+
+
+def test_a_told_step_is_given_up_where_more_timesteps_come_than_a_step_has():
+    made, clock = scheduler("DDIMScheduler", 10), StepClock()
+    clock.set(4, 10)
+    seen = [clock.place(t, lambda: [made]) for t in made.timesteps]
+    assert [place.position for place in seen] == [4] * 4 + list(range(4, 10))
+    clock.set(4, 10)
+    assert {clock.place(torch.tensor(500), lambda: [made]).position for _ in range(20)} == {4}

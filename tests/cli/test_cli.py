@@ -181,6 +181,24 @@ def test_plan_tells_of_calls_and_pictures_beside_those_it_counts(tmp_path):
     assert "Guidance by true_cfg_scale is a call of its own: it takes such a buffer once more." in told
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "guidance", "rows"),
+    [
+        ("StableDiffusionPipeline", 7.5, 2),
+        ("StableDiffusionPipeline", 1.0, 1),
+        ("StableDiffusionXLPAGPipeline", 7.5, 3),
+        ("StableDiffusionPAGPipeline", 1.0, 2),
+        ("StableDiffusionInstructPix2PixPipeline", 7.5, 3),
+        ("DDPMPipeline", 7.5, 1),
+    ],
+)
+def test_plan_counts_the_rows_of_a_picture(pipeline, guidance, rows, tmp_path):
+    unet = ZOO["UNet2DModel" if pipeline == "DDPMPipeline" else "UNet2DConditionModel"]().model
+    save_configs(tmp_path, pipeline, unet=unet, vae=random_pipeline().vae, scheduler=diffusers.DDIMScheduler())
+    told = run("plan", "--model", tmp_path, "--batch", 1, "--guidance", guidance, "--no-measure", "--json")
+    assert {layer["shape"][0] for layer in json.loads(told.stdout)["layers"]} == {rows}
+
+
 @pytest.mark.parametrize("name", ["AudioLDM", "AudioLDM 2"])
 def test_plan_of_sound_is_of_spectrograms(name, tmp_path):
     own = dict(class_embed_type="simple_projection", projection_class_embeddings_input_dim=12)

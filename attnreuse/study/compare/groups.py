@@ -9,6 +9,7 @@ plain steps are not to be beaten by bad luck alone, so it counts among them.
 
 from __future__ import annotations
 
+import datetime
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +116,7 @@ def compare(
     finally:
         pipe.scheduler = own
     denoiser = find_denoiser(pipe)
-    about = {**environment(denoiser.device), "dtype": str(denoiser.dtype)}
+    today = datetime.date.today().isoformat()
+    about = {"date": today, **environment(denoiser.device), "dtype": str(denoiser.dtype)}
     about |= {name: found for name in ("DeepCache", "tomesd") if (found := package_version(name))}
     return Comparison(setting=setting, groups=groups, environment=about, rounds=rounds)

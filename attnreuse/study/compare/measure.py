@@ -19,7 +19,7 @@ from attnreuse.binding.layers import NOT_CALLED
 from attnreuse.binding.report import LayerReport, Report
 from attnreuse.demo import tiny_shapes
 from attnreuse.errors import AttnReuseError
-from attnreuse.measure.timing import Times, in_turns
+from attnreuse.measure.timing import Times, paced, paced_runs
 from attnreuse.planning.rows import strip
 from attnreuse.progress import Progress, silent
 from attnreuse.study import metrics
@@ -66,7 +66,8 @@ class Measured:
             interval ("psnr_ci").
         pictures: the first ``SHOWN``, ``[P, S, S, 3]`` in [0, 1]; not kept in files.
         psnrs: of each picture, dB; empty for the full run.
-        latencies_s: of one batch of pictures, one per round.
+        latencies_s: of one batch of pictures, one per round, at the round's pace
+            (:func:`attnreuse.measure.timing.paced`).
         maps_computed: share of the full run's attention-map elements that it computed; None where unknown.
         plain: plain steps at its latency; None below all that were measured.
         equal_cost: the plain steps that compute as many maps, as near as step counts allow.
@@ -143,7 +144,7 @@ def measure(
 
 def runs(wanted: list[Method], rounds: int) -> int:
     """Runs that are judged or timed; plain steps of the same noise are not timed by themselves."""
-    return len(wanted) + rounds * sum(method.family != SAME_NOISE for method in wanted)
+    return len(wanted) + paced_runs(sum(method.family not in (SAME_NOISE, "full") for method in wanted), rounds)
 
 
 @_noted()
@@ -187,13 +188,13 @@ def timed(pipe: Any, setting: Setting, rows: list[Measured], rounds: int, progre
     """Add the seconds of one batch in each of `rounds`, all in turns; same noise takes what plain steps take."""
     one_batch = replace(setting, prompts=setting.prompts[: setting.batch])
     called = [row for row in rows if row.method.family != SAME_NOISE]
+    of = paced_runs(len(called) - 1, rounds)
 
     def tell(done: int, i: int) -> None:
-        now = f"timing {called[i].method.name}, round {done // len(called) + 1} of {rounds}"
-        progress(done, rounds * len(called), now)
+        progress(done, of, f"timing {called[i].method.name}, round {done * rounds // of + 1} of {rounds}")
 
-    calls = [functools.partial(_timed, pipe, one_batch, row.method) for row in called]
-    for row, seconds in zip(called, in_turns(calls, rounds, tell), strict=True):
+    full, *calls = (functools.partial(_timed, pipe, one_batch, row.method) for row in called)
+    for row, seconds in zip(called, paced(full, calls, rounds, tell), strict=True):
         row.latencies_s += seconds
     taken = {row.method.steps: row.latencies_s for row in rows if row.method.family == "plain steps"}
     for row in rows:

@@ -1,0 +1,248 @@
+"""Calls and layers that look like earlier ones and are not: they compute, and what is said of them is so."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from diffusers.models.attention_processor import AttnProcessor2_0
+from tiny_random import TOKENS, WIDTH, random_pipeline, random_unet, sample
+
+import attnreuse
+from attnreuse import Policy
+from attnreuse.adapters import adapter_of, register, unets
+from attnreuse.adapters.forms import Plain
+from attnreuse.binding import run as runs
+from attnreuse.binding.processors import attention_layers, takes_extra
+
+pytestmark = pytest.mark.filterwarnings("ignore:attnreuse")
+
+
+def noise(seed, *shape):
+    return torch.randn(shape or (1, 4, 8, 8), generator=torch.Generator().manual_seed(seed))
+
+
+CONTEXT = noise(99, 1, TOKENS, WIDTH)
+
+
+@pytest.fixture
+def unet():
+    return random_unet()
+
+
+def timesteps(steps):
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps
+
+
+def first(session):
+    return session.report().layers[0]
+
+
+# -- calls that attend over the same and differ in something else
+
+
+def test_a_setting_that_changes_in_mid_run_computes(unet):
+    ts = timesteps(4)
+    policy = Policy(steps=4, reuse=".RRR")
+    with torch.no_grad(), attnreuse.enable(unet, policy) as session:
+        for i, scale in enumerate((1.0, 1.0, 0.5, 0.5)):
+            unet(noise(0), ts[i], encoder_hidden_states=CONTEXT, cross_attention_kwargs={"scale": scale})
+    assert (first(session).captured, first(session).reused) == (2, 2)
+    assert first(session).reasons == {"cross_attention_kwargs.scale is 0.5, it was 1.0": 1}
+
+
+@pytest.mark.parametrize("before", [("off",), ("off", "on"), ("on", "off")])
+def test_calls_with_an_adapter_and_without_have_maps_of_their_own(unet, before):
+    """An adapter that is on or off changes queries and keys, and nothing that the denoiser is given."""
+    from peft import LoraConfig
+
+    ts = timesteps(6)
+    torch.manual_seed(0)
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=64, target_modules=["to_q", "to_k"], init_lora_weights=False))
+
+    def last(policy, before):
+        with torch.no_grad(), attnreuse.enable(unet, Policy(steps=6, reuse=policy), map_format="fp32") as session:
+            for i in range(4):
+                for which in before if i < 3 else ("off",):
+                    (unet.enable_adapters if which == "on" else unet.disable_adapters)()
+                    x = noise(0) + 0.05 * i * noise(1)
+                    out = unet(x, ts[i], encoder_hidden_states=CONTEXT).sample
+        return out, first(session).reused
+
+    out, reused = last("...R..", before)
+    expected, _ = last("...R.." if reused else "......", ("off",))
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    assert reused == 1
+
+
+def test_another_picture_with_the_same_background_goes_on_with_no_map(unet):
+    ts, background = timesteps(8), 2 * noise(0)
+    policy = Policy(steps=8, reuse="....R...")
+    with torch.no_grad(), attnreuse.enable(unet, policy, map_format="fp32") as session:
+        for i in range(4):
+            unet(background + noise(1) + 0.05 * i * noise(2), ts[i], encoder_hidden_states=CONTEXT)
+        unet(background + noise(3), ts[4], encoder_hidden_states=CONTEXT)
+    assert first(session).reused == 0
+    assert first(session).reasons == {"its sample continues that of no earlier call": 1}
+
+
+def test_a_loop_that_was_given_up_does_not_hold_later_ones_at_its_step(unet):
+    ts = timesteps(10)
+
+    def loop(seed, told=()):
+        for i, t in enumerate(ts):
+            if i in told:
+                session.step(i, 10)
+            unet(noise(seed) + 0.05 * i * noise(1), int(t) if told else t, encoder_hidden_states=CONTEXT)
+            if told and i == max(told):
+                return
+
+    with torch.no_grad(), attnreuse.enable(unet, Policy(steps=10, reuse=".R.R.R.R.R")) as session:
+        loop(0, told=range(5))
+        one = session.report().allocated_bytes
+        loop(2)
+        assert session.report().allocated_bytes <= one
+        loop(3)
+    assert session.report().steps == 10
+    assert {layer.reused for layer in session.report().layers} == {5}
+
+
+def test_a_bar_that_is_closed_late_ends_no_later_loop():
+    pipe = random_pipeline()
+
+    def run(late):
+        left = iter(pipe.progress_bar(range(9)))
+        next(left)
+
+        def close(pipe, step, t, kept):
+            if late and step == 4:
+                left.close()
+            return {}
+
+        return sample(pipe, 8, callback_on_step_end=close), session.report()
+
+    with attnreuse.enable(pipe) as session:
+        (expected, told), (actual, report) = run(False), run(True)
+        assert not [branch for run in session._runs for branch in run.branches]
+    assert torch.equal(actual, expected)
+    assert report == told
+
+
+# -- layers that cannot do what they are to do
+
+
+def test_a_gradient_that_enters_within_the_denoiser_is_kept(unet):
+    unet.requires_grad_(False)
+    delta = torch.zeros(1, 16, 1, 1, requires_grad=True)
+    unet.conv_in.register_forward_hook(lambda module, args, output: output + delta)
+
+    def gradient():
+        delta.grad = None
+        for t in timesteps(2):
+            out = unet(noise(0), t, encoder_hidden_states=CONTEXT).sample
+        out.square().sum().backward()
+        return delta.grad.clone()
+
+    expected = gradient()
+    with attnreuse.enable(unet, Policy(steps=2, reuse=".R"), layers="all") as session:
+        torch.testing.assert_close(gradient(), expected)
+    assert all("a gradient is wanted" in " ".join(layer.reasons) for layer in session.report().layers)
+
+
+def test_layers_on_another_device_than_their_map_compute(unet, monkeypatch):
+    ring = runs.MapRing
+    monkeypatch.setattr(runs, "MapRing", lambda plan, device: ring(plan, torch.device("meta")))
+    with torch.no_grad():
+        expected = [unet(noise(0), t, encoder_hidden_states=CONTEXT).sample for t in timesteps(2)]
+        with attnreuse.enable(unet, Policy(steps=2, reuse=".R"), layers="all") as session:
+            for t, then in zip(timesteps(2), expected, strict=True):
+                assert torch.equal(unet(noise(0), t, encoder_hidden_states=CONTEXT).sample, then)
+    assert all(any("on another device" in reason for reason in layer.reasons) for layer in session.report().layers)
+
+
+def test_weights_that_are_moved_as_the_denoiser_is_called_have_not_changed():
+    """As offloading does: within the call, after other tools' hooks have seen where they lay before."""
+    pipe, moved = random_pipeline(), []
+    forward = pipe.unet.forward
+
+    def offloaded(*args, **kwargs):
+        if not moved:
+            moved.append(1)
+            for weight in pipe.unet.parameters():
+                weight.data = weight.data.clone()
+        return forward(*args, **kwargs)
+
+    pipe.unet.forward = offloaded
+    with attnreuse.enable(pipe, Policy(steps=4, reuse=".R.."), layers="cross", strict=True) as session:
+        sample(pipe, 4)
+    assert first(session).held == 1
+
+
+@pytest.mark.parametrize(("targets", "captured"), [(["to_q", "to_k"], 2), (["to_v"], 1)])
+def test_a_layer_with_an_adapter_reuses_maps_made_with_it_and_holds_nothing(unet, targets, captured):
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    unet.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    ts = timesteps(3)
+    with torch.no_grad(), attnreuse.enable(unet, Policy(steps=3, reuse=".RR"), layers="cross") as session:
+        for i, t in enumerate(ts):
+            if i == 1:
+                unet.disable_adapters()
+            unet(noise(0), t, encoder_hidden_states=CONTEXT)
+    assert (first(session).held, first(session).captured, first(session).reused) == (0, captured, 3 - captured)
+
+
+# -- processors
+
+
+def test_our_processor_that_another_tool_puts_back_is_stock_without_us(unet):
+    class Other(AttnProcessor2_0):
+        """Not served."""
+
+    layers, saved, ts = attention_layers(unet), {}, timesteps(4)
+    before = {name: type(layer.processor) for name, layer in layers.items()}
+
+    def swap(module, args):
+        for layer in layers.values():
+            saved[layer] = layer.processor
+            layer.set_processor(Other())
+
+    def swap_back(module, args, output):
+        for layer, processor in saved.items():
+            layer.set_processor(processor)
+
+    with torch.no_grad():
+        stock = unet(noise(0), ts[0], encoder_hidden_states=CONTEXT).sample
+        session = attnreuse.enable(unet, Policy(steps=4, reuse=".R.."))
+        hooks = unet.register_forward_pre_hook(swap), unet.register_forward_hook(swap_back)
+        unet(noise(0), ts[0], encoder_hidden_states=CONTEXT)
+        for hook in hooks:
+            hook.remove()
+        unet(noise(0), ts[1], encoder_hidden_states=CONTEXT)
+        assert first(session).captured <= 1
+        attnreuse.disable(unet)
+        assert torch.equal(unet(noise(0), ts[0], encoder_hidden_states=CONTEXT).sample, stock)
+    assert {name: type(layer.processor) for name, layer in layers.items()} == before
+
+
+def test_a_processor_with_arguments_of_its_own_is_refused(unet):
+    class Gained(AttnProcessor2_0):
+        def __call__(
+            self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, *, gain=1.0
+        ):
+            return gain * super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+    class WithGained(unets.UNet):
+        def forms(self):
+            return {**super().forms(), Gained: Plain()}
+
+    usual = adapter_of(unet)
+    unet.set_attn_processor(Gained())
+    try:
+        register(WithGained())
+        with pytest.raises(attnreuse.UnsupportedLayerError, match="Gained takes gain besides; expected a processor"):
+            attnreuse.enable(unet, Policy(steps=4, reuse=".R.."))
+    finally:
+        register(usual)
+    assert takes_extra(AttnProcessor2_0)
