@@ -117,7 +117,7 @@ class StepClock:
 def _mark(timestep: Any) -> list[object]:
     """Something equal for equal timesteps, without a look at the device; nothing where there is no such thing."""
     if not isinstance(timestep, Tensor):
-        return [float(timestep)]
+        return [timestep] if isinstance(timestep, (int, float)) else []
     if timestep.device.type == "cpu":
         return [float(timestep.flatten()[0])]
     storage = timestep.untyped_storage()

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PLAIN = (bool, int, float, str)  # settings that are compared by value
+
 
 class Conditions:
     """The conditions of one denoiser call, row by row.
@@ -129,9 +131,6 @@ def _leaves_in(given: dict[str, Any], left_out: Collection[str], above: str = ""
             yield from _leaves_in({f"{name}[{i}]": item for i, item in enumerate(value)}, left_out, above)
         else:
             yield above + name, value
-
-
-PLAIN = (bool, int, float, str)
 
 
 def _same(now: Any, then: Any) -> bool:
