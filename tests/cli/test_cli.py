@@ -105,7 +105,6 @@ def test_the_shipped_pipeline_comes_with_policies():
     assert planned_policy("--reuse", 7) == "hurry(reuse=0.35)"
     assert planned_policy("--max-age", 0) == "hurry(20,10,max_age=None)"
     assert planned_policy("--max-age", 2) == "hurry(20,10,max_age=2)"
-    assert planned_policy("--scheduler", "Euler a") == "phast(20,10)"
     assert planned_policy("--scheduler", "Euler") == "hurry(reuse=0.5)"
     for policy in shipped_policies():
         assert policy.model == "tiny-shapes"
