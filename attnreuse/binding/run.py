@@ -21,7 +21,7 @@ from attnreuse.maps.ring import MapRing, RingPlan, plan_ring
 
 NEAR = 0.7  # distance of samples from which on a call is not taken to continue a branch; unrelated ones are at 1
 CLEARLY = 0.7  # how much nearer than any other the branch must be
-FASTER, SMALL = 6.0, 0.1  # how much farther than ever before a sample may move, or how far at least
+FASTER, SMALL = 8.0, 0.18  # how much farther than ever before a sample may move, or how far at least
 MOVES = 2  # that must be known for this: samplers of two calls a step move at every second one
 CROWD = 8  # calls of one step that a loop nobody announced may make before they count as runs given up
 

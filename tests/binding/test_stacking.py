@@ -264,6 +264,17 @@ def test_a_lora_swapped_between_runs_is_in_force(pipe):
             assert session.report().layers[0].reused == 5
 
 
+@pytest.mark.parametrize("scale", [0.7, 0.0])
+def test_a_scaled_lora_reuses_as_planned(pipe, scale):
+    """Each call scales it and takes the scale back, not to the last bit."""
+    pipe.load_lora_weights(lora_state(1), adapter_name="a")
+    pipe.set_adapters(["a"], [0.8])
+    with attnreuse.enable(pipe, POLICY, strict=True) as session:
+        for _ in range(2):
+            sample(pipe, STEPS, cross_attention_kwargs={"scale": scale})
+            assert {layer.reused for layer in session.report().layers} == {5}
+
+
 def test_the_vae_and_side_networks_keep_their_own_attention(pipe):
     """The VAE's attention is of the same class; it is never touched."""
     vae = {name: id(module.processor) for name, module in pipe.vae.named_modules() if hasattr(module, "processor")}
