@@ -38,7 +38,7 @@ class Conditions:
         leaves = dict(_leaves_in(given, {*each_step, "return_dict"}))
         self.tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
         self.settings = {name: leaf for name, leaf in leaves.items() if name not in self.tensors}
-        self.set_adapters(adapters)
+        self.settings |= {ADAPTERS: adapters} if adapters else {}
         self.beside = {name for name in each_step if given.get(name) is not None}
         self._versions = {name: None if t.is_inference() else t._version for name, t in self.tensors.items()}
         self._addresses = {name: t.data_ptr() for name, t in self.tensors.items()}
@@ -65,11 +65,6 @@ class Conditions:
             return None
         same = self._same_values(earlier, names)
         return _matched(self.batch, earlier.batch, lambda i, j: same[i][j])
-
-    def set_adapters(self, adapters: tuple) -> None:
-        """What the model's adapters are set to; anew after the call, which may scale them and does so inexactly."""
-        self.settings.pop(ADAPTERS, None)
-        self.settings |= {ADAPTERS: adapters} if adapters else {}
 
     def join(self, earlier: Conditions) -> None:
         """Note that these conditions are those of `earlier`, row by row."""

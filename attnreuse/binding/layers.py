@@ -83,7 +83,7 @@ class Layers:
         self._entries = [(name, module.__dict__, ReuseAttnProcessor()) for name, module in self.modules.items()]
         self._in_place = False  # our processors
         # Of this call: the action, and whether the output is kept.
-        self._armed: list[tuple[str, ReuseAttnProcessor, str, bool]] = []
+        self._armed: list[tuple[str, ReuseAttnProcessor, str, bool, Any]] = []
         self._others: list[ReuseAttnProcessor] = []  # that another tool's stands in the place of, in this call
         self._reasons: dict[str, str] = {}  # why layers do not do what the policy says, in this call
 
@@ -105,7 +105,13 @@ class Layers:
         projections = ((getattr(m, name, None) for name in QUERY_AND_KEY) for m in self.modules.values())
         found = [p for of_layer in projections for p in of_layer if hasattr(p, "active_adapters")]
         return tuple(
-            (p, p.disable_adapters, tuple(p.active_adapters), tuple(getattr(p, "scaling", {}).items())) for p in found
+            (
+                p,
+                p.disable_adapters,
+                tuple(p.active_adapters),
+                tuple((n, f"{s:.6g}") for n, s in getattr(p, "scaling", {}).items()),
+            )
+            for p in found
         )
 
     def reports(self) -> list[LayerReport]:
@@ -183,7 +189,8 @@ class Layers:
             processor.output, processor.kept = ring.outputs[name], False
             processor.context = ANY_CONTEXT if self.kinds[name] == "joint" else context
         if keep or action is not Action.COMPUTE:
-            self._armed.append((name, processor, action._value_, keep))
+            about = _Weights(processor.form.makers(self.modules[name])) if keep else None
+            self._armed.append((name, processor, action._value_, keep, about))
         return action, reason
 
     def _missing(
@@ -223,7 +230,7 @@ class Layers:
         Raises:
             UnsupportedLayerError: every layer with a map attends over other tokens than the map is for.
         """
-        for name, processor, action, keep in self._armed:
+        for name, processor, action, keep, about in self._armed:
             if processor.why:
                 self._reasons[name] = processor.why
             missed = None
@@ -233,7 +240,8 @@ class Layers:
                 missed = None if wrote else "map"
             if keep:
                 if processor.kept:  # offloaded weights come to lie where they are read within the call
-                    branch.ring.kept(name, run.step, _Weights(processor.form.makers(self.modules[name])))
+                    about.moved()
+                    branch.ring.kept(name, run.step, about)
                 else:
                     branch.ring.kept_at.pop(name, None)
                     missed = "output"
@@ -275,9 +283,14 @@ class _Weights:
 
     def __init__(self, makers: dict[str, Module]):
         self._tensors = [p for maker in makers.values() for p in maker.parameters()]
-        self._marks = [(id(p), p.data_ptr(), None if p.is_inference() else p._version) for p in self._tensors]
+        self._marks = [(id(p), None if p.is_inference() else p._version) for p in self._tensors]
+        self.moved()
+
+    def moved(self) -> None:
+        """They may lie elsewhere now, with the same values."""
+        self._addresses = [p.data_ptr() for p in self._tensors]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Weights) and self._marks == other._marks
+        return isinstance(other, _Weights) and (self._marks, self._addresses) == (other._marks, other._addresses)
 
     __hash__ = None

@@ -260,7 +260,7 @@ def continued(call: Call, walks: list[tuple[Run, int]], announced: bool) -> Matc
     if announced and len(candidates) == 1:
         candidates[0].branch.unproven = candidates[0].step
         return candidates[0]
-    distances = torch.stack([call.distance(c.branch.call, c.rows) for c in candidates]).tolist()
+    distances = torch.stack([call.distance(c.branch.call, c.rows) for c in candidates]).nan_to_num(1.0).tolist()
     least = min(distances)
     nearest = [c for c, d in zip(candidates, distances, strict=True) if d == least]
     best = next((c for c in nearest if c.in_order), nearest[0])

@@ -285,8 +285,6 @@ class Session:
     def _done(self, run: Run, branch: Branch | None) -> None:
         """The call is over: note what it did."""
         self._layers.note(run, branch)
-        if branch is not None:
-            branch.call.conditions.set_adapters(self._layers.adapters())
         run.report.steps = max(run.report.steps, run.step + 1)
         self._complain(run)
         if branch is not None and run.step >= run.schedule.last_reuse:
