@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ADAPTERS = "the state of its adapters"
 PLAIN = (bool, int, float, str)  # settings that are compared by value
 
 
@@ -38,7 +37,7 @@ class Conditions:
         leaves = dict(_leaves_in(given, {*each_step, "return_dict"}))
         self.tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
         self.settings = {name: leaf for name, leaf in leaves.items() if name not in self.tensors}
-        self.settings |= {ADAPTERS: adapters} if adapters else {}
+        self.settings |= {"the state of its adapters": adapters} if adapters else {}
         self.beside = {name for name in each_step if given.get(name) is not None}
         self._versions = {name: None if t.is_inference() else t._version for name, t in self.tensors.items()}
         self._addresses = {name: t.data_ptr() for name, t in self.tensors.items()}

@@ -82,8 +82,8 @@ class Layers:
         self.around = [module for name, module in denoiser.named_modules() if name in paths]
         self._entries = [(name, module.__dict__, ReuseAttnProcessor()) for name, module in self.modules.items()]
         self._in_place = False  # our processors
-        # Of this call: the action, and whether the output is kept.
-        self._armed: list[tuple[str, ReuseAttnProcessor, str, bool, Any]] = []
+        # Of this call: the action, and the weights of an output that is kept.
+        self._armed: list[tuple[str, ReuseAttnProcessor, str, _Weights | None]] = []
         self._others: list[ReuseAttnProcessor] = []  # that another tool's stands in the place of, in this call
         self._reasons: dict[str, str] = {}  # why layers do not do what the policy says, in this call
 
@@ -189,8 +189,8 @@ class Layers:
             processor.output, processor.kept = ring.outputs[name], False
             processor.context = ANY_CONTEXT if self.kinds[name] == "joint" else context
         if keep or action is not Action.COMPUTE:
-            about = _Weights(processor.form.makers(self.modules[name])) if keep else None
-            self._armed.append((name, processor, action._value_, keep, about))
+            weights = _Weights(processor.form.makers(self.modules[name])) if keep else None
+            self._armed.append((name, processor, action._value_, weights))
         return action, reason
 
     def _missing(
@@ -230,7 +230,7 @@ class Layers:
         Raises:
             UnsupportedLayerError: every layer with a map attends over other tokens than the map is for.
         """
-        for name, processor, action, keep, about in self._armed:
+        for name, processor, action, weights in self._armed:
             if processor.why:
                 self._reasons[name] = processor.why
             missed = None
@@ -238,16 +238,16 @@ class Layers:
                 wrote = processor.did == CAPTURE
                 branch.ring.captured(name, run.step) if wrote else branch.ring.captured_at.pop(name, None)
                 missed = None if wrote else "map"
-            if keep:
+            if weights is not None:
                 if processor.kept:  # offloaded weights come to lie where they are read within the call
-                    about.moved()
-                    branch.ring.kept(name, run.step, about)
+                    weights.moved()
+                    branch.ring.kept(name, run.step, weights)
                 else:
                     branch.ring.kept_at.pop(name, None)
                     missed = "output"
             if missed is not None:
                 branch.missed[name] = f"it wrote no {missed} at step {run.step}: {processor.why or NOT_CALLED}"
-            elif keep or action == CAPTURE:
+            elif weights is not None or action == CAPTURE:
                 branch.missed.pop(name, None)
         for processor in self._others:
             processor.did = COMPUTE

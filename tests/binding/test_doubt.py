@@ -86,6 +86,34 @@ def test_another_picture_with_the_same_background_goes_on_with_no_map(unet):
     assert first(session).reasons == {"its sample continues that of no earlier call": 1}
 
 
+def test_an_adapter_that_is_switched_within_a_call_changes_the_next(unet):
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=64, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    hook = unet.conv_out.register_forward_hook(lambda *args: unet.disable_adapters())
+
+    def walk():
+        unet.enable_adapters()
+        return [unet(noise(0), t, encoder_hidden_states=CONTEXT).sample for t in timesteps(4)]
+
+    with torch.no_grad():
+        expected = walk()
+        with attnreuse.enable(unet, Policy(steps=4, reuse=".R.."), map_format="fp32", layers="self") as session:
+            actual = walk()
+    hook.remove()
+    assert first(session).reused == 0
+    torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=1e-4)
+
+
+def test_a_sample_that_is_not_a_number_ends_as_without_reuse(unet):
+    with torch.no_grad(), attnreuse.enable(unet, Policy(steps=4, reuse=".R.R")) as session:
+        for i, t in enumerate(timesteps(4)):
+            x = noise(0) + (float("nan") if i >= 2 else 0.05 * i)
+            assert unet(x, t, encoder_hidden_states=CONTEXT).sample.isnan().any() == (i >= 2)
+    assert first(session).reused == 1
+
+
 def test_a_loop_that_was_given_up_does_not_hold_later_ones_at_its_step(unet):
     ts = timesteps(10)
 
@@ -176,6 +204,32 @@ def test_weights_that_are_moved_as_the_denoiser_is_called_have_not_changed():
     with attnreuse.enable(pipe, Policy(steps=4, reuse=".R.."), layers="cross", strict=True) as session:
         sample(pipe, 4)
     assert first(session).held == 1
+
+
+def test_an_output_made_with_weights_that_change_within_its_call_is_not_held():
+    """As a tool does that merges an adapter of another strength into each call, and takes it out again."""
+    pipe = random_pipeline()
+    weights = [layer.to_v.weight for name, layer in attention_layers(pipe.unet).items() if name.endswith("attn2")]
+    forward, strength = pipe.unet.forward, []
+
+    def merged(*args, **kwargs):
+        strength.append(1.0 - 0.1 * (len(strength) % 8))
+        with torch.no_grad():
+            before = [weight.clone() for weight in weights]
+            for weight in weights:
+                weight.add_(strength[-1] * 0.2)
+            out = forward(*args, **kwargs)
+            for weight, then in zip(weights, before, strict=True):
+                weight.copy_(then)
+        return out
+
+    pipe.unet.forward = merged
+    expected = sample(pipe, 8)
+    with attnreuse.enable(pipe, Policy(steps=8, reuse=".R.R.R.R"), layers="cross") as session:
+        actual = sample(pipe, 8)
+    assert first(session).held == 0
+    assert first(session).reasons == {"its weights have changed since its output was kept": 4}
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("targets", "captured"), [(["to_q", "to_k"], 2), (["to_v"], 1)])
