@@ -31,7 +31,6 @@ class Adapter:
         each_step: arguments of its forward, and keys in tables of such, that are made anew at each step: residuals of
             side networks. All other tensors are conditions: a layer reuses as long as they stay the same.
         left_alone: why layers only compute, by a part of their name.
-        rows: of the batch for each picture, under classifier-free guidance.
         tokens: of a prompt; None: as many as the text encoder takes.
         beside: pipelines that show the model a picture they are given beside the one they make.
         second_call: argument of its pipelines that turns on guidance by a call of its own, with maps of its own.
@@ -43,7 +42,6 @@ class Adapter:
     sample: ClassVar[str] = "sample"
     each_step: ClassVar[tuple[str, ...]] = ()
     left_alone: ClassVar[Mapping[str, str]] = {}
-    rows: ClassVar[int] = 2
     tokens: ClassVar[int | None] = None
     beside: ClassVar[tuple[str, ...]] = ()
     second_call: ClassVar[str | None] = None
@@ -68,6 +66,12 @@ class Adapter:
     def as_given(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """What a denoiser is given for the scheduler's `timesteps`, where that is a tensor of `dtype`."""
         return timesteps.to(dtype) if dtype.is_floating_point else timesteps
+
+    def rows(self, denoiser: Any, pipeline: str, guidance: bool) -> int:
+        """Of the batch for each picture, where a pipeline of this class makes it, with or without guidance."""
+        perturbed, given = "PAG" in pipeline, guidance and "InstructPix2Pix" in pipeline  # rows of their own
+        embedded = denoiser.config.get("time_cond_proj_dim") is not None  # guidance, as in LCM's models
+        return 1 + (guidance and not embedded) + perturbed + given
 
     def config(self, denoiser: Any) -> dict[str, Any]:
         """Config of a denoiser whose layers see the same numbers of tokens, and that is called without adapters."""

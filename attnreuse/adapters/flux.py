@@ -46,13 +46,15 @@ class Flux(Adapter):
     parts = ("transformer",)
     sample = "hidden_states"
     each_step = ("controlnet_block_samples", "controlnet_single_block_samples", "ip_hidden_states")
-    rows = 1  # guidance is embedded
     tokens = 512
     beside = ("FluxKontextPipeline", "FluxKontextInpaintPipeline")
     second_call = "true_cfg_scale"
 
     def forms(self) -> Mapping[type, Form]:
         return _forms()
+
+    def rows(self, denoiser: Any, pipeline: str, guidance: bool) -> int:
+        return 1  # guidance is embedded
 
     def latents(self, denoiser: Any, size: tuple[int, int], scale: int) -> tuple[int, int]:
         return 2 * (size[0] // (2 * scale)), 2 * (size[1] // (2 * scale))

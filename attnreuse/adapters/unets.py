@@ -96,7 +96,14 @@ class Unconditional(UNet):
     """Models without a prompt, and so without its guidance."""
 
     models = ("UNet2DModel",)
-    rows = 1
+
+    def rows(self, denoiser: Any, pipeline: str, guidance: bool) -> int:
+        return 1
+
+    def latents(self, denoiser: Any, size: tuple[int, int], scale: int) -> tuple[int, int]:
+        halved = len(denoiser.config["block_out_channels"]) - 1
+        super().latents(denoiser, size, scale * 2**halved)  # evenly at each level
+        return size[0] // scale, size[1] // scale
 
 
 class AnimateDiff(UNet):
@@ -208,3 +215,10 @@ class DreamLite(UNet):
 
     def stock(self, attn: Any) -> type:
         return Adapter.stock(self, attn)
+
+    def rows(self, denoiser: Any, pipeline: str, guidance: bool) -> int:
+        return 1 if "Mobile" in pipeline else 2
+
+    def latents(self, denoiser: Any, size: tuple[int, int], scale: int) -> tuple[int, int]:
+        height, width = super().latents(denoiser, size, scale)
+        return height, 2 * width  # the picture to edit, or nothing, is on the right

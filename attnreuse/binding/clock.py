@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnreuse.binding.conditions import Conditions
 from attnreuse.errors import UnknownStepError
 
 HELP = "call session.step(i, n) before the denoiser calls of each step"
@@ -71,7 +72,7 @@ class StepClock:
         self.as_given: Callable[[Tensor, torch.dtype], Tensor] = lambda timesteps, dtype: timesteps
         self._told: tuple[object, int, int] | None = None  # token of the walk, step, steps
         self._told_in: object = None  # the loop it was told in
-        self._since: set[object] = set()  # timesteps of the calls since then, as far as they can be told apart
+        self._since: list[tuple[object, Any]] = []  # the calls since then: timestep, and what they attend over
         self._last: Place | None = None
 
     def set(self, step: int, steps: int, loop: object = None) -> None:
@@ -86,12 +87,20 @@ class StepClock:
     def reset(self) -> None:
         """A step that was set is no longer in force."""
         self._told = None
+        self._since.clear()
 
-    def place(self, timestep: Any, schedulers: Callable[[], Iterable[Any]], loop: object = None) -> Place:
-        """Where a call with this `timestep` stands; `schedulers` gives those that may have made it.
+    def place(
+        self,
+        timestep: Any,
+        schedulers: Callable[[], Iterable[Any]],
+        loop: object = None,
+        conditions: Conditions | None = None,
+    ) -> Place:
+        """Where a call with this `timestep` and these `conditions` stands; `schedulers` may have made it.
 
         A step that was told outside of the pipeline's `loop` counts within it only if it is the first: the
-        loop it was told for has been given up otherwise. So it has been where more timesteps come than a step has.
+        loop it was told for has been given up otherwise. So it has been where more timesteps come than a step has,
+        for the same conditions; those of several requests may differ.
 
         Raises:
             UnknownStepError: that cannot be told; the message says how to help.
@@ -99,11 +108,18 @@ class StepClock:
         if self._told and loop is not self._told_in and self._told[1] == 0:
             self._told_in = loop
         if self._told and loop is self._told_in:
-            self._since.update(_mark(timestep))
-            if len(self._since) <= STAGES:
+            self._since.append((_mark(timestep), conditions))
+            if self._stages(conditions) <= STAGES:
                 return Place(*self._told)
             self.reset()
         return self.read(timestep, schedulers)
+
+    def _stages(self, conditions: Conditions | None) -> int:
+        """Timesteps that came for the same conditions since a step was told."""
+        known = [(mark, other) for mark, other in self._since if mark is not None]
+        if conditions is not None and len({mark for mark, _ in known}) > STAGES:
+            known = [(m, other) for m, other in known if other is None or conditions.rows_of(other) is not None]
+        return len({mark for mark, _ in known})
 
     def read(self, timestep: Any, schedulers: Callable[[], Iterable[Any]]) -> Place:
         """:meth:`place` by the timestep alone, whatever was told."""
@@ -114,15 +130,15 @@ class StepClock:
         return _by_scheduler(timestep, [s for s in schedulers() if _has_timesteps(s)], self.as_given)
 
 
-def _mark(timestep: Any) -> list[object]:
-    """Something equal for equal timesteps, without a look at the device; nothing where there is no such thing."""
+def _mark(timestep: Any) -> object:
+    """Something equal for equal timesteps, without a look at the device; None where there is no such thing."""
     if not isinstance(timestep, Tensor):
-        return [timestep] if isinstance(timestep, (int, float)) else []
+        return timestep if isinstance(timestep, (int, float)) else None
     if timestep.device.type == "cpu":
-        return [float(timestep.flatten()[0])]
+        return float(timestep.flatten()[0])
     storage = timestep.untyped_storage()
     within = storage.nbytes() > timestep.element_size() and _one_place(timestep)
-    return [(storage.data_ptr(), timestep.storage_offset())] if within else []
+    return (storage.data_ptr(), timestep.storage_offset()) if within else None
 
 
 def _has_timesteps(scheduler: Any) -> bool:

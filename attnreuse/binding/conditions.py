@@ -8,12 +8,14 @@ what is written to them, so they are kept as copies and always compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from enum import Enum
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor
 
-PLAIN = (bool, int, float, str)  # settings that are compared by value
+PLAIN = (Number, str, bytes, tuple, frozenset, Enum, torch.device, torch.dtype)  # settings that are compared by value
 
 
 class Conditions:
@@ -36,7 +38,7 @@ class Conditions:
         self.batch, self.group = batch, object()
         leaves = dict(_leaves_in(given, {*each_step, "return_dict"}))
         self.tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
-        self.settings = {name: leaf for name, leaf in leaves.items() if name not in self.tensors}
+        self.settings = {name: _plain(leaf) for name, leaf in leaves.items() if name not in self.tensors}
         self.settings |= {"the state of its adapters": adapters} if adapters else {}
         self.beside = {name for name in each_step if given.get(name) is not None}
         self._versions = {name: None if t.is_inference() else t._version for name, t in self.tensors.items()}
@@ -133,14 +135,23 @@ def _leaves_in(given: dict[str, Any], left_out: Collection[str], above: str = ""
             yield above + name, value
 
 
+def _plain(leaf: Any) -> Any:
+    """What an array or a set holds now, since it may be written to; everything else as it is."""
+    if hasattr(leaf, "tobytes") and hasattr(leaf, "dtype"):  # of numpy, which need not be there
+        return leaf.item() if leaf.size == 1 else (leaf.shape, leaf.dtype.str, leaf.tobytes())
+    return frozenset(leaf) if isinstance(leaf, set) else leaf
+
+
 def _same(now: Any, then: Any) -> bool:
     """Plain values that are equal; one and the same object, where its class may compare otherwise."""
-    return now is then or (type(now) is type(then) and isinstance(now, (*PLAIN, tuple)) and now == then)
+    if now is then or not (isinstance(now, PLAIN) and isinstance(then, PLAIN)):
+        return now is then
+    return now == then or (now != now and then != then)  # nan
 
 
 def _change(name: str, now: Any, then: Any) -> str:
-    both = isinstance(now, PLAIN) and isinstance(then, PLAIN)
-    return f"{name} is {now!r}, it was {then!r}" if both else f"{name} is another than before"
+    short = all(isinstance(value, (Number, str, Enum)) for value in (now, then))
+    return f"{name} is {now!r}, it was {then!r}" if short else f"{name} is another than before"
 
 
 def _matched(rows: int, others: int, same: Callable[[int, int], bool]) -> list[int] | None:

@@ -8,7 +8,7 @@ whoever reads, sets, saves or copies processors finds their own; what the layer 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.nn import Module
@@ -110,6 +110,7 @@ class Layers:
                 p.disable_adapters,
                 tuple(p.active_adapters),
                 tuple((n, f"{s:.6g}") for n, s in getattr(p, "scaling", {}).items()),
+                tuple(_written(p)),
             )
             for p in found
         )
@@ -124,6 +125,9 @@ class Layers:
         for attn, processor in self._found.items():
             if self._has_default(attn):
                 attn.set_processor(processor)
+        for attn in self.all.values():  # another tool may have put ours back
+            if isinstance(attn.processor, ReuseAttnProcessor):
+                attn.set_processor(stock_of(attn.processor))
 
     def _has_default(self, attn: Any) -> bool:
         """Whether the processor is one that diffusers sets by itself: of torch's attention, or written out."""
@@ -273,6 +277,15 @@ class Layers:
                 doing = "reusing" if planned is Action.REUSE else "holding"
                 return f"layer {name} computes at step {run.step} instead of {doing}: {reason}"
         return None
+
+
+def _written(projection: Module) -> Iterator[tuple[Module, int | None]]:
+    """The modules of a projection with adapters, and how often each of their weights was written to."""
+    for part in projection._modules.values():  # `modules()` takes four times as long, and there are hundreds
+        for module in (part, *part._modules.values()):
+            for weight in module._parameters.values():
+                if weight is not None:
+                    yield module, None if weight.is_inference() else weight._version
 
 
 class _Weights:

@@ -184,7 +184,8 @@ class Run:
             if other.is_whole(other.rows(call, values=False)):
                 call.conditions.join(other.call.conditions)
                 break
-        why = before[-1].difference(call) if before else ""
+        same = [other for other in before if other.rows(call) is not None]
+        why = (same or before)[-1].difference(call) if before else ""
         self.branches.append(Branch(call, self.step, _no_maps(map_format, call), why))
         return self.branches[-1]
 

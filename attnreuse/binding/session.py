@@ -203,12 +203,13 @@ class Session:
             if not given.keys() >= {self._layers.adapter.sample, "timestep"}:
                 return  # the denoiser itself says what is missing
             loop = loops.current(self.denoiser, self.pipe)
+            conditions = None if self._wants_gradient(given) else self._conditions(given)
             try:
-                place = self._clock.place(given["timestep"], lambda: self._schedulers(loop), loop)
+                place = self._clock.place(given["timestep"], lambda: self._schedulers(loop), loop, conditions)
             except UnknownStepError as error:
                 self._not_placed(error)
             else:
-                self._placed(place, loop, given)
+                self._placed(place, loop, given, conditions)
         except BaseException:
             self._failed()
             raise
@@ -258,11 +259,14 @@ class Session:
         for layer in self._shown.layers:
             layer.count(Action.COMPUTE, Action.COMPUTE, None)
 
-    def _placed(self, place: Place, loop: loops.Loop | None, given: dict[str, Any]) -> None:
+    def _placed(
+        self, place: Place, loop: loops.Loop | None, given: dict[str, Any], conditions: Conditions | None
+    ) -> None:
         """Find the run and the branch of this call, and arm the layers."""
         # A loop of somebody's own may run within a pipeline's, in a callback: that announced its own walk alone.
         announced = loop is not None and self._walks.setdefault(loop, place.walk) == place.walk
-        call = None if self._wants_gradient(given) else self._call(given, keep=not announced)
+        sample = given[self._layers.adapter.sample]
+        call = None if conditions is None else Call(sample, conditions, keep=not announced)
         match = self._find(place, loop, announced, call, given["timestep"])
         run, branch = match.run, match.branch
         self._runs = [other for other in self._runs if other is not run] + [run]
@@ -299,11 +303,10 @@ class Session:
             run.warned = True
             self._notices.complain(StaleMapError(message), " (session.report() counts such calls)")
 
-    def _call(self, given: dict[str, Any], keep: bool) -> Call:
+    def _conditions(self, given: dict[str, Any]) -> Conditions:
         adapter = self._layers.adapter
-        sample = given[adapter.sample]
         others = {name: value for name, value in given.items() if name not in (adapter.sample, "timestep")}
-        return Call(sample, Conditions(others, len(sample), adapter.each_step, self._layers.adapters()), keep)
+        return Conditions(others, len(given[adapter.sample]), adapter.each_step, self._layers.adapters())
 
     def _wants_gradient(self, given: dict[str, Any]) -> bool:
         if not torch.is_grad_enabled():

@@ -16,7 +16,15 @@ from attnreuse.progress import Progress
 
 out = Console(markup=False, highlight=False, emoji=False)
 err = Console(stderr=True, markup=False, highlight=False, emoji=False)
-ARGUMENTS = {"layers", "max_age", "memory_budget", "reuse", "schedules", "student"}  # whose options have their names
+ARGUMENTS = {
+    "guidance",
+    "layers",
+    "max_age",
+    "memory_budget",
+    "reuse",
+    "schedules",
+    "student",
+}  # whose options have their names
 EVERY = 30.0  # seconds between lines of progress without a terminal
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated
 
 import typer
@@ -59,6 +60,8 @@ def command(
             refuse_beside(context, "--policy", "reuse", "max_age")
         else:
             refuse_without(context, "--policy", "fit")
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance must be a finite number, got {guidance}")
         path, local = find_model(model)
         size = (height, width) if height and width else None
         blueprint = Blueprint.load(path, scheduler, local, size, frames)

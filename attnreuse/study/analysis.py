@@ -55,11 +55,15 @@ def analyze(
         raise ValueError(f"an analysis needs a run of at least {FEWEST} executed steps, got {steps}")
     if schedules and not 1 <= count < steps:
         raise ValueError(f"reuse must be between 1 and {steps - 1} for {steps} executed steps, got {count}")
-    schedules = min(schedules, math.comb(steps - 1, count)) if schedules else 0
     if 0 < schedules < FEWEST:
+        raise ValueError(f"schedules must be at least {FEWEST}, or 0 for no rank, got {schedules}")
+    there = math.comb(steps - 1, count) if schedules else 0
+    if schedules and there < FEWEST:
         raise ValueError(
-            f"schedules must be at least {FEWEST}, or 0 for no rank; {count} reuses in {steps} steps make {schedules}"
+            f"a rank needs at least {FEWEST} schedules, and {count} reuses in {steps} steps make {there}: give another "
+            "reuse, or schedules 0 for no rank"
         )
+    schedules = min(schedules, there)
     ages = [age for age in (1, 2, 4, 8) if age < steps]
     places = sorted({min(steps - 1, max(1, round(steps * share))) for share in (0.25, 0.5, 0.75)} | {steps - 1})
     of, done = 2 * (steps - 1) + 1 + len(places) * len(ages) + schedules, itertools.count(1)

@@ -12,6 +12,7 @@ from attnreuse.adapters import Adapter, adapter_of, parts
 from attnreuse.errors import UnsupportedLayerError
 from attnreuse.measure.environment import free_bytes
 from attnreuse.planning.samplers import make_scheduler
+from attnreuse.study.evaluate import not_of_prompts
 
 NOT_CALLED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that a plain run does without
 FRAMES = 16  # of models whose configs name no number
@@ -117,9 +118,7 @@ class Blueprint:
 
     def rows(self, guidance: bool) -> int:
         """Of the denoiser's batch for each picture, with or without classifier-free guidance."""
-        name = self.index["_class_name"]
-        perturbed, given = "PAG" in name, guidance and "InstructPix2Pix" in name  # rows of their own
-        return (self.adapter.rows if guidance else 1) + perturbed + given
+        return self.adapter.rows(self.denoiser, self.index["_class_name"], guidance)
 
     @property
     def beside(self) -> str | None:
@@ -158,8 +157,14 @@ class Blueprint:
 
     def not_timed(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why no run of it can be timed on `device`; None where one can."""
+        import diffusers
+
         if self.adapter.makes_videos or self.bins:
             return "only pipelines of pictures are timed"
+        cls = getattr(diffusers, self.index["_class_name"], None)
+        reason = None if cls is None else not_of_prompts(cls)
+        if reason is not None:
+            return reason
         free, weights = free_bytes(device), self.parameters() * dtype.itemsize
         if free is not None and weights > FILLED * free:
             return f"its weights take {weights / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free here"

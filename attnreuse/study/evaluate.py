@@ -41,7 +41,7 @@ from attnreuse.binding.processors import attention_layers
 from attnreuse.binding.schedule import Schedule
 from attnreuse.binding.session import Session
 from attnreuse.binding.shapes import Shapes, map_requests, map_shapes
-from attnreuse.errors import AttnReuseError, PolicyMismatchError
+from attnreuse.errors import AttnReuseError, PolicyMismatchError, UnsupportedLayerError
 from attnreuse.maps.formats import format_named
 from attnreuse.maps.ring import plan_ring
 from attnreuse.planning.levels import influences, noise_levels
@@ -49,6 +49,8 @@ from attnreuse.planning.samplers import step_options
 from attnreuse.policy import Policy
 from attnreuse.study.metrics import PAIRED
 from attnreuse.study.replay import Memo, digests_of
+
+BESIDE_PROMPTS = {"image", "mask_image", "control_image", "init_image", "video", "mask", "audio"}  # which runs need
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Setting:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
 
     def batches(self) -> Iterator[tuple[int, list[str]]]:
         """First picture and prompts of each batch."""
@@ -132,9 +136,12 @@ class Evaluator:
     """Samples and scores schedules on one pipeline under one :class:`Setting`.
 
     Args:
-        pipe: a pipeline that :func:`attnreuse.enable` serves.
+        pipe: a pipeline that :func:`attnreuse.enable` serves, and that samples pictures by prompts alone.
         setting: what to sample.
         memo_bytes: most memory for denoiser outputs kept to be replayed; 0 shares nothing.
+
+    Raises:
+        UnsupportedLayerError: a pipeline that takes no prompt, or needs more than that.
 
     Attributes:
         executed_steps: denoiser steps of a run; policies must have this many.
@@ -146,6 +153,9 @@ class Evaluator:
     """
 
     def __init__(self, pipe: Any, setting: Setting, memo_bytes: int = 1 << 30):
+        reason = not_of_prompts(type(pipe))
+        if reason is not None:
+            raise UnsupportedLayerError(f"only pipelines that draw by prompts alone are sampled here: {reason}")
         self.pipe, self.setting, self.calls = pipe, setting, Calls()
         step_options(pipe.scheduler, setting.eta)
         self.executed_steps = executed_steps(pipe.scheduler, setting.steps)
@@ -306,6 +316,17 @@ class Evaluator:
             warnings.filterwarnings("ignore", f".*{re.escape(NOT_CALLED)}")
             with Attached(denoiser, forward=replay):
                 yield
+
+
+def not_of_prompts(pipeline: type) -> str | None:
+    """Why a class of pipelines cannot be sampled by prompts alone; or None."""
+    taken = list(inspect.signature(pipeline.__call__).parameters.values())[1:]
+    open_ended = [p for p in taken if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    names, needed = {p.name for p in taken}, {p.name for p in taken if p.default is p.empty and p not in open_ended}
+    if "prompt" not in names:
+        return None if open_ended else f"{pipeline.__name__} takes no prompt"
+    others = sorted((needed - {"prompt"}) | (BESIDE_PROMPTS & names))
+    return f"{pipeline.__name__} is given {' and '.join(others)} beside a prompt" if others else None
 
 
 def _guided(pipe: Any, call: dict[str, Any], count: int) -> dict[str, Any]:

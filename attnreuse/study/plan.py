@@ -5,6 +5,7 @@ Times come from runs of a pipeline of those configs with random weights: they ta
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import math
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from attnreuse.binding.denoiser import holding_layers, layer_kinds, never_served
 from attnreuse.binding.processors import attention_layers
 from attnreuse.binding.schedule import Schedule
 from attnreuse.binding.shapes import LayerCost, Shapes, map_requests, map_shapes, parse_bytes
+from attnreuse.errors import UnsupportedLayerError
 from attnreuse.maps.formats import format_named
 from attnreuse.maps.ring import RingPlan, plan_ring
 from attnreuse.policy import Action, Policy
@@ -85,6 +87,7 @@ class Forecast(Result):
         beside: the pipeline's class, where it shows the model a picture it is given beside the one it makes; or None.
         second_call: what makes the pipeline call the denoiser twice a step, which takes the buffer twice; or None.
         not_timed: why there is no `run`, where there is none.
+        unmatched: layers that the policy names, and that are not here.
     """
 
     policy: Policy
@@ -98,6 +101,7 @@ class Forecast(Result):
     beside: str | None
     second_call: str | None
     not_timed: str | None
+    unmatched: list[str]
 
     def __rich__(self) -> Any:
         from rich import box
@@ -123,6 +127,8 @@ class Forecast(Result):
         said = [Text("Times are milliseconds of one layer at one step.")] if self.run else []
         if self.dropped:
             said.append(Text("Layers without room do not fit into the memory budget: they only compute."))
+        if self.unmatched:
+            said.append(Text(f"The policy names layers that are not served here: {', '.join(self.unmatched)}."))
         if self.beside:
             said.append(
                 Text(f"A picture that {self.beside} is given stands beside the one it makes: plan the pixels of both.")
@@ -185,7 +191,11 @@ def forecast(
     wanted = {name for name in chosen_layers if never_served(adapter, name, modules[name]) is None}
     inputs = blueprint.inputs(size, pictures * blueprint.rows(guidance), frames or blueprint.frames)
     shapes = map_shapes(denoiser, inputs)
+    if not wanted:
+        raise UnsupportedLayerError(f"{type(denoiser).__name__} has no layers {layers!r} that can be served")
     schedule = Schedule(policy, [name for name in shapes if name in wanted], holding_layers(denoiser))
+    if inputs.get("encoder_hidden_states") is None:  # there is no output to hold: it would follow from nothing given
+        schedule.actions |= {name: [Action.COMPUTE] * policy.steps for name in schedule.holding if name in wanted}
     requests = {r.name: r for r in map_requests(schedule, list(schedule.actions), shapes, dtype)}
     ring = plan_ring(list(requests.values()), chosen, parse_bytes(memory_budget))
     run_costs, not_timed = None, "--no-measure"
@@ -197,7 +207,10 @@ def forecast(
             layers=tuple(schedule.actions), batch=pictures,
         )  # fmt: skip
         pipe = blueprint.with_random_weights(dtype, measure_on)
-        run_costs = costs.measure(Evaluator(pipe, setting), ROUNDS, progress)
+        try:
+            run_costs = costs.measure(Evaluator(pipe, setting), ROUNDS, progress)
+        except Exception as error:  # pipelines have needs that no config tells
+            not_timed = f"a run ended in {type(error).__name__}: {error}"
     rows = [
         LayerForecast(
             name=name,
@@ -225,6 +238,7 @@ def forecast(
         beside=blueprint.beside,
         second_call=adapter.second_call,
         not_timed=not_timed,
+        unmatched=[p for p in policy.patterns if not fnmatch.filter(wanted, p)],
     )
 
 

@@ -1,5 +1,8 @@
 """Calls and layers that look like earlier ones and are not: they compute, and what is said of them is so."""
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -11,6 +14,7 @@ from attnreuse import Policy
 from attnreuse.adapters import adapter_of, register, unets
 from attnreuse.adapters.forms import Plain
 from attnreuse.binding import run as runs
+from attnreuse.binding.conditions import Conditions
 from attnreuse.binding.processors import attention_layers, takes_extra
 
 pytestmark = pytest.mark.filterwarnings("ignore:attnreuse")
@@ -104,6 +108,80 @@ def test_an_adapter_that_is_switched_within_a_call_changes_the_next(unet):
     hook.remove()
     assert first(session).reused == 0
     torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["lora_A", "lora_B", "base_layer"])
+def test_weights_of_an_adapter_that_are_written_to_in_mid_run_compute(unet, which):
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=64, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    with torch.no_grad(), attnreuse.enable(unet, Policy(steps=4, reuse=".RRR")) as session:
+        for i, t in enumerate(timesteps(4)):
+            if i == 2:
+                for name, weight in unet.named_parameters():
+                    if which in name and "to_q" in name:
+                        weight.mul_(-1)
+            unet(noise(0), t, encoder_hidden_states=CONTEXT)
+    assert (first(session).captured, first(session).reused) == (2, 2)
+    assert first(session).reasons == {"the state of its adapters is another than before": 1}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        (1, 1.0, True),
+        (float("nan"), float("nan"), True),
+        (np.float32(0.5), np.float32(0.5), True),
+        (np.float32(0.5), np.float32(0.25), False),
+        (np.array([1.0, 0.5]), np.array([1.0, 0.5]), True),
+        (np.array([1.0, 0.5]), np.array([1.0, 0.25]), False),
+        (torch.device("cpu"), torch.device("cpu", 0), False),
+        (torch.device("cpu"), torch.device("cpu"), True),
+        ({"a", "b"}, {"b", "a"}, True),
+        ("a", "b", False),
+        (object(), object(), False),
+    ],
+    ids=str,
+)
+def test_settings_are_the_same_by_value(before, now, same):
+    def of(value):
+        return Conditions({"cross_attention_kwargs": {"x": value}}, batch=1)
+
+    assert (of(now).rows_of(of(before)) == [0]) == same
+
+
+def test_an_array_that_is_written_to_is_another_setting():
+    array = np.ones(3)
+    before = Conditions({"x": array}, batch=1)
+    array[1] = 2
+    assert Conditions({"x": array}, batch=1).difference(before) == "x is another than before"
+
+
+def test_what_is_said_of_a_call_is_of_the_branch_with_its_conditions(unet):
+    """Another prompt came last in the step before; this one's picture is what has changed."""
+    ts, other = timesteps(3), noise(98, 1, TOKENS, WIDTH)
+    with torch.no_grad(), attnreuse.enable(unet, Policy(steps=3, reuse="..R")) as session:
+        for i, t in enumerate(ts):
+            unet(noise(0) if i < 2 else noise(7), t, encoder_hidden_states=CONTEXT)
+            unet(noise(1), t, encoder_hidden_states=other)
+    assert first(session).reasons == {"its sample continues that of no earlier call": 1}
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_a_told_step_may_have_many_requests_of_their_own_timesteps(unet, numbers):
+    requests, steps = 6, 4
+    walks = [timesteps(steps + r)[r:] for r in range(requests)]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with attnreuse.enable(unet, Policy(steps=steps, reuse=".R.R")) as session:
+            for i in range(steps):
+                session.step(i, steps)
+                for r in range(requests):
+                    t, context = walks[r][i], noise(90 + r, 1, TOKENS, WIDTH)
+                    x = noise(r) + 0.02 * i * noise(50 + r)
+                    unet(x, int(t) if numbers else t, encoder_hidden_states=context)
+    assert (first(session).captured, first(session).reused) == (2 * requests, 2 * requests)
 
 
 def test_a_sample_that_is_not_a_number_ends_as_without_reuse(unet):
@@ -277,6 +355,25 @@ def test_our_processor_that_another_tool_puts_back_is_stock_without_us(unet):
         assert first(session).captured <= 1
         attnreuse.disable(unet)
         assert torch.equal(unet(noise(0), ts[0], encoder_hidden_states=CONTEXT).sample, stock)
+    assert {name: type(layer.processor) for name, layer in layers.items()} == before
+
+
+def test_no_processor_of_ours_stays_on_layers_that_were_fused_before():
+    pipe = random_pipeline()
+    pipe.fuse_qkv_projections()
+    layers, saved = attention_layers(pipe.unet), {}
+    before = {name: type(layer.processor) for name, layer in layers.items()}
+
+    def keep(*args):
+        saved.update({layer: layer.processor for layer in layers.values()})
+
+    hook = pipe.unet.conv_out.register_forward_hook(keep)
+    session = attnreuse.enable(pipe, Policy(steps=4, reuse=".R.."))
+    sample(pipe, 4)
+    hook.remove()
+    for layer, processor in saved.items():
+        layer.set_processor(processor)  # ours: read within a call
+    session.disable()
     assert {name: type(layer.processor) for name, layer in layers.items()} == before
 
 

@@ -190,11 +190,20 @@ def test_plan_tells_of_calls_and_pictures_beside_those_it_counts(tmp_path):
         ("StableDiffusionPAGPipeline", 1.0, 2),
         ("StableDiffusionInstructPix2PixPipeline", 7.5, 3),
         ("DDPMPipeline", 7.5, 1),
+        ("LatentConsistencyModelPipeline", 7.5, 1),
+        ("DreamLitePipeline", 1.0, 2),
+        ("DreamLiteMobilePipeline", 7.5, 1),
+        ("FluxPipeline", 7.5, 1),
     ],
 )
 def test_plan_counts_the_rows_of_a_picture(pipeline, guidance, rows, tmp_path):
-    unet = ZOO["UNet2DModel" if pipeline == "DDPMPipeline" else "UNet2DConditionModel"]().model
-    save_configs(tmp_path, pipeline, unet=unet, vae=random_pipeline().vae, scheduler=diffusers.DDIMScheduler())
+    models = {"DDPM": "UNet2DModel", "DreamLite": "DreamLite", "Flux": "Flux"}
+    name = next((model for family, model in models.items() if pipeline.startswith(family)), "UNet2DConditionModel")
+    denoiser = ZOO[name]().model
+    if pipeline == "LatentConsistencyModelPipeline":
+        denoiser = random_unet(time_cond_proj_dim=8)  # guidance is embedded
+    part = {("transformer" if name == "Flux" else "unet"): denoiser}
+    save_configs(tmp_path, pipeline, **part, vae=random_pipeline().vae, scheduler=diffusers.DDIMScheduler())
     told = run("plan", "--model", tmp_path, "--batch", 1, "--guidance", guidance, "--no-measure", "--json")
     assert {layer["shape"][0] for layer in json.loads(told.stdout)["layers"]} == {rows}
 
@@ -206,15 +215,66 @@ def test_plan_of_sound_is_of_spectrograms(name, tmp_path):
     vae, scheduler = random_pipeline().vae, diffusers.DDIMScheduler()
     vocoder = transformers.SpeechT5HifiGanConfig(model_in_dim=8)
     save_configs(tmp_path, f"{name.replace(' ', '')}Pipeline", unet=unet, vae=vae, vocoder=vocoder, scheduler=scheduler)
-    said = run("plan", "--model", tmp_path).stdout
-    assert "self  32x32" in said  # 8 frames of 4 latents
+    said = run("plan", "--model", tmp_path, "--layers", "all").stdout
+    rows = [line.split() for line in said.splitlines()]
+    assert [row for row in rows if row[1:3] == ["self", "32x32"]]  # 8 frames of 4 latents
+    if name == "AudioLDM":  # whose cross-attention is given nothing to attend over
+        assert [row[-1] for row in rows if row[1:2] == ["cross"]] == ["computes"] * 2
     assert "only pipelines of pictures are timed" in " ".join(said.split())
 
 
-def test_plan_refuses_sizes_that_the_pipeline_refuses():
+def test_plan_refuses_sizes_that_the_pipeline_refuses(tmp_path):
     result = run("plan", "--height", 65, "--width", 64, "--no-measure")
     assert result.exit_code == 2
     assert "height and width must be multiples of 4 for this model, got 65x64" in result.stderr
+    save_configs(tmp_path, "DDPMPipeline", unet=ZOO["UNet2DModel"]().model, scheduler=diffusers.DDIMScheduler())
+    result = run("plan", "--model", tmp_path, "--height", 9, "--width", 8)
+    assert result.exit_code == 2
+    assert "height and width must be multiples of 2 for this model, got 9x8" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "reason"),
+    [
+        ("DDPMPipeline", "DDPMPipeline takes no prompt"),
+        ("StableDiffusionImg2ImgPipeline", "StableDiffusionImg2ImgPipeline is given image beside a prompt"),
+        ("StableDiffusionPipeline", "a run ended in AttributeError: "),  # it has no tokenizer
+    ],
+)
+def test_plan_says_why_a_pipeline_cannot_be_timed(pipeline, reason, tmp_path):
+    pipe = random_pipeline()
+    pipe.save_pretrained(tmp_path)
+    if pipeline == "DDPMPipeline":
+        save_configs(tmp_path, pipeline, unet=ZOO["UNet2DModel"]().model, scheduler=pipe.scheduler)
+    else:
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        (tmp_path / "model_index.json").write_text(json.dumps(index | {"_class_name": pipeline}))
+    args = ("plan", "--model", tmp_path, "--steps", 4, "--batch", 1)
+    planned = json.loads(run(*args, "--json").stdout)
+    assert planned["run"] is None
+    assert reason in planned["not_timed"]
+    assert reason in " ".join(run(*args).stdout.split())
+
+
+@pytest.mark.parametrize("command", ["sample", "search", "analyze", "compare"])
+def test_pipelines_of_more_than_prompts_are_refused_by_name(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe = diffusers.DDPMPipeline(unet=ZOO["UNet2DModel"]().model, scheduler=diffusers.DDPMScheduler())
+    pipe.save_pretrained(tmp_path / "m")
+    result = run(command, "--model", tmp_path / "m", "--prompt", "a", "--steps", 4)
+    assert result.exit_code == 2
+    assert "only pipelines that draw by prompts alone are sampled here: DDPMPipeline takes no prompt" in result.stderr
+
+
+def test_plan_says_which_layers_it_does_not_find(tmp_path):
+    policy = {"mid_block*": "..R.", "nothing*": ".R.R"}
+    Policy(steps=4, reuse=policy).save(tmp_path / "p.json")
+    args = ("plan", "--policy", tmp_path / "p.json", "--steps", 4, "--no-measure")
+    assert "The policy names layers that are not served here: nothing*." in " ".join(run(*args).stdout.split())
+    save_configs(tmp_path, "DDPMPipeline", unet=ZOO["UNet2DModel"]().model, scheduler=diffusers.DDIMScheduler())
+    result = run("plan", "--model", tmp_path, "--layers", "cross")
+    assert result.exit_code == 2
+    assert "UNet2DModel has no layers 'cross' that can be served" in result.stderr
 
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is there")
@@ -259,6 +319,8 @@ def test_a_policy_file_is_used(tmp_path):
         (("plan", "--layers", "[/a]"), "'[/a]' matches none"),
         (("plan", "--model", "./play"), "--model: no such folder: ./play"),
         (("plan", "--policy", "user/name", "--reuse", 4), "--policy decides that already: leave out --reuse"),
+        (("plan", "--guidance", "nan"), "--guidance must be a finite number, got nan"),
+        (("sample", "--guidance", "inf"), "--guidance must be a finite number, got inf"),
         (("plan", "--fit", "stretch"), "--fit is for --policy, which is not given"),
         (("sample", "--fit", "stretch"), "--fit is for --policy, which is not given"),
         (("plan", "--policy", "/"), "--policy: /: Is a directory"),
@@ -355,8 +417,12 @@ def test_analyze_writes_figures_and_seeds_a_search(tmp_path):
         ),
         (("analyze", "--images", 1, "--steps", 2), "an analysis needs a run of at least 3 executed steps, got 2"),
         (
+            ("analyze", "--images", 1, "--steps", 4, "--reuse", 3),
+            "a rank needs at least 3 schedules, and 3 reuses in 4 steps make 1: give another reuse",
+        ),
+        (
             ("analyze", "--images", 1, "--schedules", 1),
-            "--schedules must be at least 3, or 0 for no rank; 10 reuses in 20 steps make 1",
+            "--schedules must be at least 3, or 0 for no rank, got 1",
         ),
         (("analyze", "--images", 1, "--layers", "x*"), "--layers must be 'self', 'cross', 'all' or patterns"),
         (("compare", "--images", 1, "--student", "nowhere"), "--student must be the folder of a UNet, with a config"),
