@@ -25,11 +25,12 @@ from attnreuse.binding.processors import (
     stock_of,
     takes_extra,
 )
-from attnreuse.binding.report import LayerReport
+from attnreuse.binding.report import LayerReport, Report
 from attnreuse.binding.run import Branch, Run
 from attnreuse.binding.schedule import CACHED, NOTHING
 from attnreuse.errors import UnsupportedLayerError
-from attnreuse.policy import Action
+from attnreuse.maps.formats import MapFormat
+from attnreuse.policy import Action, Policy, Rule
 
 QUERY_AND_KEY = ("to_q", "to_k", "to_qkv", "to_kv", "add_q_proj", "add_k_proj", "to_added_qkv")
 NOT_CALLED = "it was not called (the model or another tool skipped it)"
@@ -115,9 +116,12 @@ class Layers:
             for p in found
         )
 
-    def reports(self) -> list[LayerReport]:
-        """Empty reports of the layers."""
-        return [LayerReport(name=name, kind=kind) for name, kind in self.kinds.items()]
+    def empty_report(self, policy: Policy | Rule, map_format: MapFormat) -> Report:
+        """Of a run of which nothing is done yet."""
+        skipped = {name: reason for name, reason in self.refused.items() if name not in self.modules}
+        skipped |= {name: reason for name, reason in self.foreign().items() if self.refused.get(name) == reason}
+        layers = [LayerReport(name=name, kind=kind) for name, kind in self.kinds.items()]
+        return Report(policy=str(policy), map_format=map_format.name, layers=layers, skipped=skipped)
 
     def put_back(self) -> None:
         """Every layer that has a default processor, then and now, gets the one found at first, bit for bit."""

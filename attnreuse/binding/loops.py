@@ -103,6 +103,16 @@ def components(pipe: Any) -> dict[str, Any]:
     return parts if isinstance(parts, dict) else {}
 
 
+def schedulers(likeliest: Any, loop: Loop | None, pipe: Any) -> Iterator[Any]:
+    """Those that may have made the timestep of a call, likeliest first; the first may be None."""
+    pipes = [owner for owner in (None if loop is None else loop.pipe, pipe) if owner is not None]
+    yield likeliest
+    for owner in pipes:
+        yield getattr(owner, "scheduler", None)
+    for owner in pipes:
+        yield from (part for name, part in components(owner).items() if "scheduler" in name)
+
+
 def listen(listener: Any, pipe: Any = None) -> None:
     """Call ``listener.loop_entered(loop)`` from now on, for pipelines of diffusers and of `pipe`'s class."""
     with _door:

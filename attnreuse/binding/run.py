@@ -118,6 +118,15 @@ class Branch:
         return change or "the prompt has changed"
 
 
+@dataclass(frozen=True)
+class Tick:
+    """A denoiser call: number `call` within executed step `step` of `steps`."""
+
+    step: int
+    steps: int
+    call: int
+
+
 @dataclass(eq=False)
 class Run:
     """One walk over timesteps.

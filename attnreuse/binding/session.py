@@ -7,8 +7,8 @@ earlier calls it continues. The layers are then told what to do, and what they d
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from attnreuse.binding.notices import Notices
 from attnreuse.binding.processors import GRADIENT
 from attnreuse.binding.report import Report
 from attnreuse.binding.resolving import Resolver
-from attnreuse.binding.run import Branch, Call, Match, Run, continued
+from attnreuse.binding.run import Branch, Call, Match, Run, Tick, continued
 from attnreuse.binding.walk import executed
 from attnreuse.errors import (
     AttnReuseError,
@@ -41,15 +41,6 @@ from attnreuse.policy import Action, Policy, Rule
 
 RUNS = 8  # loops of somebody's own that may be under way at once
 ATTRIBUTE = "_attnreuse_session"  # of an enabled denoiser
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A denoiser call: number `call` within executed step `step` of `steps`."""
-
-    step: int
-    steps: int
-    call: int
 
 
 class Session:
@@ -82,7 +73,7 @@ class Session:
         self._walks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loop to the walk it announced
         self._now: tuple[Run, Branch | None] | None = None  # of the denoiser call in progress
         self._bind(denoiser)
-        self._shown: Run | Report = self._empty_report()
+        self._shown: Run | Report = self._layers.empty_report(self.policy, self.map_format)
 
     # -- binding
 
@@ -205,7 +196,9 @@ class Session:
             loop = loops.current(self.denoiser, self.pipe)
             conditions = None if self._wants_gradient(given) else self._conditions(given)
             try:
-                place = self._clock.place(given["timestep"], lambda: self._schedulers(loop), loop, conditions)
+                place = self._clock.place(
+                    given["timestep"], lambda: loops.schedulers(self._scheduler, loop, self.pipe), loop, conditions
+                )
             except UnknownStepError as error:
                 self._not_placed(error)
             else:
@@ -239,22 +232,13 @@ class Session:
         self._clock.reset()
         self._guard.leave()
 
-    def _schedulers(self, loop: loops.Loop | None) -> Iterator[Any]:
-        """Those that may have made the timestep of this call, likeliest first."""
-        pipes = [pipe for pipe in (None if loop is None else loop.pipe, self.pipe) if pipe is not None]
-        yield self._scheduler
-        for pipe in pipes:
-            yield getattr(pipe, "scheduler", None)
-        for pipe in pipes:
-            yield from (part for name, part in loops.components(pipe).items() if "scheduler" in name)
-
     def _not_placed(self, error: UnknownStepError) -> None:
         """Nothing is known of this call: every layer computes."""
         if self._notices.strict:
             raise error
         if not isinstance(self._shown, Report) or not self._shown.layers[0].computed:  # the first such call
             self._notices.warn(f"{error}; until then every layer computes")
-            self._shown = self._empty_report()
+            self._shown = self._layers.empty_report(self.policy, self.map_format)
             self._shown.skipped.update(dict.fromkeys(self._layers.modules, str(error)))
         for layer in self._shown.layers:
             layer.count(Action.COMPUTE, Action.COMPUTE, None)
@@ -344,9 +328,13 @@ class Session:
         steps = place.length if backward or not place.is_read else executed(place, loop)
         begin = place if place.is_read else replace(place, position=0)  # what was told holds from the first step on
         schedule, off = self._resolver.schedule(
-            place if place.is_read else None, steps, backward, timestep, lambda: self._schedulers(loop)
+            place if place.is_read else None,
+            steps,
+            backward,
+            timestep,
+            lambda: loops.schedulers(self._scheduler, loop, self.pipe),
         )
-        run = Run(begin, steps, schedule, loop, backward, self._empty_report(str(schedule.policy)))
+        run = Run(begin, steps, schedule, loop, backward, self._layers.empty_report(schedule.policy, self.map_format))
         run.off = off
         self._notices.only_compute(run, self._layers.foreign())
         if len(self._layers.foreign()) < len(self._layers.modules):
@@ -372,9 +360,3 @@ class Session:
         outer = [run for run in self._runs if run.loop is not None]
         if outer:
             self._shown = outer[-1]
-
-    def _empty_report(self, policy: str = "") -> Report:
-        skipped = {name: reason for name, reason in self._layers.refused.items() if name not in self._layers.modules}
-        skipped |= {n: r for n, r in self._layers.foreign().items() if self._layers.refused.get(n) == r}
-        policy, map_format = policy or str(self.policy), self.map_format.name
-        return Report(policy=policy, map_format=map_format, layers=self._layers.reports(), skipped=skipped)
