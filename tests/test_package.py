@@ -19,20 +19,31 @@ def test_imports_point_one_way():
     assert made.returncode == 0, made.stdout
 
 
-def test_importing_attnreuse_does_not_import_diffusers():
-    code = "import sys, attnreuse; print([m for m in ('diffusers', 'transformers', 'triton') if m in sys.modules])"
+def loaded_after(code):
+    code += "\nimport sys; print([m for m in ('torch', 'diffusers', 'transformers', 'triton') if m in sys.modules])"
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
-    assert made.stdout.strip() == "[]"
+    return made.stdout.splitlines()[-1]
 
 
-def test_policies_know_no_tensors():
-    code = "import sys, types; sys.modules['torch'] = None; package = types.ModuleType('attnreuse')\n"
-    code += f"package.__path__ = [r'{PACKAGE}']; sys.modules['attnreuse'] = package\n"
-    code += (
-        "from attnreuse import policy; from attnreuse.binding import schedule; print(policy.hurry(4, 2, None).reuse)"
-    )
-    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert made.stdout.strip() == "(False, False, True, True)"
+@pytest.mark.parametrize(
+    ("code", "loaded"),
+    [
+        ("from attnreuse import enable", "['torch']"),
+        ("import attnreuse; print(attnreuse.hurry(4, 2), attnreuse.__version__, attnreuse.load_policy)", "[]"),
+        ("from attnreuse.binding import schedule", "[]"),
+        ("import attnreuse.cli", "[]"),
+    ],
+)
+def test_what_is_imported_loads_no_more_than_it_needs(code, loaded):
+    assert loaded_after(code) == loaded
+
+
+def test_every_public_name_is_there():
+    for name in attnreuse.__all__:
+        assert getattr(attnreuse, name) is not None
+    assert set(attnreuse.__all__) <= set(dir(attnreuse))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        attnreuse.nothing  # noqa: B018
 
 
 def test_the_sources_alone_say_what_to_do(tmp_path):

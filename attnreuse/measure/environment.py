@@ -6,8 +6,10 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("attnreuse", "torch", "triton", "diffusers", "transformers", "accelerate", "numpy")
 
@@ -23,6 +25,8 @@ def package_version(name: str) -> str | None:
 def device_name(device: torch.device) -> str:
     """The GPU's or CPU's own name."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -32,6 +36,8 @@ def device_name(device: torch.device) -> str:
 
 def environment(device: torch.device) -> dict[str, str | int]:
     """Versions, platform, device and CPU threads in use."""
+    import torch
+
     versions = {name: found for name in PACKAGES if (found := package_version(name))}
     return {
         "device": device_name(device),
@@ -45,6 +51,8 @@ def environment(device: torch.device) -> dict[str, str | int]:
 def free_bytes(device: torch.device) -> int | None:
     """Memory of the device that nobody uses; None where the system does not tell."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -54,4 +62,6 @@ def free_bytes(device: torch.device) -> int | None:
 
 def default_device() -> torch.device:
     """The CUDA device if there is one, else the CPU."""
+    import torch
+
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,9 +10,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 PACED = 3  # calls between two of the reference
@@ -124,6 +125,8 @@ def interleaved(calls: list[Callable[[], Any]], device: torch.device, repeats: i
     On CUDA by events, each call after the L2 cache is overwritten (so that it finds no input there, and its
     launch is hidden), and the host waits only at the end; elsewhere by the clock.
     """
+    import torch
+
     with torch.no_grad():
         for call in calls:
             call()
@@ -135,6 +138,7 @@ def stopwatch(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, A
     """Two functions: one marks now, in the order of the device's work; one gives the seconds between two marks."""
     if device.type != "cuda":
         return time.perf_counter, lambda begin, end: end - begin
+    import torch
 
     def mark() -> Any:
         event = torch.cuda.Event(enable_timing=True)
@@ -161,6 +165,8 @@ def _by_clock(calls: list[Callable[[], Any]], repeats: int) -> list[list[float]]
 
 
 def _by_events(calls: list[Callable[[], Any]], device: torch.device, repeats: int) -> list[list[float]]:
+    import torch
+
     with torch.cuda.device(device):
         flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
         events = []
