@@ -93,12 +93,9 @@ def _whole_squares(size: tuple[int, int], scale: int) -> tuple[int, int]:
 
 
 class Unconditional(UNet):
-    """Models without a prompt, and so without its guidance."""
+    """Models without a prompt."""
 
     models = ("UNet2DModel",)
-
-    def rows(self, denoiser: Any, pipeline: str, guidance: bool) -> int:
-        return 1
 
     def latents(self, denoiser: Any, size: tuple[int, int], scale: int) -> tuple[int, int]:
         halved = len(denoiser.config["block_out_channels"]) - 1

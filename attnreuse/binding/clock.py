@@ -9,6 +9,7 @@ is no view is looked up in the scheduler: by its step index, else by value.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from attnreuse.errors import UnknownStepError
 
 HELP = "call session.step(i, n) before the denoiser calls of each step"
 STAGES = 4  # timesteps that the calls of one step may have, as a sampler of several stages gives them
+CALLS = 32  # that a told step may make, of several requests or of several parts of a picture
 
 
 def executed_steps(scheduler: Any, steps: int) -> int:
@@ -71,7 +73,7 @@ class StepClock:
     def __init__(self) -> None:
         self.as_given: Callable[[Tensor, torch.dtype], Tensor] = lambda timesteps, dtype: timesteps
         self._told: tuple[object, int, int] | None = None  # token of the walk, step, steps
-        self._told_in: object = None  # the loop it was told in
+        self._told_in: tuple[object, int] = (None, 0)  # the loop and the thread that it was told in
         self._since: list[tuple[object, Any]] = []  # the calls since then: timestep, and what they attend over
         self._last: Place | None = None
 
@@ -81,7 +83,7 @@ class StepClock:
             raise ValueError(f"step must be in [0, {steps}), got {step}")
         token, last, total = self._told or (object(), 0, steps)
         self._told = (object() if (step == 0 < last) or steps != total else token, step, steps)
-        self._told_in = loop
+        self._told_in = (loop, threading.get_ident())
         self._since.clear()
 
     def reset(self) -> None:
@@ -98,28 +100,32 @@ class StepClock:
     ) -> Place:
         """Where a call with this `timestep` and these `conditions` stands; `schedulers` may have made it.
 
-        A step that was told outside of the pipeline's `loop` counts within it only if it is the first: the
-        loop it was told for has been given up otherwise. So it has been where more timesteps come than a step has,
-        for the same conditions; those of several requests may differ.
+        A step that was told outside of the pipeline's `loop` counts within it only if it is the first, told in the same
+        thread: the loop it was told for has been given up otherwise. So it has been where more timesteps come than a
+        step has, for the same conditions (those of several requests may differ), or too many calls.
 
         Raises:
             UnknownStepError: that cannot be told; the message says how to help.
         """
-        if self._told and loop is not self._told_in and self._told[1] == 0:
-            self._told_in = loop
-        if self._told and loop is self._told_in:
+        told_in = (loop, threading.get_ident())
+        if self._told and self._told[1] == 0 and self._told_in == (None, told_in[1]):
+            self._told_in = told_in
+        if self._told and loop is self._told_in[0]:
             self._since.append((_mark(timestep), conditions))
-            if self._stages(conditions) <= STAGES:
+            if not self._given_up(conditions):
                 return Place(*self._told)
             self.reset()
         return self.read(timestep, schedulers)
 
-    def _stages(self, conditions: Conditions | None) -> int:
-        """Timesteps that came for the same conditions since a step was told."""
+    def _given_up(self, conditions: Conditions | None) -> bool:
+        """More came since a step was told than a step has."""
         known = [(mark, other) for mark, other in self._since if mark is not None]
-        if conditions is not None and len({mark for mark, _ in known}) > STAGES:
-            known = [(m, other) for m, other in known if other is None or conditions.rows_of(other) is not None]
-        return len({mark for mark, _ in known})
+        marks = {mark for mark, _ in known}
+        if len(marks) > 1 and len(self._since) > CALLS:
+            return True
+        if conditions is not None and len(marks) > STAGES:
+            marks = {m for m, other in known if other is None or conditions.rows_of(other) is not None}
+        return len(marks) > STAGES
 
     def read(self, timestep: Any, schedulers: Callable[[], Iterable[Any]]) -> Place:
         """:meth:`place` by the timestep alone, whatever was told."""

@@ -25,25 +25,25 @@ class Conditions:
         given: arguments of the denoiser, by name, besides its sample and timestep.
         batch: rows of its sample.
         each_step: names of what is made anew at each step, and is no condition.
-        adapters: what the model's adapters are set to.
+        makers: what the model's queries and keys are made by.
 
     Attributes:
         group: one object for calls whose conditions are known to be the same, row by row.
         tensors: what must have the same values.
-        settings: what must be the same and is no tensor: scales, layers to skip, the model's adapters.
+        settings: what must be the same and is no tensor: scales, layers to skip, what queries and keys are made by.
         beside: names of what is given, and made anew at each step.
     """
 
-    def __init__(self, given: dict[str, Any], batch: int, each_step: Collection[str] = (), adapters: tuple = ()):
+    def __init__(self, given: dict[str, Any], batch: int, each_step: Collection[str] = (), makers: tuple = ()):
         self.batch, self.group = batch, object()
         leaves = dict(_leaves_in(given, {*each_step, "return_dict"}))
         self.tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
         self.settings = {name: _plain(leaf) for name, leaf in leaves.items() if name not in self.tensors}
-        self.settings |= {"the state of its adapters": adapters} if adapters else {}
+        self.settings |= {"what makes queries and keys": makers} if makers else {}
         self.beside = {name for name in each_step if given.get(name) is not None}
-        self._versions = {name: None if t.is_inference() else t._version for name, t in self.tensors.items()}
+        self._versions = {name: writes(t) for name, t in self.tensors.items()}
         self._addresses = {name: t.data_ptr() for name, t in self.tensors.items()}
-        self._kept = {name: t.clone() if t.is_inference() else t for name, t in self.tensors.items()}
+        self._kept = {name: t.clone() if writes(t) is None else t for name, t in self.tensors.items()}
 
     def rows_of(self, earlier: Conditions, values: bool = True) -> list[int] | None:
         """For each row of this call, the row of `earlier` with the same conditions; None if one has none.
@@ -122,6 +122,14 @@ class Conditions:
         return t.ndim > 0 and len(t) == self.batch
 
 
+def writes(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; None where torch does not count that."""
+    try:
+        return tensor._version
+    except RuntimeError:  # made in ``torch.inference_mode``, also where `is_inference` does not say so
+        return None
+
+
 def _leaves_in(given: dict[str, Any], left_out: Collection[str], above: str = "") -> Iterator[tuple[str, Any]]:
     """Arguments but None, also those in tables and lists, each with its name."""
     for name, value in given.items():
@@ -137,7 +145,7 @@ def _leaves_in(given: dict[str, Any], left_out: Collection[str], above: str = ""
 
 def _plain(leaf: Any) -> Any:
     """What an array or a set holds now, since it may be written to; everything else as it is."""
-    if hasattr(leaf, "tobytes") and hasattr(leaf, "dtype"):  # of numpy, which need not be there
+    if hasattr(leaf, "tobytes") and hasattr(leaf, "dtype") and not leaf.dtype.hasobject:  # numpy need not be there
         return leaf.item() if leaf.size == 1 else (leaf.shape, leaf.dtype.str, leaf.tobytes())
     return frozenset(leaf) if isinstance(leaf, set) else leaf
 
@@ -146,7 +154,10 @@ def _same(now: Any, then: Any) -> bool:
     """Plain values that are equal; one and the same object, where its class may compare otherwise."""
     if now is then or not (isinstance(now, PLAIN) and isinstance(then, PLAIN)):
         return now is then
-    return now == then or (now != now and then != then)  # nan
+    try:
+        return bool(now == then or (now != now and then != then))  # nan
+    except Exception:  # a class that compares in a way of its own
+        return False
 
 
 def _change(name: str, now: Any, then: Any) -> str:

@@ -8,12 +8,14 @@ whoever reads, sets, saves or copies processors finds their own; what the layer 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 from torch.nn import Module
 
 from attnreuse.adapters import adapter_of
+from attnreuse.binding.conditions import writes
 from attnreuse.binding.denoiser import KINDS, diverted, foreign, layer_kinds, never_served, opaque, select_layers
 from attnreuse.binding.processors import (
     ANY_CONTEXT,
@@ -32,7 +34,7 @@ from attnreuse.errors import UnsupportedLayerError
 from attnreuse.maps.formats import MapFormat
 from attnreuse.policy import Action, Policy, Rule
 
-QUERY_AND_KEY = ("to_q", "to_k", "to_qkv", "to_kv", "add_q_proj", "add_k_proj", "to_added_qkv")
+QUERY_AND_KEY = {"to_q", "to_k", "to_qkv", "to_kv", "add_q_proj", "add_k_proj", "to_added_qkv", "norm_q", "norm_k"}
 NOT_CALLED = "it was not called (the model or another tool skipped it)"
 IDLE = "the model did not call it in such calls before"
 CHANGED = "its weights have changed since its output was kept"
@@ -99,22 +101,14 @@ class Layers:
     def _foreign(self, module: Any) -> str | None:
         return foreign(self.adapter, module)
 
-    def adapters(self) -> tuple:
-        """What the adapters (of peft) on queries and keys are set to: equal as long as maps are made by the same."""
-        if not getattr(self.denoiser, "peft_config", None):
-            return ()
-        projections = ((getattr(m, name, None) for name in QUERY_AND_KEY) for m in self.modules.values())
-        found = [p for of_layer in projections for p in of_layer if hasattr(p, "active_adapters")]
-        return tuple(
-            (
-                p,
-                p.disable_adapters,
-                tuple(p.active_adapters),
-                tuple((n, f"{s:.6g}") for n, s in getattr(p, "scaling", {}).items()),
-                tuple(_written(p)),
-            )
-            for p in found
-        )
+    def makers(self) -> tuple:
+        """What queries and keys are made by: equal as long as it is the same, in the same state."""
+        found: list[Any] = []
+        for module in self.modules.values():
+            for name, projection in module._modules.items():
+                if name in QUERY_AND_KEY and projection is not None:
+                    _add_state(projection, found)
+        return tuple(found)
 
     def empty_report(self, policy: Policy | Rule, map_format: MapFormat) -> Report:
         """Of a run of which nothing is done yet."""
@@ -283,13 +277,42 @@ class Layers:
         return None
 
 
-def _written(projection: Module) -> Iterator[tuple[Module, int | None]]:
-    """The modules of a projection with adapters, and how often each of their weights was written to."""
-    for part in projection._modules.values():  # `modules()` takes four times as long, and there are hundreds
-        for module in (part, *part._modules.values()):
-            for weight in module._parameters.values():
-                if weight is not None:
-                    yield module, None if weight.is_inference() else weight._version
+def _add_state(projection: Any, found: list[Any]) -> None:
+    """Add what a projection's output follows from: its modules, how often their weights were written to, its adapters.
+
+    This runs for hundreds of projections before every call: `modules()` takes ten times as long.
+    """
+    modules = [projection]
+    for part in projection._modules.values():
+        modules += (part, *part._modules.values())
+    for module in modules:
+        if module._parameters:
+            found.append(module)
+            counts = [writes(weight) for weight in module._parameters.values() if weight is not None]
+            found += [UNCOUNTED if count is None else count for count in counts]
+    if hasattr(projection, "active_adapters"):  # of peft
+        found += (projection.disable_adapters, *projection.active_adapters, *projection.merged_adapters)
+        found += [_rounded(float(scale)) for scale in getattr(projection, "scaling", {}).values()]
+        if hasattr(projection.base_layer, "active_adapters"):  # of another kind
+            _add_state(projection.base_layer, found)
+
+
+@functools.lru_cache(1024)
+def _rounded(scale: float) -> str:
+    """A scale that is multiplied and divided by the same is not quite what it was."""
+    return f"{scale:.6g}"
+
+
+class _Uncounted:
+    """How often a tensor of ``torch.inference_mode`` was written to: nothing tells, so as often as before."""
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or isinstance(other, int)
+
+    __hash__ = None
+
+
+UNCOUNTED = _Uncounted()
 
 
 class _Weights:
@@ -300,7 +323,7 @@ class _Weights:
 
     def __init__(self, makers: dict[str, Module]):
         self._tensors = [p for maker in makers.values() for p in maker.parameters()]
-        self._marks = [(id(p), None if p.is_inference() else p._version) for p in self._tensors]
+        self._marks = [(id(p), writes(p)) for p in self._tensors]
         self.moved()
 
     def moved(self) -> None:

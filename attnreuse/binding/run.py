@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attnreuse.binding.clock import Place
+from attnreuse.binding.clock import CALLS, Place
 from attnreuse.binding.conditions import Conditions
 from attnreuse.binding.loops import Loop
 from attnreuse.binding.report import Report
@@ -180,7 +180,7 @@ class Run:
     @property
     def crowded(self) -> bool:
         """More calls of one step than a loop that nobody announced is taken to make."""
-        return len(self.branches) >= CROWD
+        return len(self.branches) >= (CROWD if self.begin.is_read else CALLS)
 
     def begin_branch(self, call: Call, map_format: MapFormat) -> Branch:
         """A branch that `call` begins, without memory yet."""

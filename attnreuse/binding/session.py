@@ -111,6 +111,7 @@ class Session:
         delattr(self.denoiser, ATTRIBUTE)
         loops.stop(self)
         compiled.give_back(self)
+        self._clock.reset()
         self._end(self._runs)
         self._layers.put_back()
 
@@ -277,7 +278,7 @@ class Session:
         self._complain(run)
         if branch is not None and run.step >= run.schedule.last_reuse:
             branch.release("the policy reuses no more")
-        if run.loop is None and run.complete:
+        if run.complete and (run.loop is None or not run.begin.is_read):
             self._clock.reset()
 
     def _complain(self, run: Run) -> None:
@@ -290,7 +291,7 @@ class Session:
     def _conditions(self, given: dict[str, Any]) -> Conditions:
         adapter = self._layers.adapter
         others = {name: value for name, value in given.items() if name not in (adapter.sample, "timestep")}
-        return Conditions(others, len(given[adapter.sample]), adapter.each_step, self._layers.adapters())
+        return Conditions(others, len(given[adapter.sample]), adapter.each_step, self._layers.makers())
 
     def _wants_gradient(self, given: dict[str, Any]) -> bool:
         if not torch.is_grad_enabled():

@@ -64,7 +64,8 @@ def map_shapes(denoiser: Any, inputs: dict[str, Any], layers: dict[str, Any] | N
         UnsupportedLayerError: they cannot be told; the message holds the reason.
     """
     accepted = set(parameters(denoiser)) - {"cross_attention_kwargs"}
-    given = tree_map_only(Tensor, _on_meta, {name: inputs[name] for name in sorted(accepted & inputs.keys())})
+    given = {name: _without_scale(inputs[name]) for name in sorted(accepted & inputs.keys())}
+    given = tree_map_only(Tensor, _on_meta, given)
     layers = layers or attention_layers(denoiser)
     adapter = adapter_of(denoiser)
     forms = {name: form_of(adapter, attn) for name, attn in layers.items()}
@@ -157,6 +158,11 @@ class LayerCost:
     def total(self, actions: list[Action]) -> float:
         """Seconds of a run with these actions."""
         return sum(getattr(self, action.value) for action in actions)
+
+
+def _without_scale(given: Any) -> Any:
+    """A table of arguments for attention, without the strength of adapters, which changes no shape."""
+    return {name: value for name, value in given.items() if name != "scale"} if isinstance(given, dict) else given
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

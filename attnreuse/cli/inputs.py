@@ -42,10 +42,14 @@ def load_pipeline(model: str, scheduler: str | None) -> Any:
 
     from attnreuse.measure.environment import default_device
     from attnreuse.planning.samplers import make_scheduler
+    from attnreuse.study.blueprint import class_of
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     (path, local), device = find_model(model), default_device()
+    name, known = class_of(DiffusionPipeline.load_config(path, local_files_only=local))
+    if known is None:
+        raise AttnReuseError(f"--model: diffusers has no {name}: load it in a program, and call attnreuse.enable(pipe)")
     pipe = DiffusionPipeline.from_pretrained(path, local_files_only=local).to(device, default_dtype(device))
     pipe.set_progress_bar_config(disable=True)
     if scheduler:

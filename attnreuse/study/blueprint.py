@@ -20,6 +20,15 @@ FILLED = 0.8  # of the free memory, at most, by weights
 LATENTS = 128  # along a side, of models whose configs name no size: 1024 pixels
 
 
+def class_of(index: dict[str, Any]) -> tuple[str, type | None]:
+    """The name of a pipeline's class, and the class where it is one of diffusers."""
+    import diffusers
+
+    name = index.get("_class_name")
+    name = str(name[-1] if isinstance(name, (list, tuple)) else name)  # [file, class] where it is its own
+    return name, getattr(diffusers, name, None)
+
+
 @dataclass
 class Blueprint:
     """A pipeline's denoiser on the meta device, its scheduler, and sizes.
@@ -118,12 +127,14 @@ class Blueprint:
 
     def rows(self, guidance: bool) -> int:
         """Of the denoiser's batch for each picture, with or without classifier-free guidance."""
-        return self.adapter.rows(self.denoiser, self.index["_class_name"], guidance)
+        name, cls = class_of(self.index)
+        guided = guidance and (cls is None or "guidance_scale" in inspect.signature(cls.__call__).parameters)
+        return self.adapter.rows(self.denoiser, name, guided)
 
     @property
     def beside(self) -> str | None:
         """The pipeline's class, where it shows the model a picture it is given beside the one it makes."""
-        name = self.index["_class_name"]
+        name, _ = class_of(self.index)
         return name if name in self.adapter.beside else None
 
     def inputs(self, size: tuple[int, int], batch: int, frames: int = 1) -> dict[str, Any]:
@@ -137,12 +148,9 @@ class Blueprint:
         Raises:
             UnsupportedLayerError: it cannot be made so.
         """
-        import diffusers
-
-        name = self.index["_class_name"]
-        cls = getattr(diffusers, name, None)
+        name, cls = class_of(self.index)
         if cls is None:
-            raise UnsupportedLayerError(f"{self.model}: diffusers has no {name}; --no-measure plans it")
+            raise UnsupportedLayerError(f"{self.model}: diffusers has no {name}")
         taken = inspect.signature(cls.__init__).parameters
         parts = {name: value for name, value in self.index.items() if name in taken}
         for name, made_by in parts.items():
@@ -157,12 +165,10 @@ class Blueprint:
 
     def not_timed(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why no run of it can be timed on `device`; None where one can."""
-        import diffusers
-
         if self.adapter.makes_videos or self.bins:
             return "only pipelines of pictures are timed"
-        cls = getattr(diffusers, self.index["_class_name"], None)
-        reason = None if cls is None else not_of_prompts(cls)
+        name, cls = class_of(self.index)
+        reason = f"diffusers has no {name}" if cls is None else not_of_prompts(cls)
         if reason is not None:
             return reason
         free, weights = free_bytes(device), self.parameters() * dtype.itemsize
@@ -172,7 +178,7 @@ class Blueprint:
 
     def parameters(self) -> int:
         """How many numbers its models hold."""
-        made_by = {name: entry for name, entry in self.index.items() if isinstance(entry, (list, tuple)) and entry[1]}
+        made_by = {n: of for n, of in self.index.items() if n[0] != "_" and isinstance(of, (list, tuple)) and of[1]}
         count = 0
         for name, (library, cls_name) in made_by.items():
             if name not in NOT_CALLED and not cls_name.endswith(("Scheduler", "Tokenizer", "TokenizerFast")):

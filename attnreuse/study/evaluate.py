@@ -14,7 +14,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -50,7 +50,8 @@ from attnreuse.policy import Policy
 from attnreuse.study.metrics import PAIRED
 from attnreuse.study.replay import Memo, digests_of
 
-BESIDE_PROMPTS = {"image", "mask_image", "control_image", "init_image", "video", "mask", "audio"}  # which runs need
+MEDIA = {"image", "mask_image", "control_image", "init_image", "video", "mask", "audio"}  # beside a prompt
+WHATEVER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,8 @@ class Evaluator:
             last["latents"] = latents
 
         taken = inspect.signature(type(self.pipe).__call__).parameters
-        called = {"callback_on_step_end": keep_latents} if "callback_on_step_end" in taken else {"callback": keep}
+        current = "callback_on_step_end" in taken or _takes_whatever(taken.values())
+        called = {"callback_on_step_end": keep_latents} if current else {"callback": keep}
         for start, prompts in self.setting.batches():
             last: dict[str, Tensor] = {}
             with around(start):
@@ -319,14 +321,23 @@ class Evaluator:
 
 
 def not_of_prompts(pipeline: type) -> str | None:
-    """Why a class of pipelines cannot be sampled by prompts alone; or None."""
+    """Why a class of pipelines cannot be sampled by prompts alone, as far as its call tells; or None."""
     taken = list(inspect.signature(pipeline.__call__).parameters.values())[1:]
-    open_ended = [p for p in taken if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    names, needed = {p.name for p in taken}, {p.name for p in taken if p.default is p.empty and p not in open_ended}
+    names = {p.name for p in taken}
     if "prompt" not in names:
-        return None if open_ended else f"{pipeline.__name__} takes no prompt"
-    others = sorted((needed - {"prompt"}) | (BESIDE_PROMPTS & names))
-    return f"{pipeline.__name__} is given {' and '.join(others)} beside a prompt" if others else None
+        return None if _takes_whatever(taken) else f"{pipeline.__name__} takes no prompt"
+    needed = {p.name for p in taken if p.default is p.empty and p.kind not in WHATEVER} - {"prompt"}
+    # Those that are pictures and nothing else, although no picture is the default.
+    needed |= {p.name for p in taken if p.name in MEDIA and p.annotation is not p.empty and not _optional(p)}
+    return f"{pipeline.__name__} is given {' and '.join(sorted(needed))} beside a prompt" if needed else None
+
+
+def _optional(parameter: inspect.Parameter) -> bool:
+    return any(word in str(parameter.annotation) for word in ("None", "Optional"))
+
+
+def _takes_whatever(parameters: Iterable[inspect.Parameter]) -> bool:
+    return any(p.kind in WHATEVER for p in parameters)
 
 
 def _guided(pipe: Any, call: dict[str, Any], count: int) -> dict[str, Any]:

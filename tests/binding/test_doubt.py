@@ -1,6 +1,9 @@
 """Calls and layers that look like earlier ones and are not: they compute, and what is said of them is so."""
 
+import gc
 import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor2_0
 from tiny_random import TOKENS, WIDTH, random_pipeline, random_unet, sample
+from zoo import ZOO, B, conditions
 
 import attnreuse
 from attnreuse import Policy
@@ -36,6 +40,15 @@ def timesteps(steps):
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(steps)
     return scheduler.timesteps
+
+
+class Awkward(float):
+    """A number that compares as an array does."""
+
+    def __eq__(self, other):
+        return np.array([True, False])
+
+    __hash__ = None
 
 
 def first(session):
@@ -110,21 +123,87 @@ def test_an_adapter_that_is_switched_within_a_call_changes_the_next(unet):
     torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("which", ["lora_A", "lora_B", "base_layer"])
-def test_weights_of_an_adapter_that_are_written_to_in_mid_run_compute(unet, which):
+CHANGED = "what makes queries and keys is another than before"
+
+
+def lora(**options):
     from peft import LoraConfig
 
+    return LoraConfig(r=4, lora_alpha=64, target_modules=["to_q", "to_k"], init_lora_weights=False, **options)
+
+
+def written(part):
+    """Write to the weights of queries whose names hold `part`."""
+
+    @torch.no_grad()
+    def act(unet):
+        for name, weight in unet.named_parameters():
+            if part in name and "to_q" in name:
+                weight.mul_(-1)
+
+    return act
+
+
+ACTS = {  # adapters, and what happens in mid-run
+    "weights of queries": ([], written("to_q")),
+    "LoRA's A": (["lora"], written("lora_A")),
+    "LoRA's B": (["lora"], written("lora_B")),
+    "weights under a LoRA": (["lora"], written("base_layer")),
+    "a weight of one of two": (["lora", "lora"], lambda unet: unet.set_adapters(["0", "1"], [1.0, 0.5])),
+    "one of two is fused": (["lora", "lora"], lambda unet: unet.fuse_lora(adapter_names=["0"])),
+    "a LoRA within a LoHa": (["lora", "loha"], lambda unet: unet.set_adapters(["0", "1"], [-2.0, 1.0])),
+    "weights of a LoRA within a LoHa": (["lora", "loha"], written("lora_B")),
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_what_changes_queries_and_keys_in_mid_run_computes(unet, act):
+    from peft import LoHaConfig
+
+    adapters, change = ACTS[act]
     torch.manual_seed(0)
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=64, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    for name, kind in enumerate(adapters):
+        loha = LoHaConfig(r=4, target_modules=["to_q", "to_k"], init_weights=False)
+        unet.add_adapter(lora() if kind == "lora" else loha, adapter_name=str(name))
+    if len(adapters) > 1:
+        unet.set_adapters([str(name) for name in range(len(adapters))])
     with torch.no_grad(), attnreuse.enable(unet, Policy(steps=4, reuse=".RRR")) as session:
         for i, t in enumerate(timesteps(4)):
             if i == 2:
-                for name, weight in unet.named_parameters():
-                    if which in name and "to_q" in name:
-                        weight.mul_(-1)
+                change(unet)
             unet(noise(0), t, encoder_hidden_states=CONTEXT)
     assert (first(session).captured, first(session).reused) == (2, 2)
-    assert first(session).reasons == {"the state of its adapters is another than before": 1}
+    assert first(session).reasons == {CHANGED: 1}
+
+
+@pytest.mark.parametrize(
+    ("loaded", "mode"),
+    [
+        (torch.no_grad, torch.no_grad),
+        (torch.no_grad, torch.inference_mode),
+        (torch.inference_mode, torch.inference_mode),
+    ],
+)
+def test_weights_that_are_cast_for_each_call_are_the_same(loaded, mode):
+    with loaded():
+        unet = random_unet()
+        unet.add_adapter(lora())
+    unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    with mode(), attnreuse.enable(unet, Policy(steps=4, reuse=".RRR"), strict=True) as session:
+        for t in timesteps(4):
+            unet(noise(0), t, encoder_hidden_states=CONTEXT)
+    assert {layer.reused for layer in session.report().layers} == {3}
+
+
+@pytest.mark.parametrize("name", ["SD3", "Flux"])
+def test_the_strength_of_adapters_may_be_a_tensor(name):
+    animal, scale = ZOO[name](), {"scale": torch.tensor(0.7)}
+    given = conditions(animal)
+    with torch.no_grad(), attnreuse.enable(animal.model, Policy(steps=3, reuse=".RR"), strict=True) as session:
+        for i, t in enumerate(timesteps(3)):
+            session.step(i, 3)
+            animal.model(noise(0, *animal.sample), timestep=t.expand(B) / 1000, joint_attention_kwargs=scale, **given)
+    assert {layer.reused for layer in session.report().layers} == {2}
 
 
 @pytest.mark.parametrize(
@@ -141,6 +220,8 @@ def test_weights_of_an_adapter_that_are_written_to_in_mid_run_compute(unet, whic
         ({"a", "b"}, {"b", "a"}, True),
         ("a", "b", False),
         (object(), object(), False),
+        (np.array([0.5, None]), np.array([0.25, None]), False),
+        (Awkward(1.0), Awkward(1.0), False),
     ],
     ids=str,
 )
@@ -182,6 +263,69 @@ def test_a_told_step_may_have_many_requests_of_their_own_timesteps(unet, numbers
                     x = noise(r) + 0.02 * i * noise(50 + r)
                     unet(x, int(t) if numbers else t, encoder_hidden_states=context)
     assert (first(session).captured, first(session).reused) == (2 * requests, 2 * requests)
+
+
+def told_and_given_up(unet, session):
+    """A loop of 10 steps that ends at its fifth."""
+    for i, t in enumerate(timesteps(10)[:5]):
+        session.step(i, 10)
+        unet(noise(0) + 0.05 * i * noise(1), t, encoder_hidden_states=CONTEXT)
+
+
+@pytest.mark.parametrize("vary", ["prompt", "setting"])
+def test_short_loops_go_on_after_one_that_was_told_and_given_up(unet, vary):
+    """Nothing of them tells at once that the told step is over: neither many timesteps nor one prompt."""
+    with torch.no_grad(), attnreuse.enable(unet, attnreuse.periodic(interval=2)) as session:
+        told_and_given_up(unet, session)
+        reused = []
+        for loop in range(20):
+            given = {"encoder_hidden_states": noise(loop, 1, TOKENS, WIDTH) if vary == "prompt" else CONTEXT}
+            given |= {"cross_attention_kwargs": {"scale": loop}} if vary == "setting" else {}
+            for i, t in enumerate(timesteps(4)):
+                unet(noise(loop) + 0.05 * i * noise(1), t, **given)
+            reused.append(first(session).reused)
+            held = sum(branch.ring.nbytes for run in session._runs for branch in run.branches)
+    assert set(reused[10:]) == {2}
+    assert session.report().steps == 4
+    assert held <= 2 * session.report().allocated_bytes
+
+
+def test_nothing_of_a_told_loop_is_kept_after_disable(unet):
+    context = noise(97, 1, TOKENS, WIDTH)
+    alive = weakref.ref(context)
+    with torch.no_grad(), attnreuse.enable(unet, Policy(steps=4, reuse=".R.R")) as session:
+        session.step(0, 4)
+        unet(noise(0), timesteps(4)[0], encoder_hidden_states=context)
+    del context
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_a_told_loop_beside_a_pipelines_leaves_that_alone(thread):
+    """In its callback, from the first step to the last; or in another thread, where its first step alone is told."""
+    pipe = random_pipeline()
+
+    def other():
+        with torch.no_grad():
+            for i, t in enumerate(timesteps(3)[: 1 if thread else 3]):
+                session.step(i, 3)
+                if not thread:
+                    pipe.unet(noise(0), t, encoder_hidden_states=CONTEXT)
+
+    def callback(pipe, step, t, kept):
+        if step == 1:
+            if thread:
+                with ThreadPoolExecutor(1) as pool:
+                    pool.submit(other).result()
+            else:
+                other()
+        return kept
+
+    with attnreuse.enable(pipe, attnreuse.periodic(interval=2)) as session:
+        sample(pipe, 8, callback_on_step_end=callback)
+        assert session.report().steps == 8
+        assert first(session).reused == 4
 
 
 def test_a_sample_that_is_not_a_number_ends_as_without_reuse(unet):

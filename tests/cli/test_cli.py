@@ -256,6 +256,17 @@ def test_plan_says_why_a_pipeline_cannot_be_timed(pipeline, reason, tmp_path):
     assert reason in " ".join(run(*args).stdout.split())
 
 
+@pytest.mark.parametrize("name", [["pipeline", "Mine"], "Mine", None])
+def test_a_pipeline_of_its_own_code_is_planned_and_not_loaded(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_configs(tmp_path, name, unet=random_unet(), vae=random_pipeline().vae, scheduler=diffusers.DDIMScheduler())
+    said = "diffusers has no Mine" if name else "diffusers has no None"
+    assert json.loads(run("plan", "--model", tmp_path, "--json").stdout)["not_timed"] == said
+    result = run("sample", "--model", tmp_path, "--prompt", "a")
+    assert result.exit_code == 2
+    assert f"--model: {said}: load it in a program, and call attnreuse.enable(pipe)" in result.stderr
+
+
 @pytest.mark.parametrize("command", ["sample", "search", "analyze", "compare"])
 def test_pipelines_of_more_than_prompts_are_refused_by_name(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

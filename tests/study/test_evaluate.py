@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import tiny_random
@@ -16,7 +17,7 @@ import attnreuse
 from attnreuse import Policy, PolicyMismatchError, hurry
 from attnreuse.binding.processors import attention_layers
 from attnreuse.planning.samplers import make_scheduler
-from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.evaluate import Evaluator, Setting, not_of_prompts
 
 PROMPTS = ("a red circle on gray", "a blue square on white", "a cyan triangle on black")
 
@@ -159,3 +160,29 @@ def test_bad_settings_are_refused():
         setting(steps=0)
     with pytest.raises(PolicyMismatchError, match="for 5 executed steps"):
         Evaluator(captioned_pipeline(), setting()).sample(hurry(5, 2, None))
+
+
+class OwnPipeline:
+    def __call__(self, prompt, image=None, **options): ...
+
+
+class Wrapper:
+    def __call__(self, *args, **kwargs): ...
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "reason"),
+    [
+        (diffusers.StableDiffusionPipeline, None),
+        (diffusers.StableDiffusionPAGPipeline, None),
+        (diffusers.FluxKontextPipeline, None),  # its picture may be left out
+        (OwnPipeline, None),
+        (Wrapper, None),
+        (diffusers.DDPMPipeline, "takes no prompt"),
+        (diffusers.StableDiffusionImg2ImgPipeline, "is given image beside a prompt"),
+        (diffusers.StableDiffusionInpaintPipeline, "is given image and mask_image beside a prompt"),
+        (diffusers.KandinskyPipeline, "is given image_embeds and negative_image_embeds beside a prompt"),
+    ],
+)
+def test_pipelines_that_need_more_than_prompts_are_known_by_their_call(pipeline, reason):
+    assert not_of_prompts(pipeline) == (reason and f"{pipeline.__name__} {reason}")
