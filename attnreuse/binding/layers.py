@@ -8,14 +8,10 @@ whoever reads, sets, saves or copies processors finds their own; what the layer 
 from __future__ import annotations
 
 import fnmatch
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-from torch.nn import Module
-
 from attnreuse.adapters import adapter_of
-from attnreuse.binding.conditions import writes
 from attnreuse.binding.denoiser import KINDS, diverted, foreign, layer_kinds, never_served, opaque, select_layers
 from attnreuse.binding.processors import (
     ANY_CONTEXT,
@@ -30,6 +26,7 @@ from attnreuse.binding.processors import (
 from attnreuse.binding.report import LayerReport, Report
 from attnreuse.binding.run import Branch, Run
 from attnreuse.binding.schedule import CACHED, NOTHING
+from attnreuse.binding.weights import Weights, add_state
 from attnreuse.errors import UnsupportedLayerError
 from attnreuse.maps.formats import MapFormat
 from attnreuse.policy import Action, Policy, Rule
@@ -86,7 +83,7 @@ class Layers:
         self._entries = [(name, module.__dict__, ReuseAttnProcessor()) for name, module in self.modules.items()]
         self._in_place = False  # our processors
         # Of this call: the action, and the weights of an output that is kept.
-        self._armed: list[tuple[str, ReuseAttnProcessor, str, _Weights | None]] = []
+        self._armed: list[tuple[str, ReuseAttnProcessor, str, Weights | None]] = []
         self._others: list[ReuseAttnProcessor] = []  # that another tool's stands in the place of, in this call
         self._reasons: dict[str, str] = {}  # why layers do not do what the policy says, in this call
 
@@ -107,7 +104,7 @@ class Layers:
         for module in self.modules.values():
             for name, projection in module._modules.items():
                 if name in QUERY_AND_KEY and projection is not None:
-                    _add_state(projection, found)
+                    add_state(projection, found)
         return tuple(found)
 
     def empty_report(self, policy: Policy | Rule, map_format: MapFormat) -> Report:
@@ -191,7 +188,7 @@ class Layers:
             processor.output, processor.kept = ring.outputs[name], False
             processor.context = ANY_CONTEXT if self.kinds[name] == "joint" else context
         if keep or action is not Action.COMPUTE:
-            weights = _Weights(processor.form.makers(self.modules[name])) if keep else None
+            weights = Weights(processor.form.makers(self.modules[name])) if keep else None
             self._armed.append((name, processor, action._value_, weights))
         return action, reason
 
@@ -210,7 +207,7 @@ class Layers:
         else:
             lost = f"its output of step {due} was not kept"
             at, made_with = branch.ring.kept_at.get(name, (-1, None))
-            if made_with is not None and made_with != _Weights(form.makers(self.modules[name])):
+            if made_with is not None and made_with != Weights(form.makers(self.modules[name])):
                 return CHANGED
         return None if at >= due else branch.missed.get(name) or branch.why or lost
 
@@ -275,62 +272,3 @@ class Layers:
                 doing = "reusing" if planned is Action.REUSE else "holding"
                 return f"layer {name} computes at step {run.step} instead of {doing}: {reason}"
         return None
-
-
-def _add_state(projection: Any, found: list[Any]) -> None:
-    """Add what a projection's output follows from: its modules, how often their weights were written to, its adapters.
-
-    This runs for hundreds of projections before every call: `modules()` takes ten times as long.
-    """
-    modules = [projection]
-    for part in projection._modules.values():
-        modules += (part, *part._modules.values())
-    for module in modules:
-        if module._parameters:
-            found.append(module)
-            counts = [writes(weight) for weight in module._parameters.values() if weight is not None]
-            found += [UNCOUNTED if count is None else count for count in counts]
-    if hasattr(projection, "active_adapters"):  # of peft
-        found += (projection.disable_adapters, *projection.active_adapters, *projection.merged_adapters)
-        found += [_rounded(float(scale)) for scale in getattr(projection, "scaling", {}).values()]
-        if hasattr(projection.base_layer, "active_adapters"):  # of another kind
-            _add_state(projection.base_layer, found)
-
-
-@functools.lru_cache(1024)
-def _rounded(scale: float) -> str:
-    """A scale that is multiplied and divided by the same is not quite what it was."""
-    return f"{scale:.6g}"
-
-
-class _Uncounted:
-    """How often a tensor of ``torch.inference_mode`` was written to: nothing tells, so as often as before."""
-
-    def __eq__(self, other: object) -> bool:
-        return other is self or isinstance(other, int)
-
-    __hash__ = None
-
-
-UNCOUNTED = _Uncounted()
-
-
-class _Weights:
-    """The weights that a layer makes its output with, as they are now; equal as long as they are the same.
-
-    They are kept alive, so that no others can come to lie at their addresses.
-    """
-
-    def __init__(self, makers: dict[str, Module]):
-        self._tensors = [p for maker in makers.values() for p in maker.parameters()]
-        self._marks = [(id(p), writes(p)) for p in self._tensors]
-        self.moved()
-
-    def moved(self) -> None:
-        """They may lie elsewhere now, with the same values."""
-        self._addresses = [p.data_ptr() for p in self._tensors]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Weights) and (self._marks, self._addresses) == (other._marks, other._addresses)
-
-    __hash__ = None
