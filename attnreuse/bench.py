@@ -1,3 +1,5 @@
 """Public path of :mod:`attnreuse.study.bench`."""
 
-from attnreuse.study.bench import *  # noqa: F403
+from attnreuse.study.bench import CPU_SHAPES, SHAPES, Ceilings, Row, ceilings, check, inputs, measure, to_dicts
+
+__all__ = ["CPU_SHAPES", "SHAPES", "Ceilings", "Row", "ceilings", "check", "inputs", "measure", "to_dicts"]

@@ -1,3 +1,5 @@
 """Public path of :mod:`attnreuse.maps.formats`."""
 
-from attnreuse.maps.formats import *  # noqa: F403
+from attnreuse.maps.formats import BLOCK, FORMATS, AttentionMap, MapFormat, format_named
+
+__all__ = ["BLOCK", "FORMATS", "AttentionMap", "MapFormat", "format_named"]

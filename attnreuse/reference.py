@@ -1,3 +1,5 @@
 """Public path of :mod:`attnreuse.maps.reference`."""
 
-from attnreuse.maps.reference import *  # noqa: F403
+from attnreuse.maps.reference import capture, convert, drift, reuse
+
+__all__ = ["capture", "convert", "drift", "reuse"]

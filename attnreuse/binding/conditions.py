@@ -25,7 +25,7 @@ class Conditions:
         given: arguments of the denoiser, by name, besides its sample and timestep.
         batch: rows of its sample.
         each_step: names of what is made anew at each step, and is no condition.
-        makers: what the model's queries and keys are made by.
+        query_key_state: of what the model's queries and keys are made by.
 
     Attributes:
         group: one object for calls whose conditions are known to be the same, row by row.
@@ -34,12 +34,12 @@ class Conditions:
         beside: names of what is given, and made anew at each step.
     """
 
-    def __init__(self, given: dict[str, Any], batch: int, each_step: Collection[str] = (), makers: tuple = ()):
+    def __init__(self, given: dict[str, Any], batch: int, each_step: Collection[str] = (), query_key_state: tuple = ()):
         self.batch, self.group = batch, object()
         leaves = dict(_leaves_in(given, {*each_step, "return_dict"}))
         self.tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
         self.settings = {name: _plain(leaf) for name, leaf in leaves.items() if name not in self.tensors}
-        self.settings |= {"what makes queries and keys": makers} if makers else {}
+        self.settings |= {"what makes queries and keys": query_key_state} if query_key_state else {}
         self.beside = {name for name in each_step if given.get(name) is not None}
         self._versions = {name: writes(t) for name, t in self.tensors.items()}
         self._addresses = {name: t.data_ptr() for name, t in self.tensors.items()}

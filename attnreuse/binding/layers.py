@@ -98,7 +98,7 @@ class Layers:
     def _foreign(self, module: Any) -> str | None:
         return foreign(self.adapter, module)
 
-    def makers(self) -> tuple:
+    def query_key_state(self) -> tuple:
         """What queries and keys are made by: equal as long as it is the same, in the same state."""
         found: list[Any] = []
         for module in self.modules.values():

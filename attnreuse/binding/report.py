@@ -24,7 +24,7 @@ class LayerReport(Result):
 
     model_config = ConfigDict(frozen=False)
     name: str
-    kind: str  # "self" or "cross"
+    kind: str  # "self", "cross" or "joint"
     computed: int = 0
     captured: int = 0
     reused: int = 0

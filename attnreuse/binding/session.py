@@ -291,7 +291,7 @@ class Session:
     def _conditions(self, given: dict[str, Any]) -> Conditions:
         adapter = self._layers.adapter
         others = {name: value for name, value in given.items() if name not in (adapter.sample, "timestep")}
-        return Conditions(others, len(given[adapter.sample]), adapter.each_step, self._layers.makers())
+        return Conditions(others, len(given[adapter.sample]), adapter.each_step, self._layers.query_key_state())
 
     def _wants_gradient(self, given: dict[str, Any]) -> bool:
         if not torch.is_grad_enabled():
@@ -317,8 +317,9 @@ class Session:
         return Match(run, run.step_of(place))
 
     def _new_run(self, place: Place, loop: loops.Loop | None, timestep: Any) -> Run:
-        first = loop in self._heard and all(run.loop is not loop for run in self._runs)
-        if loop is not None and all(run.loop is not loop for run in self._runs):
+        new = all(run.loop is not loop for run in self._runs)
+        first = new and loop in self._heard
+        if new and loop is not None:
             loop.on_exit(lambda: self._loop_left(loop))
         own = [run for run in self._runs if run.loop is None]
         for branch in (branch for run in own for branch in run.branches):  # their loops may have been given up

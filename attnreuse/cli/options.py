@@ -55,8 +55,8 @@ Batch = Annotated[int, typer.Option(min=1, help="Pictures that are sampled at on
 Layers = Annotated[
     str | None,
     typer.Option(
-        help="Attention layers that take part: self, cross, all, or a pattern of names. Default: self, and the layers "
-        "that a policy names."
+        help="Attention layers that take part: self, cross, all, or a pattern of names. Default: self, and what a "
+        "policy names; all for --method ladder."
     ),
 ]
 MemoryBudget = Annotated[str | None, typer.Option(help="Most memory for maps, such as 4GiB, 500MB or 2G.")]

@@ -102,15 +102,15 @@ class Blueprint:
         vocoder = present("vocoder")
         sampler = present("scheduler") or next(name for name in index if "scheduler" in name)
         return cls(
-            model,
-            local,
-            index,
-            denoiser,
-            adapter,
-            make_scheduler(config(sampler, diffusers.DDIMScheduler), scheduler),
-            2 ** (len(config(vae)["block_out_channels"]) - 1) if vae else 1,
-            tokens,
-            config(vocoder)["model_in_dim"] if vocoder else None,
+            model=model,
+            local=local,
+            index=index,
+            denoiser=denoiser,
+            adapter=adapter,
+            scheduler=make_scheduler(config(sampler, diffusers.DDIMScheduler), scheduler),
+            vae_scale=2 ** (len(config(vae)["block_out_channels"]) - 1) if vae else 1,
+            tokens=tokens,
+            bins=config(vocoder)["model_in_dim"] if vocoder else None,
         )
 
     @property

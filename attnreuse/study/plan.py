@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -185,32 +186,20 @@ def forecast(
         progress: called before each timed run, with the number of these done, of all.
     """
     chosen, denoiser = format_named(map_format), blueprint.denoiser
-    kinds = layer_kinds(denoiser)
-    modules, adapter = attention_layers(denoiser), blueprint.adapter
-    chosen_layers = select_layers(kinds, layers, policy.patterns)
-    wanted = {name for name in chosen_layers if never_served(adapter, name, modules[name]) is None}
     inputs = blueprint.inputs(size, pictures * blueprint.rows(guidance), frames or blueprint.frames)
-    shapes = map_shapes(denoiser, inputs)
-    if not wanted:
-        raise UnsupportedLayerError(f"{type(denoiser).__name__} has no layers {layers!r} that can be served")
-    schedule = Schedule(policy, [name for name in shapes if name in wanted], holding_layers(denoiser))
-    if inputs.get("encoder_hidden_states") is None:  # there is no output to hold: it would follow from nothing given
-        schedule.actions |= {name: [Action.COMPUTE] * policy.steps for name in schedule.holding if name in wanted}
+    shapes, holding = map_shapes(denoiser, inputs), holding_layers(denoiser)
+    wanted = _wanted(blueprint, layers, policy, holding if inputs.get("encoder_hidden_states") is None else ())
+    schedule = Schedule(policy, [name for name in shapes if name in wanted], holding)
     requests = {r.name: r for r in map_requests(schedule, list(schedule.actions), shapes, dtype)}
     ring = plan_ring(list(requests.values()), chosen, parse_bytes(memory_budget))
     run_costs, not_timed = None, "--no-measure"
     if measure_on is not None:
-        not_timed = blueprint.not_timed(dtype, measure_on)
-    if not_timed is None:
         setting = Setting(
             ("",) * pictures, TIMED_STEPS, guidance=7.5 if guidance else 1.0, size=size, map_format=chosen.name,
             layers=tuple(schedule.actions), batch=pictures,
         )  # fmt: skip
-        pipe = blueprint.with_random_weights(dtype, measure_on)
-        try:
-            run_costs = costs.measure(Evaluator(pipe, setting), ROUNDS, progress)
-        except Exception as error:  # pipelines have needs that no config tells
-            not_timed = f"a run ended in {type(error).__name__}: {error}"
+        run_costs, not_timed = _timed(blueprint, setting, dtype, measure_on, progress)
+    kinds = layer_kinds(denoiser)
     rows = [
         LayerForecast(
             name=name,
@@ -236,10 +225,38 @@ def forecast(
         layers=rows,
         run=run,
         beside=blueprint.beside,
-        second_call=adapter.second_call,
+        second_call=blueprint.adapter.second_call,
         not_timed=not_timed,
         unmatched=[p for p in policy.patterns if not fnmatch.filter(wanted, p)],
     )
+
+
+def _wanted(blueprint: Blueprint, layers: str | None, policy: Policy, given_nothing: Collection[str]) -> set[str]:
+    """Names of the layers that `layers` and `policy` mean, and that can be served: not those that are `given_nothing`.
+
+    Raises:
+        UnsupportedLayerError: there is none.
+    """
+    denoiser, modules = blueprint.denoiser, attention_layers(blueprint.denoiser)
+    named = select_layers(layer_kinds(denoiser), layers, policy.patterns)
+    wanted = {n for n in named if n not in given_nothing and never_served(blueprint.adapter, n, modules[n]) is None}
+    if not wanted:
+        raise UnsupportedLayerError(f"{type(denoiser).__name__} has no layers {layers!r} that can be served")
+    return wanted
+
+
+def _timed(
+    blueprint: Blueprint, setting: Setting, dtype: torch.dtype, device: torch.device, progress: Progress
+) -> tuple[RunCosts | None, str | None]:
+    """What runs of random weights cost; or why that cannot be told."""
+    reason = blueprint.not_timed(dtype, device)
+    if reason is not None:
+        return None, reason
+    pipe = blueprint.with_random_weights(dtype, device)
+    try:
+        return costs.measure(Evaluator(pipe, setting), ROUNDS, progress), None
+    except Exception as error:  # pipelines have needs that no config tells
+        return None, f"a run ended in {type(error).__name__}: {error}"
 
 
 def _attention_products(denoiser: Any, inputs: dict[str, Any], shapes: Shapes) -> float:

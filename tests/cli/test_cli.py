@@ -218,8 +218,8 @@ def test_plan_of_sound_is_of_spectrograms(name, tmp_path):
     said = run("plan", "--model", tmp_path, "--layers", "all").stdout
     rows = [line.split() for line in said.splitlines()]
     assert [row for row in rows if row[1:3] == ["self", "32x32"]]  # 8 frames of 4 latents
-    if name == "AudioLDM":  # whose cross-attention is given nothing to attend over
-        assert [row[-1] for row in rows if row[1:2] == ["cross"]] == ["computes"] * 2
+    given_text = name != "AudioLDM"  # whose cross-attention is given nothing, and only computes
+    assert any(row[1:2] == ["cross"] for row in rows) == given_text
     assert "only pipelines of pictures are timed" in " ".join(said.split())
 
 
