@@ -13,6 +13,7 @@ oracle and CLIP score. Samplers whose rows are in the files are left out, so a s
 import argparse
 import csv
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,30 +106,44 @@ def times(guidance: float, rounds: int, only: list[str] | None) -> None:
 
 
 def table(guidance: float) -> None:
-    """Each schedule beside the best fewer plain steps that take no longer."""
-    rows = [r for r in csv.DictReader(PICTURES.open()) if float(r["guidance"]) == guidance]
-    taken = {(r["sampler"], r["method"]): float(r["of_full"]) for r in csv.DictReader(TIMES.open())
-             if float(r["guidance"]) == guidance}  # fmt: skip
-    print("| sampler | schedule | time | PSNR | plain steps in that time | same noise | plain steps of 0.9 |")
-    print("|---|---|---:|---:|---:|---:|---:|")
-    for row in (r for r in rows if r["family"] == "reuse"):
-        of_sampler = [r for r in rows if r["sampler"] == row["sampler"]]
-        time = taken[row["sampler"], row["method"]]
-        equal = [_equal(of_sampler, taken, family, time) for family in ("plain steps", SAME_NOISE)]
-        nine = [r for r in of_sampler if r["method"] == f"{round(0.9 * int(row['steps']))} plain steps"]
-        cells = [shown_psnr(float(r["psnr"]), float(r["psnr_ci"])) for r in (row, *nine)]
-        print("", row["sampler"], row["method"], f"{time:.2f}", cells[0], *equal, cells[1], "", sep=" | ")
+    """PSNR of each sampler's reuse and plain steps (with the full run's noise in brackets), and at equal time."""
+    taken = {(r["sampler"], r["method"]): float(r["of_full"]) for r in _read(TIMES, guidance)}
+    by_sampler: dict[str, dict[str, dict[str, str]]] = {}
+    for row in _read(PICTURES, guidance):
+        by_sampler.setdefault(row["sampler"], {})[row["method"]] = row
+    reuse = ("half reuse", "time", "plain steps in that time", "a quarter", "time", "plain steps in that time")
+    print("", "sampler, steps", *reuse, *(f"{share:.0%} of the steps" for share in SHARES), "", sep=" | ")
+    print("|---|" + "---:|" * (len(reuse) + len(SHARES)))
+    for sampler, rows in by_sampler.items():
+        cells = [cell for share in (0.5, 0.25) for cell in _reused(rows, f"hurry(reuse={share})", taken)]
+        steps = int(rows["full steps"]["steps"])
+        plain = [_plain(rows, f"{round(steps * share)} plain steps") for share in SHARES]
+        print("", f"{sampler}, {steps}", *cells, *plain, "", sep=" | ")
 
 
-def _equal(rows: list[dict[str, str]], taken: dict[tuple[str, str], float], family: str, time: float) -> str:
-    """PSNR of the best of `family` that takes no longer."""
-    found = [
-        (taken[r["sampler"], r["method"].removesuffix(", same noise")], [float(r["psnr"])])
-        for r in rows
-        if r["family"] == family
-    ]
-    best = at_time(found, time)
-    return "" if best is None else f"{best.mean():.1f}"
+def _read(path: Path, guidance: float) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if float(row["guidance"]) == guidance]
+
+
+def _reused(rows: dict[str, dict[str, str]], method: str, taken: dict[tuple[str, str], float]) -> tuple[str, str, str]:
+    """PSNR of a schedule, its time, and the PSNR of the best plain steps that take no longer; as far as measured."""
+    row = rows[method]
+    quality = shown_psnr(float(row["psnr"]), float(row["psnr_ci"]))
+    time = taken.get((row["sampler"], method))
+    if time is None:
+        return quality, "", ""
+    plain = [r for r in rows.values() if r["family"] == "plain steps"]
+    best = at_time([(taken[r["sampler"], r["method"]], [float(r["psnr"])]) for r in plain], time)
+    return quality, f"{time:.2f}", "" if best is None else f"{best.mean():.1f}"
+
+
+def _plain(rows: dict[str, dict[str, str]], method: str) -> str:
+    """PSNR of plain steps, and in brackets that with the full run's noise."""
+    with_noise = rows.get(f"{method}, same noise")
+    return f"{float(rows[method]['psnr']):.1f}" + (f" ({float(with_noise['psnr']):.1f})" if with_noise else "")
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ def command(
     ] = Path("attnreuse-sample.png"),
     as_json: AsJson = False,
 ) -> None:
-    """Sample with full steps, with reuse, and with the plain steps that come nearest to its time."""
+    """Sample with full steps, with reuse, and with the plain steps that should take as long."""
     with clear_errors():
         from attnreuse.binding.denoiser import find_denoiser
         from attnreuse.planning.samplers import step_options

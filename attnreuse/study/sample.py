@@ -1,4 +1,4 @@
-"""The main job: full steps, reuse, and the plain steps that come nearest to its time, side by side."""
+"""The main job: full steps, reuse, and the plain steps that should take as long, side by side."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def sample(
 ) -> SampleResult:
     """Sample `prompts` in one batch with full steps, with `policy`, and with fewer steps.
 
-    After a warm-up full steps and reuse are timed in turns, `rounds` times; then they and the fewer steps that come
-    nearest to the reuse run's median time, `rounds` times more.
+    After a warm-up full steps and reuse are timed in turns, `rounds` times; then they and as many fewer steps as should
+    take as long as the reuse run's median, in proportion, `rounds` times more.
 
     Args:
         steps: ``num_inference_steps`` of the baseline.
