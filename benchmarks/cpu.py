@@ -45,33 +45,45 @@ def with_ready_map(name: str, shape: bench.Shape, repeats: int) -> dict[str, obj
     return {"shape": name, "backend": ops.backend_for("u8", torch.device("cpu"), torch.float32, shape[-1]), **found}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
-    args = parser.parse_args()
-    device = torch.device("cpu")
-    about = provenance(device) | {"instructions": native.path() if native.PATHS else "torch"}
+def measure_ops(out: Path, repeats: int, device: torch.device, about: dict[str, object]) -> None:
+    """Every shape and format, one op at a time."""
     limits = bench.ceilings(device, torch.float32)
     rows, ready = [], []
     for name, shape in SHAPES.items():
-        rows += bench.measure(name, shape, MEASURED, torch.float32, device, limits, args.repeats)
-        ready.append(with_ready_map(name, shape, args.repeats))
+        rows += bench.measure(name, shape, MEASURED, torch.float32, device, limits, repeats)
+        ready.append(with_ready_map(name, shape, repeats))
         print(
             ready[-1],
             {(r.op, r.kind): round(1 / r.of_exact, 2) for r in rows[-2 * len(MEASURED) :] if r.of_exact},
             flush=True,
         )
-    append(args.out / "cpu_kernels.csv", [row | about for row in bench.to_dicts(rows, limits)])
-    append(args.out / "cpu_ready_map.csv", [row | about for row in ready])
+    append(out / "cpu_kernels.csv", [row | about for row in bench.to_dicts(rows, limits)])
+    append(out / "cpu_ready_map.csv", [row | about for row in ready])
+
+
+def measure_models(out: Path, repeats: int, device: torch.device, about: dict[str, object]) -> None:
+    """Whole steps of two UNets: stock, capturing, reusing."""
     steps = []
     shipped = UNet2DConditionModel.load_config(attnreuse.tiny_shapes_path(), subfolder="unet")
     tiny = {key: value for key, value in shipped.items() if not key.startswith("_")}
     larger = UNETS["SD1.5 512"] | {"sample_size": 32}
-    for model, config, repeats in (("tiny-shapes", tiny, 6 * args.repeats), ("SD1.5 256", larger, args.repeats)):
+    for model, config, count in (("tiny-shapes", tiny, 6 * repeats), ("SD1.5 256", larger, repeats)):
         make = functools.partial(make_unet, config)
-        steps += measure_steps(model, make, "u8", device, torch.float32, "eager", repeats)
-    append(args.out / "cpu_steps.csv", [vars(row) | about for row in steps])
+        steps += measure_steps(model, make, "u8", device, torch.float32, "eager", count)
+    append(out / "cpu_steps.csv", [vars(row) | about for row in steps])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["all", "ops", "steps"], default="all")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    args = parser.parse_args()
+    device = torch.device("cpu")
+    about = provenance(device) | {"instructions": native.path() if native.PATHS else "torch"}
+    for what, measure in (("ops", measure_ops), ("steps", measure_models)):
+        if args.what in ("all", what):
+            measure(args.out, args.repeats, device, about)
 
 
 if __name__ == "__main__":
