@@ -223,7 +223,6 @@ def test_the_strength_of_adapters_may_be_a_tensor(name):
         (np.array([0.5, None]), np.array([0.25, None]), False),
         (Awkward(1.0), Awkward(1.0), False),
     ],
-    ids=str,
 )
 def test_settings_are_the_same_by_value(before, now, same):
     def of(value):
