@@ -129,7 +129,7 @@ def make_denoiser(
     with device:
         denoiser = getattr(diffusers, cls)(**config).to(device, dtype).eval().requires_grad_(False)
     adapter = adapter_of(denoiser)
-    rows = adapter.rows(denoiser, cls, guidance=True)
+    rows = adapter.rows(denoiser, "", guidance=True)
     given = adapter.inputs(denoiser, rows, (side, side), adapter.tokens or 77, 1)
     given["timestep"] = adapter.as_given(torch.full((rows,), 500.0, device=device), dtype)
     return denoiser, {name: _filled(name, value, device, dtype) for name, value in given.items()}

@@ -43,7 +43,7 @@ class Conditions:
         self.beside = {name for name in each_step if given.get(name) is not None}
         self._versions = {name: writes(t) for name, t in self.tensors.items()}
         self._addresses = {name: t.data_ptr() for name, t in self.tensors.items()}
-        self._kept = {name: t.clone() if writes(t) is None else t for name, t in self.tensors.items()}
+        self._kept = {name: t.clone() if self._versions[name] is None else t for name, t in self.tensors.items()}
 
     def rows_of(self, earlier: Conditions, values: bool = True) -> list[int] | None:
         """For each row of this call, the row of `earlier` with the same conditions; None if one has none.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,11 @@ def select_layers(kinds: dict[str, str], layers: str | Sequence[str] | None, nam
                 f"of the {len(kinds)} layers (such as {next(iter(kinds), None)!r})"
             )
     return [name for name in kinds if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+
+
+def unmatched_by(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Those of the `patterns` that match none of these names of layers."""
+    return [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
 
 
 def form_of(adapter: Adapter, attn: Any) -> Form:

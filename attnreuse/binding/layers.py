@@ -7,7 +7,6 @@ whoever reads, sets, saves or copies processors finds their own; what the layer 
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,10 +85,6 @@ class Layers:
         self._armed: list[tuple[str, ReuseAttnProcessor, str, Weights | None]] = []
         self._others: list[ReuseAttnProcessor] = []  # that another tool's stands in the place of, in this call
         self._reasons: dict[str, str] = {}  # why layers do not do what the policy says, in this call
-
-    def unmatched(self, patterns: list[str]) -> list[str]:
-        """Those of these layer patterns that match no layer here."""
-        return [p for p in patterns if not fnmatch.filter(self.kinds, p)]
 
     def foreign(self) -> dict[str, str]:
         """Layers whose processor is another tool's now, with the reason why they are left alone."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnreuse.binding.clock import CALLS, Place
-from attnreuse.binding.conditions import Conditions
+from attnreuse.binding.conditions import Conditions, writes
 from attnreuse.binding.loops import Loop
 from attnreuse.binding.report import Report
 from attnreuse.binding.schedule import Schedule
@@ -36,14 +36,14 @@ class Call:
     """
 
     def __init__(self, sample: Tensor, conditions: Conditions, keep: bool):
-        self.sample = sample.clone() if keep or sample.is_inference() else sample
+        self.sample = sample.clone() if keep or writes(sample) is None else sample
         self.conditions = conditions
         self.shape = (sample.shape[1:], sample.dtype, sample.device)
-        self._version = None if self.sample.is_inference() else self.sample._version
+        self._version = writes(self.sample)
 
     def distance(self, earlier: Call, rows: list[int]) -> Tensor:
         """One minus the cosine to these rows of an earlier sample, the farthest row's; 1 where that was overwritten."""
-        if not earlier.sample.is_inference() and earlier.sample._version != earlier._version:
+        if writes(earlier.sample) != earlier._version:
             return torch.ones((), device=self.sample.device)
         now, then = self.sample.float().flatten(1), earlier.sample[rows].float().flatten(1)  # [B, all others]
         return 1 - torch.nn.functional.cosine_similarity(now, then).amin()

@@ -6,6 +6,7 @@ earlier calls it continues. The layers are then told what to do, and what they d
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from attnreuse.adapters import parameters
 from attnreuse.binding import compiled, loops
 from attnreuse.binding.clock import Place, StepClock
 from attnreuse.binding.conditions import Conditions
-from attnreuse.binding.denoiser import find_denoiser, part_of, unwrapped
+from attnreuse.binding.denoiser import find_denoiser, part_of, unmatched_by, unwrapped
 from attnreuse.binding.guard import ThreadGuard
 from attnreuse.binding.hooks import Attached, Hook, nothing
 from attnreuse.binding.layers import Layers
@@ -26,7 +27,7 @@ from attnreuse.binding.memory import Memory
 from attnreuse.binding.notices import Notices
 from attnreuse.binding.processors import GRADIENT
 from attnreuse.binding.report import Report
-from attnreuse.binding.resolving import Resolver
+from attnreuse.binding.resolving import Resolver, Schedulers
 from attnreuse.binding.run import Branch, Call, Match, Run, Tick, continued
 from attnreuse.binding.walk import executed
 from attnreuse.errors import (
@@ -90,7 +91,7 @@ class Session:
             name, reason = next(iter(refused.items()))
             message = f"leaves {len(refused)} of the chosen layers alone, such as {name}: {reason}"
             self._notices.complain(UnsupportedLayerError(message), " (session.report().skipped lists them)")
-        unmatched = self._layers.unmatched(self.policy.patterns)
+        unmatched = unmatched_by(self._layers.kinds, self.policy.patterns)
         if unmatched:
             message = f"policy {self.policy.name!r} names layers that are not served here: {', '.join(unmatched)}"
             self._notices.complain(PolicyMismatchError(message))
@@ -197,9 +198,7 @@ class Session:
             loop = loops.current(self.denoiser, self.pipe)
             conditions = None if self._wants_gradient(given) else self._conditions(given)
             try:
-                place = self._clock.place(
-                    given["timestep"], lambda: loops.schedulers(self._scheduler, loop, self.pipe), loop, conditions
-                )
+                place = self._clock.place(given["timestep"], self._schedulers(loop), loop, conditions)
             except UnknownStepError as error:
                 self._not_placed(error)
             else:
@@ -232,6 +231,9 @@ class Session:
         self._now = None
         self._clock.reset()
         self._guard.leave()
+
+    def _schedulers(self, loop: loops.Loop | None) -> Schedulers:
+        return functools.partial(loops.schedulers, self._scheduler, loop, self.pipe)
 
     def _not_placed(self, error: UnknownStepError) -> None:
         """Nothing is known of this call: every layer computes."""
@@ -330,11 +332,7 @@ class Session:
         steps = place.length if backward or not place.is_read else executed(place, loop)
         begin = place if place.is_read else replace(place, position=0)  # what was told holds from the first step on
         schedule, off = self._resolver.schedule(
-            place if place.is_read else None,
-            steps,
-            backward,
-            timestep,
-            lambda: loops.schedulers(self._scheduler, loop, self.pipe),
+            place if place.is_read else None, steps, backward, timestep, self._schedulers(loop)
         )
         run = Run(begin, steps, schedule, loop, backward, self._layers.empty_report(schedule.policy, self.map_format))
         run.off = off

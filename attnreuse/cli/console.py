@@ -16,15 +16,8 @@ from attnreuse.progress import Progress
 
 out = Console(markup=False, highlight=False, emoji=False)
 err = Console(stderr=True, markup=False, highlight=False, emoji=False)
-ARGUMENTS = {
-    "guidance",
-    "layers",
-    "max_age",
-    "memory_budget",
-    "reuse",
-    "schedules",
-    "student",
-}  # whose options have their names
+# Whose options have their names.
+ARGUMENTS = {"guidance", "layers", "max_age", "memory_budget", "reuse", "schedules", "student"}
 EVERY = 30.0  # seconds between lines of progress without a terminal
 
 

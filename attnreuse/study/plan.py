@@ -5,7 +5,6 @@ Times come from runs of a pipeline of those configs with random weights: they ta
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 import math
 from collections.abc import Collection
@@ -16,7 +15,7 @@ import torch
 from pydantic import computed_field
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnreuse.binding.denoiser import holding_layers, layer_kinds, never_served, select_layers
+from attnreuse.binding.denoiser import holding_layers, layer_kinds, never_served, select_layers, unmatched_by
 from attnreuse.binding.processors import attention_layers
 from attnreuse.binding.schedule import Schedule
 from attnreuse.binding.shapes import LayerCost, Shapes, map_requests, map_shapes, parse_bytes
@@ -227,7 +226,7 @@ def forecast(
         beside=blueprint.beside,
         second_call=blueprint.adapter.second_call,
         not_timed=not_timed,
-        unmatched=[p for p in policy.patterns if not fnmatch.filter(wanted, p)],
+        unmatched=unmatched_by(wanted, policy.patterns),
     )
 
 
