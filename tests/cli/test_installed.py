@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -67,7 +68,12 @@ def test_a_missing_extra_is_named_with_its_remedy(tmp_path):
 def test_an_interrupt_says_what_is_kept_and_the_same_command_goes_on(tmp_path):
     args = ("search", "--images", "1", "--steps", "6", "--reuse", "3", "--cache", "c.jsonl", "--out", "p.json")
     scores, deadline = tmp_path / "c.jsonl", time.monotonic() + 120
-    with subprocess.Popen(["attnreuse", *args], stderr=subprocess.PIPE, text=True, cwd=tmp_path) as going:
+    start = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # a suite in the background hands on that it is ignored
+    with subprocess.Popen(
+        ["attnreuse", *args], stderr=subprocess.PIPE, text=True, cwd=tmp_path, preexec_fn=start
+    ) as going:
         while not (scores.exists() and scores.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.02)
         going.send_signal(signal.SIGINT)
