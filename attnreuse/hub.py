@@ -30,6 +30,7 @@ def is_online(repo: str, filename: str, revision: str | None = None) -> bool:
         if isinstance(try_to_load_from_cache(repo, filename, revision=revision), str):
             return False
         raise AttnReuseError(
-            f"{repo} is no folder here, and the hub cannot be reached: {str(error) or type(error).__name__}"
+            f"{repo} is neither a file nor a folder here, and the hub cannot be reached: "
+            f"{str(error) or type(error).__name__}"
         ) from error
     return True

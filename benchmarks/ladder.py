@@ -11,6 +11,7 @@ A search goes on from its scores; samplers whose front, or whose rows, are there
 
 import argparse
 import csv
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +52,7 @@ def search(samplers: list[str], budget: int) -> None:
         confirm = replace(setting, prompts=tuple(others), seed=1000 + CAPTIONS)
         engine = InProcess(Evaluator(pipeline(sampler), setting))
         cache = RESULTS / "ladder-scores.jsonl"
-        tell = lambda *told: print(*told, flush=True)  # noqa: E731
+        tell = functools.partial(print, flush=True)
         found = ladder(engine, budget=budget, cache=cache, confirm=confirm, progress=tell)
         front_of(sampler).write_text(json.dumps(found.to_dict() | provenance()) + "\n")
 

@@ -56,7 +56,7 @@ def measure(name: str, folder: Path, model: list[str], planned: list[str], sampl
         "share_sample": f"{sample['attention_s'] / full:.3f}",
         "ratio_plan": f"{plan['run']['ratio']:.3f}",
         "ratio_sample": f"{sample['reuse']['latency_s'] / full:.3f}",
-        "plain_steps_plan": plan["run"]["plain_steps"],
+        "plain_steps_plan": f"{plan['run']['plain_steps']:.1f}",
         "plain_steps_sample": sample["fewer"]["steps"],
     }
     append(ROWS, [row | provenance()])

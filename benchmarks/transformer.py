@@ -9,6 +9,7 @@ The transformer is that of `train_tiny_flux.py`. Samplers whose rows are there a
 
 import argparse
 import csv
+import functools
 from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FluxTransformer2DModel
@@ -66,7 +67,7 @@ def run(images: int, rounds: int) -> None:
             continue
         pipe, prompts = sampled_by(name), tuple(tiny_shapes.held_out_prompts(images))
         setting = Setting(prompts, STEPS, guidance=GUIDANCE, size=(SIDE, SIDE))
-        tell = lambda done, of, now: print(done, of, now, flush=True)  # noqa: E731
+        tell = functools.partial(print, flush=True)
         group = compare(pipe, setting, judge=("clip",), rounds=rounds, progress=tell).groups[0]
         about = provenance() | {"images": images, "rounds": rounds}
         rows = [

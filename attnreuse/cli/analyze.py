@@ -10,8 +10,21 @@ import typer
 from rich.table import Table
 
 from attnreuse.cli.console import clear_errors, faint, out, progress
-from attnreuse.cli.inputs import check_prompts, load_pipeline, refuse_beside, setting_for, writable
-from attnreuse.cli.options import AsJson, Batch, Eta, Guidance, Images, Layers, Model, Prompts, Scheduler, Seed, Steps
+from attnreuse.cli.inputs import check_prompts, count_for, load_pipeline, refuse_beside, setting_for, writable
+from attnreuse.cli.options import (
+    AsJson,
+    Batch,
+    Eta,
+    Guidance,
+    Images,
+    Layers,
+    Model,
+    Prompts,
+    Scheduler,
+    Seed,
+    Share,
+    Steps,
+)
 
 EXAMPLES = (
     "    attnreuse analyze\n\n    attnreuse analyze --scheduler DPM --out dpm.json\n\n"
@@ -35,9 +48,7 @@ def command(
         int,
         typer.Option(min=0, help="How many random schedules test the prediction: at least 3, or 0 for no test."),
     ] = 100,
-    reuse: Annotated[
-        int | None, typer.Option(min=1, help="How many steps of each of these schedules reuse. Default: half.")
-    ] = None,
+    reuse: Share = 0.5,
     noise: Annotated[float, typer.Option(min=1e-4, help="Relative size of the noise that is added to maps.")] = 0.05,
     out_path: Annotated[
         Path, typer.Option("--out", help="Where the measurements go (.json). Plots go beside it as PNG.")
@@ -59,8 +70,9 @@ def command(
             writable("--out", path)
         setting = setting_for(model, prompt, images, steps, seed, guidance, eta, "fp32", layers, batch)
         evaluator = Evaluator(load_pipeline(model, scheduler), setting)
+        count = count_for(reuse, evaluator.executed_steps) if schedules else None
         with progress("runs") as tell:
-            measured = analysis.analyze(evaluator, schedules=schedules, reuse=reuse, noise=noise, progress=tell)
+            measured = analysis.analyze(evaluator, schedules=schedules, reuse=count, noise=noise, progress=tell)
         measured.save(out_path)
         for path, figure in zip(figures, (plots.analysis_figure, plots.layer_drift_figure), strict=True):
             figure(measured).savefig(path, dpi=120)

@@ -83,7 +83,15 @@ def command(
     faint(", ".join(map(str, written)))
 
 
-MEAN_QUALITY = {"shape": ".0%", "clip_score": ".1f", "fid": ".1f"}  # what pictures are worth alone
+MEAN_QUALITY = {  # what pictures are worth alone
+    "shape": (".0%", "pictures whose first shape the caption oracle finds"),
+    "clip_score": (".1f", "how well pictures match their prompts, the higher the better"),
+    "fid": (".1f", "distance of all pictures from the full run's, as a set"),
+}
+
+
+def _is_judged(score: str, group: Any) -> bool:
+    return any(score in row.scores for row in group.rows)
 
 
 def _table(group: Any) -> Table:
@@ -91,9 +99,11 @@ def _table(group: Any) -> Table:
     from attnreuse.study.metrics import shown_psnr
 
     title = f"{group.scheduler}, {group.steps} steps, {group.map_format} maps"
-    caption = "time: of the full run's; plain: PSNR of plain steps in the same time"
-    table = Table(title=title, caption=caption, box=None)
-    judged = {key: form for key, form in MEAN_QUALITY.items() if any(key in r.scores for r in group.rows)}
+    caption = "time: of the full run's; plain: PSNR of plain steps in the same time" + "".join(
+        f"\n{key.replace('_score', '')}: {what}" for key, (_, what) in MEAN_QUALITY.items() if _is_judged(key, group)
+    )
+    table = Table(title=title, caption=caption, box=None, caption_justify="left")
+    judged = {key: form for key, (form, _) in MEAN_QUALITY.items() if _is_judged(key, group)}
     table.add_column("method", overflow="fold")
     for column in ("time", "PSNR, dB", "plain", *judged):
         table.add_column(column.replace("_score", ""), justify="right", no_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,8 +17,9 @@ from attnreuse.progress import Progress
 
 out = Console(markup=False, highlight=False, emoji=False)
 err = Console(stderr=True, markup=False, highlight=False, emoji=False)
-# Whose options have their names.
-ARGUMENTS = {"guidance", "layers", "max_age", "memory_budget", "reuse", "schedules", "student"}
+# Arguments whose options have their names, and those that only they can mean.
+ARGUMENTS = {"floor", "guidance", "layers", "reuse", "schedules", "student", "time"}
+OPTIONS = {"map_format": "--format", "max_age": "--max-age", "memory_budget": "--memory-budget"}
 EVERY = 30.0  # seconds between lines of progress without a terminal
 
 
@@ -41,9 +43,9 @@ def clear_errors(kept: Callable[[], str] = lambda: "nothing was written") -> Ite
 
 
 def _as_typed(said: str) -> str:
-    """A message whose first word is an argument, with the option that gives it instead."""
-    name = said.partition(" must ")[0]
-    return "--" + name.replace("_", "-") + said[len(name) :] if name in ARGUMENTS else said
+    """A message that names arguments, with the options that give them instead."""
+    said = re.sub(r"\b\w+_\w+\b", lambda word: OPTIONS.get(word[0], word[0]), said)
+    return f"--{said}" if said.partition(" must ")[0] in ARGUMENTS else said
 
 
 @contextlib.contextmanager
@@ -53,26 +55,34 @@ def progress(unit: str, at_most: bool = False) -> Iterator[Progress]:
     Args:
         at_most: the count is a limit that need not be reached.
     """
+    whole = unit
 
-    def text(done: int, of: int, now: str) -> str:
-        return f"{done} of {'at most ' if at_most else ''}{of} {unit}; {now}"
+    def text(done: int, of: int, now: str, unit: str) -> str:
+        return f"{done} of {'at most ' if at_most and not unit else ''}{of} {unit or whole}; {now}"
 
     if err.is_terminal:
         from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
+        from rich.table import Column
 
-        bar: list[Any] = [] if at_most else [BarColumn(20)]
-        columns = (SpinnerColumn(), *bar, TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-        with Bar(*columns, console=err, transient=True) as shown:
+        bar: list[Any] = [] if at_most else [BarColumn(20, table_column=Column(min_width=20))]
+        elapsed = TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7))
+        column = Column(no_wrap=True, overflow="ellipsis", ratio=1)  # gives way, not the bar
+        doing = TextColumn("{task.description}", markup=False, table_column=column)
+        with Bar(SpinnerColumn(), *bar, elapsed, doing, console=err, transient=True, expand=True) as shown:
             task = shown.add_task("starting", total=None)
-            yield lambda done, of, now: shown.update(task, completed=done, total=of, description=text(done, of, now))
+
+            def show(done: int, of: int, now: str, unit: str = "") -> None:
+                shown.update(task, completed=done, total=of, description=text(done, of, now, unit))
+
+            yield show
         return
     last = time.monotonic()  # what is over in a moment says nothing
 
-    def tell(done: int, of: int, now: str) -> None:
+    def tell(done: int, of: int, now: str, unit: str = "") -> None:
         nonlocal last
         if time.monotonic() - last >= EVERY:
             last = time.monotonic()
-            err.print(text(done, of, now), soft_wrap=True)
+            err.print(text(done, of, now, unit), soft_wrap=True)
 
     yield tell

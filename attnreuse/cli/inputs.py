@@ -77,7 +77,6 @@ def policy_for(
     """The policy for a run: of the file; else, for the shipped model, the shipped one that fits; else HURRY."""
     from attnreuse.binding.clock import executed_steps
     from attnreuse.planning.levels import resolved
-    from attnreuse.planning.rows import count_of
     from attnreuse.policy import Policy, Stretched, hurry, shipped_policies
 
     executed = executed_steps(scheduler, steps)
@@ -91,16 +90,25 @@ def policy_for(
             return loaded
         rule = Stretched(policy=loaded) if isinstance(loaded, Policy) else loaded
         return resolved(rule, scheduler, executed)
+    count = count_for(reuse, executed)
+    if max_age is not None:
+        return hurry(executed, count, max_age or None)
+    fitting = shipped_policies(type(scheduler).__name__, executed) if not model else []
+    fitting = [p for p in fitting if p.reuse_steps == count]
+    rule = hurry(reuse=reuse if reuse < 1 else count / executed)
+    return fitting[0] if fitting else resolved(rule, scheduler, executed)
+
+
+def count_for(reuse: float, executed: int) -> int:
+    """How many of the executed steps reuse: of a share below 1, or of their number."""
+    from attnreuse.planning.rows import count_of
+
     if not math.isfinite(reuse) or (reuse >= 1 and reuse != int(reuse)):
         raise ValueError(f"--reuse must be a share below 1 or a whole number of steps, got {reuse}")
     count = int(reuse) if reuse >= 1 else count_of(reuse, executed)
     if count >= executed:
         raise ValueError(f"--reuse must be between 0 and {executed - 1} for {executed} steps, got {reuse:g}")
-    if max_age is not None:
-        return hurry(executed, count, max_age or None)
-    fitting = shipped_policies(type(scheduler).__name__, executed) if not model else []
-    fitting = [p for p in fitting if p.reuse_steps == count]
-    return fitting[0] if fitting else resolved(hurry(reuse=count / executed), scheduler, executed)
+    return count
 
 
 def read_policy(file: str) -> Any:

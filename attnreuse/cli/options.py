@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+MAIN_SAMPLER, MAIN_GUIDANCE = "Euler a", 7.5  # of the main job on tiny-shapes
 FormatName = Enum("FormatName", {name: name for name in ("fp32", "fp16", "bf16", "u8", "u7", "u4")}, type=str)
 MetricName = Enum("MetricName", {name: name for name in ("ssim", "lpips", "fid", "clip")}, type=str)
 
@@ -52,20 +53,13 @@ Prompts = Annotated[
 Images = Annotated[int, typer.Option(min=1, help="How many pictures, where no --prompt is given.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first picture. Each further picture adds one.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures that are sampled at once.")]
-Layers = Annotated[
-    str | None,
-    typer.Option(
-        help="Attention layers that take part: self, cross, all, or a pattern of names. Default: self, and what a "
-        "policy names; all for --method ladder."
-    ),
-]
+LAYERS = "Attention layers that take part: self, cross, all, or a pattern of names."
+Layers = Annotated[str | None, typer.Option(help=f"{LAYERS} Default: self, and what a policy names.")]
 MemoryBudget = Annotated[str | None, typer.Option(help="Most memory for maps, such as 4GiB, 500MB or 2G.")]
-Scheduler = Annotated[
-    str | None,
-    typer.Option(
-        help="Sampler: DDIM, 'Euler a', 'DPM++ 2M SDE Karras', Heun and so on, or a scheduler class of diffusers. "
-        "Default: the model's."
-    ),
+SAMPLER = "Sampler: DDIM, 'Euler a', 'DPM++ 2M SDE Karras', Heun and so on, or a scheduler class of diffusers."
+Scheduler = Annotated[str | None, typer.Option(help=f"{SAMPLER} Default: the model's.")]
+MainScheduler = Annotated[
+    str | None, typer.Option("--scheduler", help=f"{SAMPLER} Default: the model's; {MAIN_SAMPLER} for tiny-shapes.")
 ]
 Metrics = Annotated[
     list[MetricName] | None,

@@ -11,15 +11,16 @@ import typer
 from attnreuse.cli.console import clear_errors, out, progress
 from attnreuse.cli.inputs import default_dtype, default_format, find_model, policy_for, refuse_beside, refuse_without
 from attnreuse.cli.options import (
+    MAIN_SAMPLER,
     AsJson,
     Fit,
     Format,
     Layers,
+    MainScheduler,
     MaxAge,
     MemoryBudget,
     Model,
     PolicyFile,
-    Scheduler,
     Share,
     Steps,
 )
@@ -39,7 +40,7 @@ def command(
     policy: PolicyFile = None,
     fit: Fit = "exact",
     map_format: Format = None,
-    scheduler: Scheduler = None,
+    scheduler: MainScheduler = None,
     layers: Layers = None,
     height: Annotated[int | None, typer.Option(min=8, help="Pixels. Default: the model's own.")] = None,
     width: Annotated[int | None, typer.Option(min=8, help="Pixels. Default: the model's own.")] = None,
@@ -62,6 +63,8 @@ def command(
             refuse_without(context, "--policy", "fit")
         if not math.isfinite(guidance):
             raise ValueError(f"guidance must be a finite number, got {guidance}")
+        if not model:
+            scheduler = scheduler or MAIN_SAMPLER
         path, local = find_model(model)
         size = (height, width) if height and width else None
         blueprint = Blueprint.load(path, scheduler, local, size, frames)

@@ -19,11 +19,14 @@ from attnreuse.cli.inputs import (
     writable,
 )
 from attnreuse.cli.options import (
+    MAIN_GUIDANCE,
+    MAIN_SAMPLER,
     AsJson,
     Eta,
     Fit,
     Format,
     Layers,
+    MainScheduler,
     MaxAge,
     Model,
     PolicyFile,
@@ -32,6 +35,7 @@ from attnreuse.cli.options import (
     Share,
     Steps,
 )
+from attnreuse.progress import counted
 
 EXAMPLES = (
     "    attnreuse sample\n\n    attnreuse sample --scheduler Heun --reuse 0.25\n\n"
@@ -55,11 +59,9 @@ def command(
     fit: Fit = "exact",
     map_format: Format = None,
     layers: Layers = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help="Sampler, as in search. Default: the model's; Euler a for tiny-shapes.")
-    ] = None,
+    scheduler: MainScheduler = None,
     guidance: Annotated[
-        float | None, typer.Option(help="guidance_scale. Default: the model's; 7.5 for tiny-shapes.")
+        float | None, typer.Option(help=f"guidance_scale. Default: the model's; {MAIN_GUIDANCE} for tiny-shapes.")
     ] = None,
     eta: Eta = None,
     seed: Seed = 0,
@@ -84,7 +86,7 @@ def command(
             refuse_without(context, "--policy", "fit")
         check_prompts(context, model, prompt)
         if not model:
-            scheduler, guidance = scheduler or "Euler a", 7.5 if guidance is None else guidance
+            scheduler, guidance = scheduler or MAIN_SAMPLER, MAIN_GUIDANCE if guidance is None else guidance
         pipe = load_pipeline(model, scheduler)
         step_options(pipe.scheduler, eta)
         denoiser = find_denoiser(pipe)
@@ -114,7 +116,7 @@ def command(
 
 def _table(result: Any) -> Table:
     count = len(result.prompts)
-    table = Table(title=f"{count} picture{'s' * (count != 1)}, {result.policy}, {result.report.map_format} maps")
+    table = Table(title=f"{counted(count, 'picture')}, {result.policy}, {result.report.map_format} maps")
     for column in ("", "steps", "latency", "against full", "PSNR", "map memory"):
         table.add_column(column, justify="left" if not column else "right")
     for way in result.ways:
@@ -149,5 +151,5 @@ def _verdict(result: Any) -> str:
     if ours is None or theirs is None:
         return f"{speed}. {limit}"
     better = "above" if ours > theirs else "below"
-    gap = f"its PSNR is {abs(ours - theirs):.2f} dB {better} that of {result.fewer.steps} plain steps"
+    gap = f"its PSNR is {abs(ours - theirs):.2f} dB {better} that of {counted(result.fewer.steps, 'plain step')}"
     return f"{speed}; {gap}. {limit}"

@@ -11,14 +11,14 @@ import typer
 from rich.table import Table
 
 from attnreuse.cli.console import clear_errors, faint, out, progress
-from attnreuse.cli.inputs import check_prompts, load_pipeline, refuse_ignored, setting_for, writable
+from attnreuse.cli.inputs import check_prompts, count_for, load_pipeline, refuse_ignored, setting_for, writable
 from attnreuse.cli.options import (
+    LAYERS,
     AsJson,
     Batch,
     Eta,
     Format,
     Guidance,
-    Layers,
     MemoryBudget,
     Model,
     Prompts,
@@ -27,6 +27,7 @@ from attnreuse.cli.options import (
     Steps,
 )
 from attnreuse.errors import AttnReuseError
+from attnreuse.progress import counted
 
 EXAMPLES = (
     "    attnreuse search --out policy.json\n\n    attnreuse search --metric ssim --floor 0.98\n\n"
@@ -47,7 +48,13 @@ def command(
     context: typer.Context,
     model: Model = "",
     steps: Steps = 20,
-    reuse: Annotated[int, typer.Option(min=0, help="phast, exhaustive: how many executed steps reuse.")] = 10,
+    reuse: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="phast, exhaustive: how much of the run reuses, a share of the steps below 1, or a number of steps.",
+        ),
+    ] = 0.5,
     method: Annotated[
         Literal["phast", "exhaustive", "ladder"],
         typer.Option(
@@ -129,7 +136,7 @@ def command(
     seed: Seed = 1000,
     guidance: Guidance = None,
     eta: Eta = None,
-    layers: Layers = None,
+    layers: Annotated[str | None, typer.Option(help=f"{LAYERS} Default: self; all for --method ladder.")] = None,
     map_format: Format = None,
     scheduler: Scheduler = None,
     batch: Batch = 4,
@@ -164,6 +171,7 @@ def command(
         from attnreuse.binding.shapes import parse_bytes
         from attnreuse.search import InProcess, Objective, RayEngine, exhaustive, ladder, phast
         from attnreuse.study.evaluate import Evaluator
+        from attnreuse.study.search.front import check_wanted
 
         refuse_ignored(context, "--method", method, ONLY_FOR_METHOD)
         refuse_ignored(context, "--engine", engine, dict.fromkeys(("address", "workers"), ("ray",)))
@@ -172,6 +180,8 @@ def command(
             raise ValueError(
                 "--method ladder finds a front: say which point to save by --floor (dB) or --time (a share)"
             )
+        if is_ladder:
+            check_wanted(floor, time)
         objective = Objective(metric, floor, parse_bytes(memory_budget))
         writable("--out", out_path, ".json")
         writable("--cache", cache)
@@ -181,18 +191,19 @@ def command(
         setting = setting_for(model, prompt, count, steps, seed, guidance, eta, map_format, layers, batch)
         setting, others = _kept_back(setting, confirm)
         evaluator = Evaluator(load_pipeline(model, scheduler), setting)
+        chosen = 0 if is_ladder else count_for(reuse, evaluator.executed_steps)
         judges = RayEngine(evaluator, workers, address) if engine == "ray" else InProcess(evaluator)
         with progress("schedules", at_most=True) as tell:
             common: dict[str, Any] = {"cache": cache, "progress": tell}
             if method == "phast":
-                starts, rank = _predicted(analysis, evaluator, reuse)
+                starts, rank = _predicted(analysis, evaluator, chosen)
                 result: Any = phast(
-                    evaluator.pipe, steps, reuse, evaluator.setting.prompts, objective=objective, variant=variant,
+                    evaluator.pipe, steps, chosen, evaluator.setting.prompts, objective=objective, variant=variant,
                     starts=starts, rank=rank, restarts=restarts, budget=budget, patience=patience, seed=seed,
                     engine=judges, **common,
                 )  # fmt: skip
             elif method == "exhaustive":
-                result = exhaustive(judges, reuse, objective=objective, **common)
+                result = exhaustive(judges, chosen, objective=objective, **common)
             else:
                 seconds = None if budget_time is None else 60 * budget_time
                 result = ladder(
@@ -202,8 +213,8 @@ def command(
         picked = _picked(result, floor, time, cache) if is_ladder else result
         if not is_ladder and not objective.reaches(result.history[-1].metric):
             raise ValueError(
-                f"none of {result.evaluations} schedules reaches --floor {floor:g}: the best has {metric} "
-                f"{result.history[-1].metric:.4g}; nothing is saved but the scores in {cache}"
+                f"none of {counted(result.evaluations, 'schedule')} reaches --floor {floor:g}: the best has "
+                f"{objective.shown(result.history[-1].metric)}; nothing is saved but the scores in {cache}"
             )
         picked.policy.save(out_path)
     if as_json:
@@ -213,7 +224,7 @@ def command(
     judged = evaluator.calls
     replayed = f" ({judged.saved:.0%} of their denoiser calls replayed)" if judged.schedules else ""
     of_cache = result.evaluations - judged.schedules
-    out.print(f"{judged.schedules} schedules judged now{replayed}, {of_cache} from the cache.")
+    out.print(f"{counted(judged.schedules, 'schedule')} judged now{replayed}, {of_cache} from the cache.")
     if is_ladder and picked.steps != steps:
         out.print(f"Run the saved policy with --steps {picked.steps}.")
     faint(f"{out_path}; scores in {cache}")
@@ -272,9 +283,8 @@ def _predicted(analysis: Path | None, evaluator: Any, reuse: int) -> tuple[list[
 
 def _front_table(front: Any, picked: Any) -> Table:
     """The points of a front, and which of them is saved."""
-    pictures = f"{front.pictures} picture{'s' * (front.pictures != 1)}"
-    title = f"stopped at: {front.stopped}; PSNR of {pictures}; time, {front.times}, as a share of "
-    table = Table(title=f"{title}{front.full_s:.2f} s")
+    about = f"stopped at: {front.stopped}; PSNR of {counted(front.pictures, 'picture')}"
+    table = Table(title=f"{about}\ntime, {front.times}, as a share of {front.full_s:.2f} s", title_justify="left")
     for column in ("time", "PSNR, dB", "steps", "schedule", ""):
         table.add_column(column, justify="right" if column in ("time", "PSNR, dB", "steps") else "left")
     for point in front.points:
@@ -286,8 +296,8 @@ def _front_table(front: Any, picked: Any) -> Table:
 
 def _table(result: Any, metric: str) -> Table:
     """Improvements of a step-wise search."""
-    table = Table(title=f"{result.policy.name}, stopped at: {result.stopped}")
-    for column in ("schedule", metric, "after"):
+    table = Table(title=f"{result.policy.name}\nstopped at: {result.stopped}", title_justify="left")
+    for column in ("schedule", "PSNR, dB" if metric == "psnr" else metric.upper(), "after"):
         table.add_column(column, justify="left" if column == "schedule" else "right")
     for step in result.history:
         table.add_row(step.reuse, f"{step.metric:.3f}", str(step.evaluations))

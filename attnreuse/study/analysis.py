@@ -23,7 +23,7 @@ from torch import Tensor
 from attnreuse.errors import AttnReuseError
 from attnreuse.planning.rows import call_age_error, level_error, schedule_error, strip
 from attnreuse.policy import Policy
-from attnreuse.progress import Progress, silent
+from attnreuse.progress import Progress, counted, silent
 from attnreuse.study.evaluate import Evaluator, Sampled
 from attnreuse.study.findings import Analysis, Drift, Growth, Prediction, Staleness, predict
 from attnreuse.study.metrics import psnr_each
@@ -60,8 +60,8 @@ def analyze(
     there = math.comb(steps - 1, count) if schedules else 0
     if schedules and there < FEWEST:
         raise ValueError(
-            f"a rank needs at least {FEWEST} schedules, and {count} reuses in {steps} steps make {there}: give another "
-            "reuse, or schedules 0 for no rank"
+            f"schedules must be 0, for no rank, where there are fewer than {FEWEST}: {counted(count, 'reuse')} in "
+            f"{steps} steps can stand in {counted(there, 'way')} (take more steps, or another reuse)"
         )
     schedules = min(schedules, there)
     ages = [age for age in (1, 2, 4, 8) if age < steps]
@@ -71,6 +71,7 @@ def analyze(
     def advance(now: str) -> None:
         progress(next(done), of, now)
 
+    progress(0, of, "full steps")
     parts = {
         "growth": growth(evaluator, advance=advance),
         "noise": growth(evaluator, noise=noise, advance=advance),

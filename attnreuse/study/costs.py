@@ -24,7 +24,7 @@ from attnreuse.binding.shapes import LayerCost
 from attnreuse.errors import AttnReuseError
 from attnreuse.measure.timing import Times, in_turns, stopwatch
 from attnreuse.policy import Action, Policy
-from attnreuse.progress import Progress, silent
+from attnreuse.progress import Progress, counted, silent
 from attnreuse.study.evaluate import Evaluator
 
 ROUNDS = 3
@@ -80,7 +80,7 @@ def measure(evaluator: Evaluator, rounds: int = ROUNDS, progress: Progress = sil
     Medians over `rounds` runs of one batch, in turns of random order: stock, every other step reused, every other held.
 
     Args:
-        progress: called before each run, with the number of these done, of all.
+        progress: called before each run, with the number of these done, of all; it counts "runs".
 
     Raises:
         AttnReuseError: a layer is not called as often in each step, or does not do what its policy says.
@@ -91,11 +91,11 @@ def measure(evaluator: Evaluator, rounds: int = ROUNDS, progress: Progress = sil
     for name, letter in (("reuse", True), ("hold", "H")):
         kinds[name] = Policy(steps=steps, reuse=[i % 2 and letter for i in range(steps)])
     names, of = list(kinds), rounds * len(kinds) + 1
-    progress(0, of, "warm-up")
+    progress(0, of, "warm-up", "runs")
     _ = one.full
 
     def tell(done: int, i: int) -> None:
-        progress(done + 1, of, f"timing {names[i]}")
+        progress(done + 1, of, f"timing {names[i]}", "runs")
 
     calls = [functools.partial(_timed, one, policy) for policy in kinds.values()]
     stock, reused, held = in_turns(calls, rounds, tell)
@@ -110,20 +110,27 @@ def measure(evaluator: Evaluator, rounds: int = ROUNDS, progress: Progress = sil
     return RunCosts(fixed, step, session, {name: _cost(taken, name) for name in one.served()})
 
 
-def shares(evaluator: Evaluator, runs: list[tuple[int, Policy]], rounds: int = ROUNDS) -> list[float]:
+def shares(
+    evaluator: Evaluator, runs: list[tuple[int, Policy]], rounds: int = ROUNDS, progress: Progress = silent
+) -> list[float]:
     """Measured time of each of `runs`, of so many steps with a policy, as a share of the full run's.
 
-    Medians over `rounds` of one batch, all in turns of random order.
+    Medians over `rounds` of one batch, all in turns of random order. `progress`: as in :func:`measure`.
     """
-    full = Policy(steps=evaluator.executed_steps, reuse=[False] * evaluator.executed_steps)
+    full = evaluator.policy([False] * evaluator.executed_steps, "full steps")
 
     def seconds(steps: int, policy: Policy) -> float:
         one = _one_batch(evaluator, steps)
         # A policy that never reuses is timed as the stock pipeline is: nobody enables it.
         return one.run(lambda start: one.enabled(policy) if policy.reuse_steps else nullcontext()).seconds
 
-    calls = [functools.partial(seconds, *run) for run in [(evaluator.setting.steps, full), *runs]]
-    whole, *others = in_turns(calls, rounds)
+    timed = [(evaluator.setting.steps, full), *runs]
+
+    def tell(done: int, i: int) -> None:
+        of = rounds * len(timed)
+        progress(done, of, f"timing {timed[i][1].name}, {counted(timed[i][0], 'step')}", "runs")
+
+    whole, *others = in_turns([functools.partial(seconds, *run) for run in timed], rounds, tell)
     return [Times.of_ratios(own, whole).median for own in others]
 
 
@@ -186,7 +193,10 @@ def _check(report: Report) -> None:
 
 def _marked(module: Module, marks: list[Any], mark: Callable[[], Any]) -> Attached:
     """`marks` gets two marks of each call of the module: where it begins and where it ends."""
-    note = lambda *call: marks.append(mark())  # noqa: E731
+
+    def note(*call: Any) -> None:
+        marks.append(mark())
+
     return Attached(module, before=note, after=note)
 
 

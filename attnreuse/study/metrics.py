@@ -8,7 +8,8 @@ those of the shipped pipeline's own CLIP pair, which lie in the package.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -188,19 +189,15 @@ def _lpips_model() -> Any:
         return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
 
 
-class _needing:  # noqa: N801 (read as a word)
+@contextmanager
+def _needing(what: str, remedy: str = EVAL) -> Iterator[None]:
     """Turns a missing package or unreachable weights into one clear error."""
-
-    def __init__(self, what: str, remedy: str = EVAL):
-        self.what, self.remedy = what, remedy
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ImportError):
-            raise AttnReuseError(f"{self.what} needs more: {self.remedy} ({error})") from error
-        if isinstance(error, OSError):
-            raise AttnReuseError(f"{self.what}: its weights could not be loaded ({error})") from error
+    try:
+        yield
+    except ImportError as error:
+        raise AttnReuseError(f"{what} needs more: {remedy} ({error})") from error
+    except OSError as error:
+        raise AttnReuseError(f"{what}: its weights could not be loaded ({error})") from error
 
 
 def _nchw(pictures: np.ndarray) -> Tensor:

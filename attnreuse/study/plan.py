@@ -23,7 +23,7 @@ from attnreuse.errors import UnsupportedLayerError
 from attnreuse.maps.formats import format_named
 from attnreuse.maps.ring import RingPlan, plan_ring
 from attnreuse.policy import Action, Policy
-from attnreuse.progress import Progress, silent
+from attnreuse.progress import Progress, counted, silent
 from attnreuse.results import Result
 from attnreuse.study import costs
 from attnreuse.study.blueprint import Blueprint
@@ -55,13 +55,16 @@ class RunForecast(Result):
         attention_share: of a step's time that the chosen layers take, with their projections.
         full_s: seconds with every step computed.
         policy_s: seconds with the policy.
-        plain_steps: ``num_inference_steps`` that take as long as the policy.
+        plain_steps: ``num_inference_steps`` that take as long as the policy, as a fraction.
+        capture_step, reuse_step: of a step in which all layers do so, as a share of a full step's time.
     """
 
     attention_share: float
     full_s: float
     policy_s: float
-    plain_steps: int
+    plain_steps: float
+    capture_step: float
+    reuse_step: float
 
     @computed_field
     @property
@@ -119,9 +122,9 @@ class Forecast(Result):
             times = [f"{1e3 * seconds:.2f}" for seconds in asdict(cost).values()] if cost else []
             size = f"{layers[0].map_bytes / 2**20:.1f}"
             table.add_row(str(len(layers)), kind, f"{shape[2]}x{shape[3]}", f"{shape[1]}x{dim}", size, fate, *times)
-        steps = f"{self.asked_steps} steps"
+        steps = counted(self.asked_steps, "step")
         if self.policy.steps != self.asked_steps:
-            steps += f", {self.policy.steps} denoiser calls"
+            steps += f", {counted(self.policy.steps, 'denoiser call')}"
         size = f"{self.map_format} maps: a buffer of {self.predicted_bytes / 2**20:.1f} MiB"
         title = f"{steps}; {self.policy}; {size}"
         said = [Text("Times are milliseconds of one layer at one step.")] if self.run else []
@@ -143,14 +146,17 @@ class Forecast(Result):
             share = f"Attention makes {self.attention_products:.0%} of a step's multiplications."
             return f"{share} Whether it pays is not measured ({self.not_timed})."
         run, steps = self.run, self.asked_steps
-        share = f"The layers above take {run.attention_share:.0%} of a step's time here."
-        took = f"This policy should take {run.ratio:.2f} of the time of {steps} full steps ({run.full_s:.2f} s)"
-        if not run.pays:
-            return f"{share} No, it does not pay: {took[0].lower()}{took[1:]}."
-        return (
-            f"{share} {took}, as {run.plain_steps} plain steps do. `attnreuse sample` shows which of the two keeps the "
-            "picture better."
+        share = (
+            f"The layers above take {run.attention_share:.0%} of a step's time here. A step that reuses takes "
+            f"{run.reuse_step:.2f} of a full one, a step that captures {run.capture_step:.2f}."
         )
+        full = f"{counted(steps, 'full step')} ({run.full_s:.2f} s)"
+        took = (
+            f"his policy should take {run.ratio:.2f} of the time of {full}, as {run.plain_steps:.1f} plain steps would"
+        )
+        if not run.pays:
+            return f"{share} No, it does not pay: t{took}."
+        return f"{share} T{took}. `attnreuse sample` shows which of the two keeps the picture better."
 
 
 def _alike(layer: LayerForecast) -> tuple[str, tuple[int, int, int, int], int, str]:
@@ -277,7 +283,18 @@ def _run(run_costs: RunCosts, schedule: Schedule, ring: RingPlan, asked_steps: i
     full_s = run_costs.seconds(nothing)
     dropped = sum(run_costs.layers[name].compute * steps for name in schedule.actions if name not in ring.offsets)
     policy_s = run_costs.seconds(served) + dropped
-    calls = (policy_s - run_costs.fixed) / (run_costs.step + attention)
-    plain = max(1, min(asked_steps, round(asked_steps * calls / steps)))
-    share = attention / (run_costs.step + attention)
-    return RunForecast(attention_share=share, full_s=full_s, policy_s=policy_s, plain_steps=plain)
+    step = run_costs.step + attention
+    calls = (policy_s - run_costs.fixed) / step
+    pair = Schedule(Policy(steps=2, reuse=(False, True)), schedule.actions, schedule.holding).actions
+    caching = run_costs.step + run_costs.session
+    capture, reuse = (
+        caching + sum(cost.total(pair[name][i : i + 1]) for name, cost in run_costs.layers.items()) for i in range(2)
+    )
+    return RunForecast(
+        attention_share=attention / step,
+        full_s=full_s,
+        policy_s=policy_s,
+        plain_steps=asked_steps * calls / steps,
+        capture_step=capture / step,
+        reuse_step=reuse / step,
+    )

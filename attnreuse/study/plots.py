@@ -9,7 +9,8 @@ import numpy as np
 
 from attnreuse.errors import AttnReuseError
 from attnreuse.measure.timing import Times
-from attnreuse.study.findings import Analysis, Growth
+from attnreuse.progress import counted
+from attnreuse.study.findings import Analysis, Growth, Prediction
 
 INK, QUIET = "#1f2933", "#9aa5b1"
 
@@ -58,7 +59,7 @@ def spot_name(method: str, family: str) -> str:
     """What stands at a method's point: its name, or of joined families the number of plain steps, if anything."""
     if not FAMILIES[family].line:
         return method
-    return method.removesuffix(" plain steps") if family == "plain steps" else ""
+    return method.partition(" ")[0] if family == "plain steps" else ""
 
 
 def pareto_figure(spots: list[Spot], title: str) -> Any:
@@ -124,13 +125,16 @@ def pyplot() -> Any:
 
 def analysis_figure(analysis: Analysis) -> Any:
     """Growth, drift over steps and lags, staleness, and predicted against measured, on one page."""
-    figure, axes = pyplot().subplots(2, 2, figsize=(11, 8), layout="constrained")
-    _growth(axes[0, 0], analysis)
-    _drift(figure, axes[0, 1], analysis)
-    _staleness(axes[1, 0], analysis)
-    _prediction(axes[1, 1], analysis)
-    pictures = f"{analysis.images} picture{'s' if analysis.images > 1 else ''}"
-    figure.suptitle(f"{analysis.model}, {analysis.scheduler}, {analysis.steps} steps, {pictures}")
+    size = {"figsize": (11, 8), "layout": "constrained"}
+    panels = [["growth", "drift"], ["staleness", "prediction" if analysis.prediction else "staleness"]]
+    figure, axes = pyplot().subplot_mosaic(panels, **size)
+    _growth(axes["growth"], analysis)
+    _drift(figure, axes["drift"], analysis)
+    _staleness(axes["staleness"], analysis)
+    if analysis.prediction:
+        _prediction(axes["prediction"], analysis.prediction)
+    about = f"{counted(analysis.steps, 'step')}, {counted(analysis.images, 'picture')}"
+    figure.suptitle(f"{analysis.model}, {analysis.scheduler}, {about}")
     return figure
 
 
@@ -144,7 +148,7 @@ def layer_drift_figure(analysis: Analysis, lag: int = 1) -> Any:
     image = axis.imshow(table, aspect="auto", cmap="viridis", extent=sides)
     most = names[int(np.nanargmax(np.nanmean(table, 1)))]
     axis.set(xlabel="step", yticks=range(len(names)), yticklabels=names)
-    axis.set_title(f"{most} drifts most, within {lag} step{'s' if lag > 1 else ''}", loc="right")
+    axis.set_title(f"{most} drifts most, within {counted(lag, 'step')}", loc="right")
     _at_whole_steps(axis)
     figure.colorbar(image, ax=axis, label="relative Frobenius distance")
     return figure
@@ -216,14 +220,11 @@ def _one_two_five(ticks: Any) -> None:
     ticks.set_major_formatter("{x:g}")
 
 
-def _prediction(axis: Any, analysis: Analysis) -> None:
-    prediction = analysis.prediction
-    if prediction is None:
-        axis.set_axis_off()
-        return
+def _prediction(axis: Any, prediction: Prediction) -> None:
     axis.loglog(prediction.predicted, prediction.measured, "o", ms=3, color=INK)
     low, high = min(prediction.predicted + prediction.measured), max(prediction.predicted + prediction.measured)
-    axis.loglog([low, high], [low, high], color=QUIET, lw=1)
+    axis.loglog([low, high], [low, high], color=QUIET, lw=1, label="as predicted")
+    axis.legend(fontsize=7, frameon=False)
     _one_two_five(axis.xaxis)
     _one_two_five(axis.yaxis)
     axis.minorticks_off()

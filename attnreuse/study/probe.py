@@ -49,7 +49,10 @@ def probing(evaluator: Evaluator, steps: set[int], visit: Visit) -> Iterator[Non
 
     def probe(name: str) -> ProbeAttnProcessor:
         attn = modules[name]
-        see = lambda attn_map: visit(session.tick.step, name, attn_map)  # noqa: E731
+
+        def see(attn_map: Tensor) -> Tensor | None:
+            return visit(session.tick.step, name, attn_map)
+
         return ProbeAttnProcessor(attn.processor, form_of(adapter, attn), see)
 
     probes = {module: probe(name) for name, module in modules.items()}

@@ -186,26 +186,28 @@ def sheet(result: SampleResult) -> Image.Image:
     height, width = result.baseline.pictures.shape[1:3]
     scale = max(1, math.ceil(MIN_SIDE / min(height, width)))
     height, width = height * scale, width * scale
-    font, margin, text, left = ImageFont.load_default(14), 12, 64, 150
-    rows = _sheet_rows(result)
-    size = (left + len(result.prompts) * (width + margin), margin + len(rows) * (height + text))
-    canvas = Image.new("RGB", size, "white")
+    font, margin, line, left = ImageFont.load_default(14), 12, 18, 150
+    rows = [
+        (about, pictures, [[line for note in of_one for line in _wrapped(note, width, font)] for of_one in notes])
+        for about, pictures, notes in _sheet_rows(result)
+    ]
+    tall = [height + margin + line * max(map(len, notes)) for _, _, notes in rows]
+    size = (left + len(result.prompts) * (width + margin), margin + sum(tall))
+    canvas, top = Image.new("RGB", size, "white"), margin
     draw = ImageDraw.Draw(canvas)
-    for i, (about, pictures, notes) in enumerate(rows):
-        top = margin + i * (height + text)
+    for (about, pictures, notes), high in zip(rows, tall, strict=True):
         draw.multiline_text((margin, top), about, "black", font, spacing=6)
-        for j, (picture, (line, below)) in enumerate(zip(pictures, notes, strict=True)):
+        for j, (picture, lines) in enumerate(zip(pictures, notes, strict=True)):
             at = left + j * (width + margin)
             image = Image.fromarray((picture * 255).round().astype(np.uint8)).resize((width, height), Image.NEAREST)
             canvas.paste(image, (at, top))
-            lines = _wrapped(line, width, font)
-            for k, (words, color) in enumerate([*((words, "black") for words in lines), (below, "#666666")]):
-                draw.text((at, top + height + 3 + 18 * k), words, color, font)
+            draw.multiline_text((at, top + height + 3), "\n".join(lines), "black", font, spacing=4)
+        top += high
     return canvas
 
 
-def _sheet_rows(result: SampleResult) -> list[tuple[str, np.ndarray, list[tuple[str, str]]]]:
-    """For each row of the sheet: what is said left of it, its pictures, and two lines below each."""
+def _sheet_rows(result: SampleResult) -> list[tuple[str, np.ndarray, list[tuple[str, ...]]]]:
+    """For each row of the sheet: what is said left of it, its pictures, and what is said below each."""
     rows, full = [], result.baseline.pictures
     for way in result.ways:
         about = f"{way.label}\n{way.steps} steps\n{way.latency_s:.2f} s"
@@ -217,19 +219,16 @@ def _sheet_rows(result: SampleResult) -> list[tuple[str, np.ndarray, list[tuple[
         if not first:
             changed = np.clip(np.abs(way.pictures - full) * DIFFERENCE, 0, 1)
             about = f"{way.label},\ndifference from\nfull steps,\ntimes {DIFFERENCE}"
-            rows.append((about, changed, [("", "")] * len(full)))
+            rows.append((about, changed, [()] * len(full)))
     return rows
 
 
 def _wrapped(text: str, width: int, font: Any) -> list[str]:
-    """`text` in at most two lines of `width` pixels; what does not fit is cut off."""
-
-    def fitting(text: str, end: str = "") -> int:
-        return max((n for n in range(len(text) + 1) if font.getlength(text[:n] + end) <= width), default=0)
-
-    if fitting(text) == len(text):
-        return [text]
-    first = text.rfind(" ", 0, fitting(text) + 1)
-    first = first if first > 0 else fitting(text)
-    rest = text[first:].lstrip()
-    return [text[:first], rest if fitting(rest) == len(rest) else rest[: fitting(rest, "...")] + "..."]
+    """`text` in lines of `width` pixels, broken between words where that is possible."""
+    lines, rest = [], text
+    while font.getlength(rest) > width:
+        fits = max(1, max(n for n in range(len(rest)) if font.getlength(rest[:n]) <= width))
+        space = rest.rfind(" ", 0, fits + 1)
+        lines.append(rest[: space if space > 0 else fits])
+        rest = rest[len(lines[-1]) :].lstrip()
+    return [*lines, rest]

@@ -173,3 +173,7 @@ def test_it_is_drawn(found, tmp_path):
     for name, figure in (("a", plots.analysis_figure(found)), ("b", plots.layer_drift_figure(found))):
         figure.savefig(tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    titled = [axis for axis in plots.analysis_figure(found).axes if axis.get_title()]
+    untested = plots.analysis_figure(found.model_copy(update={"prediction": None}))
+    assert [axis.get_title() for axis in untested.axes if axis.get_title()] == [a.get_title() for a in titled[:3]]
+    assert all(axis.has_data() for axis in untested.axes)

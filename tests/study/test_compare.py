@@ -94,6 +94,13 @@ def test_holding_every_second_self_attention_is_pab():
     assert np.array_equal(ours, theirs)
 
 
+def test_layers_that_match_none_are_refused_before_a_picture():
+    pipe = captioned_pipeline()
+    pipe.unet.forward = None  # any call would fail
+    with pytest.raises(ValueError, match="layers must be 'self', 'cross', 'all' or patterns"):
+        groups.compare(pipe, Setting(PROMPTS, 8, layers="nope"))
+
+
 def test_every_kind_of_method_is_there(measured):
     families = {r.method.family for r in measured.groups[0].rows}
     assert families == set(FAMILIES) - {methods.SAME_NOISE, "ladder"}  # DDIM draws none

@@ -236,13 +236,13 @@ def test_what_is_confirmed_is_timed_once(pipe, tmp_path, monkeypatch):
     others = replace(made.setting, prompts=("a cyan triangle on black", "a red square on white"), seed=7)
     predicted_by, chance = cheap(made), random.Random(0)
 
-    def shares(of, runs):
+    def shares(of, runs, progress):
         timed.append(runs)
         seconds = [predicted_by.seconds(made.at(steps).schedule(policy)) for steps, policy in runs]
         return [0.1 + 0.8 * s / max(seconds) + chance.uniform(-0.01, 0.01) for s in seconds]
 
     monkeypatch.setattr(costs, "shares", shares)
-    monkeypatch.setattr(costs, "measure", cheap)
+    monkeypatch.setattr(costs, "measure", lambda made, progress: cheap(made))
     first = ladder(InProcess(made), by="kind", budget=30, cache=tmp_path / "c.jsonl", confirm=others)
     assert first.times == "fitted"
     predicted = ladder(InProcess(made), by="kind", budget=30, cache=tmp_path / "c.jsonl")
@@ -286,7 +286,7 @@ def test_a_resumed_search_keeps_the_costs_it_began_with(pipe, tmp_path, monkeypa
 
     measured = []
 
-    def once(made):
+    def once(made, progress):
         measured.append(1)
         assert len(measured) == 1
         return cheap(made)

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import datetime
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from attnreuse.binding.denoiser import find_denoiser
+from attnreuse.binding.denoiser import find_denoiser, layer_kinds, select_layers
 from attnreuse.measure.environment import environment, package_version
 from attnreuse.planning.samplers import make_scheduler, step_options
 from attnreuse.policy import Policy, Rule
 from attnreuse.progress import Progress, silent
 from attnreuse.results import Result
 from attnreuse.study.compare.measure import Measured, measure, runs
-from attnreuse.study.compare.methods import methods
+from attnreuse.study.compare.methods import Method, methods
 from attnreuse.study.evaluate import Setting
 
 
@@ -54,10 +55,10 @@ def compare(
     pipe: Any,
     setting: Setting,
     *,
-    schedulers: list[str | None] = [None],  # noqa: B006 (never written to)
+    schedulers: Sequence[str | None] = (None,),
     steps: list[int] | None = None,
     formats: list[str] | None = None,
-    policies: list[Policy | Rule] = [],  # noqa: B006
+    policies: Sequence[Policy | Rule] = (),
     student: Path | None = None,
     others: bool = True,
     judge: tuple[str, ...] = ("ssim",),
@@ -80,14 +81,17 @@ def compare(
 
     Raises:
         AttnReuseError: a metric needs what is not installed.
+        UnsupportedLayerError: the setting's layers match none.
         ValueError: an unknown sampler, eta for one that has none, a rule for a scheduler without noise levels, or no
             student in its folder.
     """
+    denoiser = find_denoiser(pipe)
+    select_layers(layer_kinds(denoiser), setting.layers)
     own, groups = pipe.scheduler, []
     made = {name: own if name is None else make_scheduler(own.config, name) for name in schedulers}
     for scheduler in made.values():
         step_options(scheduler, setting.eta)
-    wanted = []
+    compared: list[tuple[str | None, Setting, list[Method], list[str]]] = []
     try:
         for scheduler, count, name in itertools.product(
             schedulers, steps or [setting.steps], formats or [setting.map_format]
@@ -95,12 +99,12 @@ def compare(
             pipe.scheduler = made[scheduler]
             at = replace(setting, steps=count, map_format=name)
             same = type(pipe.scheduler) is type(own)
-            found, notes = methods(pipe, at, policies, student if same else None, others)
+            candidates, notes = methods(pipe, at, policies, student if same else None, others)
             if student is not None and not same:
                 notes.append(f"the student was left out: it is made for {type(own).__name__}")
-            wanted.append((scheduler, at, found, notes))
-        of, done = sum(runs(candidates, rounds) for _, _, candidates, _ in wanted), 0
-        for scheduler, at, candidates, notes in wanted:
+            compared.append((scheduler, at, candidates, notes))
+        of, done = sum(runs(candidates, rounds) for _, _, candidates, _ in compared), 0
+        for scheduler, at, candidates, notes in compared:
             pipe.scheduler = made[scheduler]
             label = scheduler or type(own).__name__  # as asked for: samplers share classes
 
@@ -115,8 +119,7 @@ def compare(
             groups.append(group)
     finally:
         pipe.scheduler = own
-    denoiser = find_denoiser(pipe)
     today = datetime.date.today().isoformat()
     about = {"date": today, **environment(denoiser.device), "dtype": str(denoiser.dtype)}
-    about |= {name: found for name in ("DeepCache", "tomesd") if (found := package_version(name))}
+    about |= {name: version for name in ("DeepCache", "tomesd") if (version := package_version(name))}
     return Comparison(setting=setting, groups=groups, environment=about, rounds=rounds)

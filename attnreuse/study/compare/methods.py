@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from attnreuse.binding.clock import executed_steps
 from attnreuse.planning.levels import resolved
 from attnreuse.planning.rows import count_of
 from attnreuse.policy import Policy, Rule, hurry, periodic
+from attnreuse.progress import counted
 from attnreuse.study.compare.other_caches import OTHER_CACHES, caches_for, deepcache
 from attnreuse.study.evaluate import Setting
 
@@ -45,7 +46,7 @@ class Method:
 
 
 def methods(
-    pipe: Any, setting: Setting, policies: list[Policy | Rule], student: Path | None, others: bool
+    pipe: Any, setting: Setting, policies: Sequence[Policy | Rule], student: Path | None, others: bool
 ) -> tuple[list[Method], list[str]]:
     """What is compared under a setting, the full run first; and notes on what cannot be."""
     executed, scheduler = executed_steps(pipe.scheduler, setting.steps), type(pipe.scheduler).__name__
@@ -64,7 +65,7 @@ def methods(
         elif steps == setting.steps:
             schedules.append(fixed)
         elif not fixed.reuse_steps:
-            notes.append(f"{fixed.name} never reuses: it is {steps} plain steps")
+            notes.append(f"{fixed.name} never reuses: it is {counted(steps, 'plain step')}")
             as_costly.add(steps)
         else:
             name = f"{fixed.name} on {steps} steps"
@@ -115,7 +116,11 @@ def rule_for(scheduler: Any, steps: int, reuse: float) -> Policy:
 
 def plain_steps(counts: Iterable[int]) -> list[Method]:
     """Runs of so many steps, each with noise of its own and with the full run's."""
-    return [Method(f"{count} {family}", family, count) for count in counts for family in PLAIN]
+    return [
+        Method(f"{count} {family if count > 1 else family.replace('steps', 'step')}", family, count)
+        for count in counts
+        for family in PLAIN
+    ]
 
 
 def _plain_counts(steps: int, wanted: set[int]) -> list[int]:

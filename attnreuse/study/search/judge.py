@@ -14,6 +14,7 @@ from attnreuse.measure.environment import environment
 from attnreuse.measure.timing import keeps_freed_memory
 from attnreuse.planning.rows import strip
 from attnreuse.policy import Policy
+from attnreuse.progress import Progress, silent
 from attnreuse.study import costs
 from attnreuse.study.costs import RunCosts
 from attnreuse.study.evaluate import Evaluator
@@ -40,13 +41,20 @@ class Judge:
         engine: judges what the file does not hold.
         cache: the file, a JSON line per schedule; None keeps all in memory only.
         run_costs: of the engine's setting; None: as the file has them for this machine, else they are measured.
+        progress: called before each run that is timed.
 
     Raises:
         ValueError: the file holds other things.
     """
 
-    def __init__(self, engine: Engine, cache: str | Path | None = None, run_costs: RunCosts | None = None):
-        self.engine, self.cache = engine, None if cache is None else Path(cache)
+    def __init__(
+        self,
+        engine: Engine,
+        cache: str | Path | None = None,
+        run_costs: RunCosts | None = None,
+        progress: Progress = silent,
+    ):
+        self.engine, self.cache, self.progress = engine, None if cache is None else Path(cache), progress
         self._scores: dict[tuple[int, str], Scores] = {}
         self._shares: dict[tuple[int, str], float] = {}
         self._costs = run_costs
@@ -65,7 +73,7 @@ class Judge:
     def costs(self) -> RunCosts:
         """What runs of the setting cost here."""
         if self._costs is None:
-            self._costs = costs.measure(self.engine.evaluator)
+            self._costs = costs.measure(self.engine.evaluator, progress=self.progress)
             self._append(machine=_machine(self.engine.evaluator), costs=self._costs)
         return self._costs
 
@@ -78,7 +86,8 @@ class Judge:
         keys = [(count, _text(policy)) for policy, count in zip(policies, steps, strict=True)]
         new = [i for i, key in enumerate(keys) if key not in self._shares]
         evaluator = self.engine.evaluator
-        measured = costs.shares(evaluator, [(steps[i], policies[i]) for i in new]) if new else []
+        runs = [(steps[i], policies[i]) for i in new]
+        measured = costs.shares(evaluator, runs, progress=self.progress) if runs else []
         for i, share in zip(new, measured, strict=True):
             self._shares[keys[i]] = share
             self._append(machine=_machine(evaluator), steps=keys[i][0], reuse=keys[i][1], share=share)

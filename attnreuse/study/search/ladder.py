@@ -21,7 +21,7 @@ from attnreuse.binding.denoiser import find_denoiser, holding_layers, layer_kind
 from attnreuse.errors import AttnReuseError
 from attnreuse.planning.rows import Row, best_row, holding, level_error, stretched
 from attnreuse.policy import Policy
-from attnreuse.progress import Progress, silent
+from attnreuse.progress import Progress, counted, silent
 from attnreuse.study.costs import RunCosts
 from attnreuse.study.evaluate import Evaluator, Setting
 from attnreuse.study.search.engines import Engine
@@ -92,7 +92,8 @@ def ladder(
         confirm: the engine's setting with other prompts, by which the best schedules are judged again: of many
             schedules that a few pictures cannot tell apart, the luckiest looks best. They are timed, too, unless
             `run_costs` say what takes how long. None: the front is the search's.
-        progress: called with the schedules judged, the budget, and how many points the front has.
+        progress: called with the schedules judged, the budget, and how many points the front has; then it counts the
+            "schedules to confirm", and before each run that is timed "runs".
 
     Raises:
         AttnReuseError: no schedule fits the memory budget, or was judged in time.
@@ -108,7 +109,7 @@ def ladder(
     if confirm is not None:
         _check_confirm(setting, confirm)
     groups = layer_groups(engine.evaluator, by)
-    climb = _Ladder(Judge(engine, cache, run_costs), groups, budget, until, memory_budget, progress)
+    climb = _Ladder(Judge(engine, cache, run_costs, progress), groups, budget, until, memory_budget, progress)
     climb.join(climb.scan())
     climb.change(random.Random(seed))
     if not climb.points:
@@ -217,9 +218,8 @@ class _Ladder:
             scores = judge([self._policy(c) for c in some], steps=[c.steps for c in some])
             for candidate, score in zip(some, scores, strict=True):
                 confirmed[candidate] = self.points[candidate].model_copy(update={"psnr_db": score["psnr"]})
-            self.progress(len(confirmed), len(chosen), "confirmed by other pictures")
+            self.progress(len(confirmed), len(chosen), "judged by other pictures", "schedules to confirm")
         if timed:
-            self.progress(len(confirmed), len(chosen), "timing them")
             shares = self.judge_policies.shares([self._policy(c) for c in chosen], [c.steps for c in chosen])
             times = _fitted([self.points[c].time for c in chosen], shares)
             for candidate, share in zip(chosen, times, strict=True):
@@ -263,7 +263,7 @@ class _Ladder:
                     time=seconds / self.full_s,
                     psnr_db=score["psnr"],
                 )
-                self.progress(len(self.points), self.budget, f"{len(self._front())} points on the front")
+                self.progress(len(self.points), self.budget, f"{counted(len(self._front()), 'point')} on the front")
 
     def front(self) -> list[Point]:
         """Points that none beats, fastest first, named by their time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pydantic import computed_field
@@ -32,6 +33,8 @@ class Objective:
     def __post_init__(self) -> None:
         if self.metric not in HIGHER_IS_BETTER:
             raise ValueError(f"metric must be one of {', '.join(HIGHER_IS_BETTER)}, got {self.metric!r}")
+        if self.floor is not None and not math.isfinite(self.floor):
+            raise ValueError(f"floor must be a finite number, got {self.floor}")
 
     def quality(self, scores: Scores) -> float:
         """The metric, signed so that larger is better."""
@@ -42,6 +45,10 @@ class Objective:
         if self.floor is None:
             return 1, self.quality(scores)
         return (1, -seconds) if self.reaches(scores[self.metric]) else (0, self.quality(scores))
+
+    def shown(self, value: float) -> str:
+        """The metric's name and this value of it, with its unit."""
+        return f"{self.metric.upper()} {value:.4g}" + (" dB" if self.metric == "psnr" else "")
 
     def reaches(self, value: float) -> bool:
         """Is this metric as good as the floor, if there is one?"""

@@ -89,7 +89,7 @@ def phast(
         if isinstance(row, dict) or len(row) != evaluator.executed_steps:
             raise ValueError(f"starts must have one row of {evaluator.executed_steps} executed steps")
     begin += [_random_row(evaluator.executed_steps, reuse, rng) for _ in range(restarts)]
-    climb = _Climb(engine, objective, budget, patience, Judge(engine, cache), progress, rank)
+    climb = _Climb(engine, objective, budget, patience, Judge(engine, cache, progress=progress), progress, rank)
     name = f"phast({evaluator.executed_steps},{reuse})"
     for row in begin:
         climb.start(row)
@@ -116,7 +116,7 @@ def exhaustive(
     if total > MOST:
         raise ValueError(f"{total:,} schedules of {reuse} of {steps} steps are too many to judge (at most {MOST:,})")
     objective = objective if isinstance(objective, Objective) else Objective(objective)
-    climb = _Climb(engine, objective, total, None, Judge(engine, cache), progress, None)
+    climb = _Climb(engine, objective, total, None, Judge(engine, cache, progress=progress), progress, None)
     rows = sorted(_row(steps, chosen) for chosen in itertools.combinations(range(1, steps), reuse))
     climb.start(hurry(steps, reuse, None).reuse)
     for at in range(0, total, 16):
@@ -219,7 +219,7 @@ class _Climb:
         """The metric of the schedule that the search began with, and of the best."""
         metric = self.objective.metric
         first, best = (self.scores[row][metric] for row in (self.first or self.best, self.best))
-        return f"{metric} {first:.4g} at the start, best {best:.4g}"
+        return f"{self.objective.shown(first)} at the start, best {best:.4g}"
 
     def _neighbours(self, rng: random.Random) -> list[Row]:
         """Rows that differ in one trade (with a floor: also in one flip), in the order to try them."""
