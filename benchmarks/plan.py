@@ -1,8 +1,9 @@
 """What `attnreuse plan` foretells, beside what `attnreuse sample` then measures.
 
-    python -m benchmarks.plan   # a quarter of an hour, on a quiet machine; 4 GB on the disk meanwhile
+    python -m benchmarks.plan   # half an hour, on a quiet machine; 4 GB on the disk meanwhile
 
-Half of the calls reuse u8 maps. Appends to `benchmarks/results/plan.csv`.
+Half of the calls reuse u8 maps. Each model is planned and sampled in turn, three times. Appends to
+`benchmarks/results/plan.csv`.
 """
 
 import argparse
@@ -47,6 +48,7 @@ def told(folder: Path, *args: str) -> dict:
 
 
 def measure(name: str, folder: Path, model: list[str], planned: list[str], sampled: list[str]) -> None:
+    """One row of what is foretold and measured."""
     plan, sample = told(folder, "plan", *model, *planned), told(folder, "sample", *model, *sampled)
     full = sample["baseline"]["latency_s"]
     row = {
@@ -64,10 +66,14 @@ def measure(name: str, folder: Path, model: list[str], planned: list[str], sampl
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=3, help="how often each model is planned and sampled")
+    times = parser.parse_args().times
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        measure("tiny-shapes, Euler a", folder, [], ["--scheduler", "Euler a"], [])
+        for _ in range(times):
+            measure("tiny-shapes, Euler a", folder, [], [], [])
         random_sd15(folder / "sd15")
         size, prompt = ["--batch", "1", "--height", "256", "--width", "256"], ["--prompt", "a red circle on gray"]
-        measure("SD1.5 256, random weights", folder, ["--model", "sd15"], size, prompt)
+        for _ in range(times):
+            measure("SD1.5 256, random weights", folder, ["--model", "sd15"], size, prompt)

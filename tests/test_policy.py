@@ -130,8 +130,14 @@ def test_hub_round_trip(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, **given: None)
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda repo_id, name, **given: str(tmp_path / repo_id / name)
-    )
+
+    def downloaded(repo_id, name, revision=None, **given):
+        revisions.append(revision)
+        return str(tmp_path / repo_id / name)
+
+    revisions = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", downloaded)
     assert hurry(20, 10, None).push_to_hub("user/name") == "commit of user/name"
     assert load_policy("user/name") == hurry(20, 10, None)
+    assert Policy.from_hub("user/name", revision="v1") == hurry(20, 10, None)
+    assert revisions == [None, "v1"]

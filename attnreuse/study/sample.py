@@ -22,7 +22,7 @@ from attnreuse.binding.report import Report
 from attnreuse.measure.environment import environment
 from attnreuse.planning.levels import resolved
 from attnreuse.policy import Policy, Rule
-from attnreuse.progress import Progress, silent
+from attnreuse.progress import Progress, counted, silent
 from attnreuse.results import Result
 from attnreuse.study import costs
 from attnreuse.study.evaluate import Evaluator, Setting
@@ -212,7 +212,8 @@ def _sheet_rows(result: SampleResult) -> list[tuple[str, np.ndarray, list[tuple[
     for way in result.ways:
         about = f"{way.label}\n{way.steps} steps\n{way.latency_s:.2f} s"
         if way is result.reuse:
-            about += f"\n{result.policy.reuse_steps} calls reuse\n{result.report.map_format} maps"
+            calls = result.policy.reuse_steps
+            about += f"\n{counted(calls, 'call')} reuse{'s' * (calls == 1)}\n{result.report.map_format} maps"
         first = way is result.baseline
         quality = ["reference" if first else "equal" if v == EQUAL_DB else f"{v:.1f} dB" for v in way.psnr_db]
         rows.append((about, way.pictures, list(zip(result.prompts, quality, strict=True))))
