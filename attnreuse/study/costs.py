@@ -6,6 +6,8 @@ Timed alone, in a warm cache and without what a session does around them, layers
 from __future__ import annotations
 
 import functools
+import itertools
+import random
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from typing import Any
 
 from torch.nn import Module
 
-from attnreuse.binding.denoiser import find_denoiser
+from attnreuse.binding.denoiser import find_denoiser, model_name
 from attnreuse.binding.hooks import Attached
 from attnreuse.binding.processors import attention_layers
 from attnreuse.binding.report import Report
@@ -28,6 +30,7 @@ from attnreuse.progress import Progress, counted, silent
 from attnreuse.study.evaluate import Evaluator
 
 ROUNDS = 3
+CACHING: dict[str, Any] = {"reuse": True, "hold": "H"}  # the letter of every other step, in runs that are timed
 Taken = dict[tuple[str, Action], list[float]]  # seconds of each step of a layer, by what it did
 
 
@@ -40,12 +43,14 @@ class RunCosts:
         step: each executed step outside of the served layers, the scheduler's work included.
         session: what each executed step takes longer where maps or outputs are kept.
         layers: each served layer at one step, by action, with its projections.
+        begin: what a run takes longer, once, where maps or outputs are kept.
     """
 
     fixed: float
     step: float
     session: float
     layers: dict[str, LayerCost]
+    begin: float = 0.0
 
     def seconds(self, schedule: Schedule) -> float:
         """Of a run with this schedule of the same layers.
@@ -57,27 +62,33 @@ class RunCosts:
             raise AttnReuseError(f"no costs were measured of {sorted(unknown)[0]}: name it by layers")
         attention = sum(self.layers[name].total(row) for name, row in schedule.actions.items())
         caches = any(action in CACHED for row in schedule.actions.values() for action in row)
-        step = self.step + (self.session if caches else 0)
-        return self.fixed + step * schedule.policy.steps + attention
+        fixed, step = (self.fixed + self.begin, self.step + self.session) if caches else (self.fixed, self.step)
+        return fixed + step * schedule.policy.steps + attention
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Seconds of one run: of its steps, of what lies outside of them, and of each layer's steps."""
+    """Seconds of one run: outside of its steps; of each step outside of the layers; and of each layer's steps."""
 
-    steps: float
     outside: float
+    rest: list[float]
     taken: Taken
 
     @property
-    def layers(self) -> float:
-        return sum(map(sum, self.taken.values()))
+    def total(self) -> float:
+        return self.outside + sum(self.rest) + sum(map(sum, self.taken.values()))
+
+    def scaled(self, by: float) -> _Run:
+        """As a machine has it on which everything takes `by` times as long."""
+        taken = {key: [by * seconds for seconds in steps] for key, steps in self.taken.items()}
+        return _Run(by * self.outside, [by * seconds for seconds in self.rest], taken)
 
 
 def measure(evaluator: Evaluator, rounds: int = ROUNDS, progress: Progress = silent) -> RunCosts:
     """Costs of the evaluator's layers, at its setting and map format.
 
-    Medians over `rounds` runs of one batch, in turns of random order: stock, every other step reused, every other held.
+    Medians over `rounds` runs of one batch in which every other step reuses, as many in which every other holds, and
+    stock runs before and after each, at whose pace it is told: a shared machine is slower for a while, then faster.
 
     Args:
         progress: called before each run, with the number of these done, of all; it counts "runs".
@@ -86,28 +97,38 @@ def measure(evaluator: Evaluator, rounds: int = ROUNDS, progress: Progress = sil
         AttnReuseError: a layer is not called as often in each step, or does not do what its policy says.
     """
     one = _one_batch(evaluator, evaluator.setting.steps)
-    steps = one.executed_steps
-    kinds: dict[str, Policy | None] = {"stock": None}
-    for name, letter in (("reuse", True), ("hold", "H")):
-        kinds[name] = Policy(steps=steps, reuse=[i % 2 and letter for i in range(steps)])
-    names, of = list(kinds), rounds * len(kinds) + 1
-    progress(0, of, "warm-up", "runs")
+    progress(0, 2 + 4 * rounds, "warm-up", "runs")
     _ = one.full
-
-    def tell(done: int, i: int) -> None:
-        progress(done + 1, of, f"timing {names[i]}", "runs")
-
-    calls = [functools.partial(_timed, one, policy) for policy in kinds.values()]
-    stock, reused, held = in_turns(calls, rounds, tell)
-    runs: dict[bool, list[_Run]] = {False: stock, True: reused + held}  # by whether a session serves them
+    stock, served = _in_turns(one, rounds, progress)
     taken: Taken = defaultdict(list)
-    for run in runs[True] + runs[False]:
+    for run in stock + served:
         for key, seconds in run.taken.items():
             taken[key] += seconds
-    step, served = (statistics.median((r.steps - r.layers) / steps for r in runs[key]) for key in (False, True))
-    fixed, begun = (statistics.median(r.outside for r in runs[key]) for key in (False, True))
-    session = max(0.0, served - step + (begun - fixed) / steps)
-    return RunCosts(fixed, step, session, {name: _cost(taken, name) for name in one.served()})
+    fixed, begun = (statistics.median(run.outside for run in runs) for runs in (stock, served))
+    step, kept = (statistics.median(rest for run in runs for rest in run.rest) for runs in (stock, served))
+    layers = {name: _cost(taken, name) for name in one.served()}
+    return RunCosts(fixed, step, max(0.0, kept - step), layers, begin=max(0.0, begun - fixed))
+
+
+def _in_turns(one: Evaluator, rounds: int, progress: Progress) -> tuple[list[_Run], list[_Run]]:
+    """Stock runs, and between every two of them one that reuses or holds; all told at the pace of the stock ones."""
+    steps, order, done = one.executed_steps, random.Random(0), itertools.count(1)
+    kinds = {name: one.policy([i % 2 and letter for i in range(steps)], name) for name, letter in CACHING.items()}
+
+    def run(name: str) -> _Run:
+        progress(next(done), 2 + 4 * rounds, f"timing {name}", "runs")
+        return _timed(one, kinds.get(name))
+
+    stock, served, paces = [run("stock")], [], []
+    for name in (name for _ in range(rounds) for name in order.sample(list(kinds), len(kinds))):
+        served.append(run(name))
+        stock.append(run("stock"))
+        paces.append((stock[-2].total + stock[-1].total) / 2)
+    usual = statistics.median(run.total for run in stock)
+    return (
+        [run.scaled(usual / run.total) for run in stock],
+        [run.scaled(usual / pace) for run, pace in zip(served, paces, strict=True)],
+    )
 
 
 def shares(
@@ -169,19 +190,19 @@ def _timed(evaluator: Evaluator, policy: Policy | None) -> _Run:
         whole.append(mark())
 
     evaluator.run(around)
+    of_steps = _by_step(model_name(evaluator.pipe), within, schedule.policy.steps)
+    begins, ends = zip(*((calls[0], calls[-1]) for calls in of_steps), strict=True)
+    gaps = [between(end, begin) for end, begin in zip(ends, begins[1:], strict=False)]  # the scheduler's work
+    gaps.append(statistics.median(gaps or [0.0]))  # the last is as long as the others
+    rest = [between(begin, end) + gap for begin, end, gap in zip(begins, ends, gaps, strict=True)]
+    outside = between(*whole) - sum(rest)
     taken: Taken = defaultdict(list)
     for name, found in marks.items():
-        calls, actions = _pairs(found, between), schedule.actions[name]
-        if not calls or len(calls) % len(actions):
-            raise AttnReuseError(
-                f"{name} was called {len(calls)} times in {len(actions)} steps: its costs cannot be told by step"
-            )
-        per_step = len(calls) // len(actions)
-        for i, action in enumerate(actions):
-            taken[name, action].append(sum(calls[i * per_step : (i + 1) * per_step]))
-    loop, called = between(within[0], within[-1]), sum(_pairs(within, between))
-    last = (loop - called) / max(1, len(within) // 2 - 1)  # the scheduler's last step, as long as those between calls
-    return _Run(loop + last, between(*whole) - loop - last, taken)
+        for i, calls in enumerate(_by_step(name, found, schedule.policy.steps)):
+            seconds = sum(between(begin, end) for begin, end in zip(calls[::2], calls[1::2], strict=True))
+            taken[name, schedule.actions[name][i]].append(seconds)
+            rest[i] -= seconds
+    return _Run(outside, rest, taken)
 
 
 def _check(report: Report) -> None:
@@ -200,8 +221,17 @@ def _marked(module: Module, marks: list[Any], mark: Callable[[], Any]) -> Attach
     return Attached(module, before=note, after=note)
 
 
-def _pairs(marks: list[Any], between: Callable[[Any, Any], float]) -> list[float]:
-    return [between(begin, end) for begin, end in zip(marks[::2], marks[1::2], strict=True)]
+def _by_step(name: str, marks: list[Any], steps: int) -> list[list[Any]]:
+    """Marks of the calls in each step: of each call two.
+
+    Raises:
+        AttnReuseError: it is not called as often in each step.
+    """
+    calls = len(marks) // 2
+    if not calls or calls % steps:
+        raise AttnReuseError(f"{name} was called {calls} times in {steps} steps: its costs cannot be told by step")
+    of_step = 2 * (calls // steps)
+    return [marks[i * of_step : (i + 1) * of_step] for i in range(steps)]
 
 
 def _cost(taken: Taken, name: str) -> LayerCost:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-import random
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,6 +20,7 @@ from attnreuse.binding.denoiser import find_denoiser, layer_kinds, model_name, s
 from attnreuse.binding.enabling import enable
 from attnreuse.binding.report import Report
 from attnreuse.measure.environment import environment
+from attnreuse.measure.timing import paced, paced_runs
 from attnreuse.planning.levels import resolved
 from attnreuse.policy import Policy, Rule
 from attnreuse.progress import Progress, counted, silent
@@ -38,7 +39,8 @@ class Way(Result):
 
     Attributes:
         pictures: not kept in files.
-        latencies_s: seconds for all prompts at once, one per run.
+        latencies_s: seconds for all prompts at once, of each round, at the pace of the full runs around it
+            (:func:`attnreuse.measure.timing.paced`).
         psnr_db: of each picture, at most ``EQUAL_DB``.
     """
 
@@ -108,8 +110,8 @@ def sample(
 ) -> SampleResult:
     """Sample `prompts` in one batch with full steps, with `policy`, and with fewer steps.
 
-    After a warm-up full steps and reuse are timed in turns, `rounds` times; then they and as many fewer steps as should
-    take as long as the reuse run's median, in proportion, `rounds` times more.
+    After a warm-up full steps and reuse are timed in turns, in `rounds`; then they and as many fewer steps as should
+    take as long as the reuse run's median, in proportion, in `rounds` more.
 
     Args:
         steps: ``num_inference_steps`` of the baseline.
@@ -134,32 +136,35 @@ def sample(
             yield
         reports.append(session.report())
 
-    def run(way: Way) -> None:
-        progress(next(begun), 1 + 5 * rounds, f"{way.label}, {way.steps} steps")
+    def run(way: Way) -> float:
+        progress(next(begun), of, f"{way.label}, {counted(way.steps, 'step')}")
         evaluator = Evaluator(pipe, replace(setting, steps=way.steps), memo_bytes=0)
         sampled = evaluator.run(reusing if way is reuse else lambda start: nullcontext())
         way.pictures = sampled.pictures
-        way.latencies_s.append(sampled.seconds)
+        return sampled.seconds
+
+    def time(*ways: Way) -> None:
+        full, *others = (functools.partial(run, way) for way in ways)
+        for way, seconds in zip(ways, paced(full, others, rounds), strict=True):
+            way.latencies_s += seconds
 
     baseline, reuse = Way(label="full steps", steps=steps), Way(label="reuse", steps=steps)
-    progress(next(begun), 1 + 5 * rounds, f"warm-up, {min(WARM_UP, steps)} steps")
+    of = 1 + paced_runs(1, rounds) + paced_runs(2, rounds)
+    progress(next(begun), of, f"warm-up, {counted(min(WARM_UP, steps), 'step')}")
     denoiser = find_denoiser(pipe)
     served = tuple(select_layers(layer_kinds(denoiser), layers, policy.patterns))
     attention = costs.attention(Evaluator(pipe, replace(setting, steps=min(WARM_UP, steps), layers=served)))
-    ways, order = [baseline, reuse], random.Random(0)
-    for turn in range(2 * rounds):
-        if turn == rounds:
-            count = max(1, min(steps - 1, round(steps * reuse.latency_s / baseline.latency_s)))
-            ways.append(Way(label="fewer steps", steps=count))
-        for way in order.sample(ways, len(ways)):  # none always follows the same one, which may slow it
-            run(way)
-    for way in ways:
+    time(baseline, reuse)
+    count = max(1, min(steps - 1, round(steps * reuse.latency_s / baseline.latency_s)))
+    fewer = Way(label="fewer steps", steps=count)
+    time(baseline, reuse, fewer)
+    for way in (baseline, reuse, fewer):
         way.psnr_db = psnr_each(way.pictures, baseline.pictures).tolist()
     about = {"model": model_name(pipe), "scheduler": type(pipe.scheduler).__name__, "guidance": guidance, "seed": seed}
     measured_on = {**about, **environment(denoiser.device), "dtype": str(denoiser.dtype)}
     took = _attention(reports[-1], attention)
     return SampleResult(
-        prompts=prompts, policy=policy, baseline=baseline, reuse=reuse, fewer=ways[-1], report=reports[-1],
+        prompts=prompts, policy=policy, baseline=baseline, reuse=reuse, fewer=fewer, report=reports[-1],
         environment=measured_on, **took,
     )  # fmt: skip
 

@@ -542,13 +542,13 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path, monkeypatc
     json.loads(result.stdout)
     out = tmp_path / "s.png"
     result = run("sample", "--steps", 2, "--reuse", 1, "--prompt", "a red circle on gray", "--out", out, "--json")
-    assert "0 of 11 runs; warm-up, 2 steps" in result.stderr
-    assert "10 of 11 runs; " in result.stderr
+    assert "0 of 15 runs; warm-up, 2 steps" in result.stderr
+    assert "14 of 15 runs; " in result.stderr
     confirmed = ("--method", "ladder", "--floor", 0, "--budget", 4, "--confirm", 1)
     told = run("search", *confirmed, *args, "--out", tmp_path / "l.json").stderr
     for said in (
-        "0 of 10 runs; warm-up",
-        "of 10 runs; timing reuse",
+        "0 of 14 runs; warm-up",
+        "of 14 runs; timing reuse",
         "4 of at most 4 schedules; ",
         "4 of 4 schedules to confirm; judged by other pictures",
         "0 of 15 runs; timing ",
