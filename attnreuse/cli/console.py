@@ -55,10 +55,9 @@ def progress(unit: str, at_most: bool = False) -> Iterator[Progress]:
     Args:
         at_most: the count is a limit that need not be reached.
     """
-    whole = unit
 
-    def text(done: int, of: int, now: str, unit: str) -> str:
-        return f"{done} of {'at most ' if at_most and not unit else ''}{of} {unit or whole}; {now}"
+    def text(done: int, of: int, now: str, other: str) -> str:
+        return f"{done} of {'at most ' if at_most and not other else ''}{of} {other or unit}; {now}"
 
     if err.is_terminal:
         from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn

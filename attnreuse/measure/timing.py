@@ -43,22 +43,6 @@ class Times:
         return cls.of([own / whole for own, whole in zip(seconds, full, strict=True)])
 
 
-def in_turns(
-    calls: Sequence[Callable[[], Any]], rounds: int, tell: Callable[[int, int], None] = lambda done, call: None
-) -> list[list[Any]]:
-    """What each of `calls` gives in `rounds`, all in turns of random order: none always follows the same.
-
-    Args:
-        tell: called before each with how many are done, and which comes.
-    """
-    order, given = random.Random(0), [[] for _ in calls]
-    for done in range(0, rounds * len(calls), len(calls)):
-        for i, call in enumerate(order.sample(range(len(calls)), len(calls))):
-            tell(done + i, call)
-            given[call].append(calls[call]())
-    return given
-
-
 def paced(
     reference: Callable[[], float],
     calls: Sequence[Callable[[], float]],

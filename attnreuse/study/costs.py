@@ -24,7 +24,7 @@ from attnreuse.binding.report import Report
 from attnreuse.binding.schedule import CACHED, Schedule
 from attnreuse.binding.shapes import LayerCost
 from attnreuse.errors import AttnReuseError
-from attnreuse.measure.timing import Times, in_turns, stopwatch
+from attnreuse.measure.timing import Times, paced, paced_runs, stopwatch
 from attnreuse.policy import Action, Policy
 from attnreuse.progress import Progress, counted, silent
 from attnreuse.study.evaluate import Evaluator
@@ -99,7 +99,7 @@ def measure(evaluator: Evaluator, rounds: int = ROUNDS, progress: Progress = sil
     one = _one_batch(evaluator, evaluator.setting.steps)
     progress(0, 2 + 4 * rounds, "warm-up", "runs")
     _ = one.full
-    stock, served = _in_turns(one, rounds, progress)
+    stock, served = _at_one_pace(one, rounds, progress)
     taken: Taken = defaultdict(list)
     for run in stock + served:
         for key, seconds in run.taken.items():
@@ -110,7 +110,7 @@ def measure(evaluator: Evaluator, rounds: int = ROUNDS, progress: Progress = sil
     return RunCosts(fixed, step, max(0.0, kept - step), layers, begin=max(0.0, begun - fixed))
 
 
-def _in_turns(one: Evaluator, rounds: int, progress: Progress) -> tuple[list[_Run], list[_Run]]:
+def _at_one_pace(one: Evaluator, rounds: int, progress: Progress) -> tuple[list[_Run], list[_Run]]:
     """Stock runs, and between every two of them one that reuses or holds; all told at the pace of the stock ones."""
     steps, order, done = one.executed_steps, random.Random(0), itertools.count(1)
     kinds = {name: one.policy([i % 2 and letter for i in range(steps)], name) for name, letter in CACHING.items()}
@@ -136,7 +136,7 @@ def shares(
 ) -> list[float]:
     """Measured time of each of `runs`, of so many steps with a policy, as a share of the full run's.
 
-    Medians over `rounds` of one batch, all in turns of random order. `progress`: as in :func:`measure`.
+    Medians over `rounds` of one batch, all in turns at the full run's pace. `progress`: as in :func:`measure`.
     """
     full = evaluator.policy([False] * evaluator.executed_steps, "full steps")
 
@@ -145,13 +145,13 @@ def shares(
         # A policy that never reuses is timed as the stock pipeline is: nobody enables it.
         return one.run(lambda start: one.enabled(policy) if policy.reuse_steps else nullcontext()).seconds
 
-    timed = [(evaluator.setting.steps, full), *runs]
+    timed, of = [(evaluator.setting.steps, full), *runs], paced_runs(len(runs), rounds)
 
     def tell(done: int, i: int) -> None:
-        of = rounds * len(timed)
         progress(done, of, f"timing {timed[i][1].name}, {counted(timed[i][0], 'step')}", "runs")
 
-    whole, *others = in_turns([functools.partial(seconds, *run) for run in timed], rounds, tell)
+    reference, *calls = (functools.partial(seconds, *run) for run in timed)
+    whole, *others = paced(reference, calls, rounds, tell)
     return [Times.of_ratios(own, whole).median for own in others]
 
 

@@ -551,7 +551,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path, monkeypatc
         "of 14 runs; timing reuse",
         "4 of at most 4 schedules; ",
         "4 of 4 schedules to confirm; judged by other pictures",
-        "0 of 15 runs; timing ",
+        "0 of 21 runs; timing ",
     ):
         assert said in told
 
