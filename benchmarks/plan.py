@@ -50,6 +50,8 @@ def told(folder: Path, *args: str) -> dict:
 def measure(name: str, folder: Path, model: list[str], planned: list[str], sampled: list[str]) -> None:
     """One row of what is foretold and measured."""
     plan, sample = told(folder, "plan", *model, *planned), told(folder, "sample", *model, *sampled)
+    if plan["run"] is None:
+        raise SystemExit(f"{name} was not timed: {plan['not_timed']}")
     full = sample["baseline"]["latency_s"]
     row = {
         "model": name,
