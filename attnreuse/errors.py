@@ -1,4 +1,8 @@
-"""What attnreuse raises beyond ValueError and TypeError."""
+"""What attnreuse raises beyond ValueError and TypeError; and a check that options share."""
+
+from __future__ import annotations
+
+import math
 
 
 class AttnReuseError(RuntimeError):
@@ -23,3 +27,14 @@ class StaleMapError(AttnReuseError):
 
 class UnknownStepError(AttnReuseError):
     """Under ``strict``: which step a denoiser call belongs to cannot be told."""
+
+
+def check_finite(**given: float | None) -> None:
+    """Refuse infinities and NaN, by the name of their argument; None is an argument left out.
+
+    Raises:
+        ValueError: one of them.
+    """
+    for name, number in given.items():
+        if number is not None and not math.isfinite(number):
+            raise ValueError(f"{name} must be a finite number, got {number}")

@@ -8,11 +8,11 @@ from typing import Protocol
 class Progress(Protocol):
     """Called with the parts done, of at most how many, and what runs now or was found."""
 
-    def __call__(self, done: int, of: int, now: str, unit: str = "") -> None:
+    def __call__(self, done: int, of: int, now: str, *, unit: str = "") -> None:
         """`unit`: what is counted for a while, instead of what the whole work counts."""
 
 
-def silent(done: int, of: int, now: str, unit: str = "") -> None:
+def silent(done: int, of: int, now: str, *, unit: str = "") -> None:
     """Tell nobody."""
 
 

@@ -74,12 +74,11 @@ def select_layers(kinds: dict[str, str], layers: str | Sequence[str] | None, nam
     if layers in KINDS:
         return [name for name, kind in kinds.items() if layers == "all" or (layers == "cross") == (kind == "cross")]
     patterns = [layers] if isinstance(layers, str) else list(layers)
-    for pattern in patterns:
-        if not fnmatch.filter(kinds, pattern):
-            raise ValueError(
-                f"layers must be 'self', 'cross', 'all' or patterns of layer names; {pattern!r} matches none "
-                f"of the {len(kinds)} layers (such as {next(iter(kinds), None)!r})"
-            )
+    for pattern in unmatched_by(kinds, patterns):
+        raise ValueError(
+            f"layers must be 'self', 'cross', 'all' or patterns of layer names; {pattern!r} matches none "
+            f"of the {len(kinds)} layers (such as {next(iter(kinds), None)!r})"
+        )
     return [name for name in kinds if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
 
 

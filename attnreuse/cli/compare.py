@@ -90,20 +90,15 @@ MEAN_QUALITY = {  # what pictures are worth alone
 }
 
 
-def _is_judged(score: str, group: Any) -> bool:
-    return any(score in row.scores for row in group.rows)
-
-
 def _table(group: Any) -> Table:
     """One line per method, within 80 columns; the page and the CSV hold the rest."""
     from attnreuse.study.metrics import shown_psnr
 
     title = f"{group.scheduler}, {group.steps} steps, {group.map_format} maps"
-    caption = "time: of the full run's; plain: PSNR of plain steps in the same time" + "".join(
-        f"\n{key.replace('_score', '')}: {what}" for key, (_, what) in MEAN_QUALITY.items() if _is_judged(key, group)
-    )
-    table = Table(title=title, caption=caption, box=None, caption_justify="left")
-    judged = {key: form for key, (form, _) in MEAN_QUALITY.items() if _is_judged(key, group)}
+    judged = {key: told for key, told in MEAN_QUALITY.items() if key in group.judged}
+    legend = ["time: of the full run's; plain: PSNR of plain steps in the same time"]
+    legend += [f"{key.replace('_score', '')}: {what}" for key, (_, what) in judged.items()]
+    table = Table(title=title, caption="\n".join(legend), box=None, caption_justify="left")
     table.add_column("method", overflow="fold")
     for column in ("time", "PSNR, dB", "plain", *judged):
         table.add_column(column.replace("_score", ""), justify="right", no_wrap=True)
@@ -115,6 +110,6 @@ def _table(group: Any) -> Table:
             f"{row.of_full(group.full).median:.2f}",
             quality,
             "" if row.plain is None else f"{row.plain.psnr:.1f}",
-            *(f"{known[key]:{form}}" if key in known else "" for key, form in judged.items()),
+            *(f"{known[key]:{form}}" if key in known else "" for key, (form, _) in judged.items()),
         )
     return table

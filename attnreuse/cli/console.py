@@ -17,8 +17,8 @@ from attnreuse.progress import Progress
 
 out = Console(markup=False, highlight=False, emoji=False)
 err = Console(stderr=True, markup=False, highlight=False, emoji=False)
-# Arguments whose options have their names, and those that only they can mean.
-ARGUMENTS = {"floor", "guidance", "layers", "reuse", "schedules", "student", "time"}
+# Options by their arguments: those that are words of their own where a message begins with them, others anywhere.
+WORDS = {"floor", "guidance", "layers", "reuse", "schedules", "student", "time"}
 OPTIONS = {"map_format": "--format", "max_age": "--max-age", "memory_budget": "--memory-budget"}
 EVERY = 30.0  # seconds between lines of progress without a terminal
 
@@ -45,7 +45,7 @@ def clear_errors(kept: Callable[[], str] = lambda: "nothing was written") -> Ite
 def _as_typed(said: str) -> str:
     """A message that names arguments, with the options that give them instead."""
     said = re.sub(r"\b\w+_\w+\b", lambda word: OPTIONS.get(word[0], word[0]), said)
-    return f"--{said}" if said.partition(" must ")[0] in ARGUMENTS else said
+    return f"--{said}" if said.partition(" must ")[0] in WORDS else said
 
 
 @contextlib.contextmanager
@@ -71,14 +71,14 @@ def progress(unit: str, at_most: bool = False) -> Iterator[Progress]:
         with Bar(SpinnerColumn(), *bar, elapsed, doing, console=err, transient=True, expand=True) as shown:
             task = shown.add_task("starting", total=None)
 
-            def show(done: int, of: int, now: str, unit: str = "") -> None:
+            def show(done: int, of: int, now: str, *, unit: str = "") -> None:
                 shown.update(task, completed=done, total=of, description=text(done, of, now, unit))
 
             yield show
         return
     last = time.monotonic()  # what is over in a moment says nothing
 
-    def tell(done: int, of: int, now: str, unit: str = "") -> None:
+    def tell(done: int, of: int, now: str, *, unit: str = "") -> None:
         nonlocal last
         if time.monotonic() - last >= EVERY:
             last = time.monotonic()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Annotated
 
 import typer
@@ -24,6 +23,7 @@ from attnreuse.cli.options import (
     Share,
     Steps,
 )
+from attnreuse.errors import check_finite
 
 EXAMPLES = (
     "    attnreuse plan\n\n    attnreuse plan --height 256 --width 256 --format u4\n\n"
@@ -61,8 +61,7 @@ def command(
             refuse_beside(context, "--policy", "reuse", "max_age")
         else:
             refuse_without(context, "--policy", "fit")
-        if not math.isfinite(guidance):
-            raise ValueError(f"guidance must be a finite number, got {guidance}")
+        check_finite(guidance=guidance)
         if not model:
             scheduler = scheduler or MAIN_SAMPLER
         path, local = find_model(model)

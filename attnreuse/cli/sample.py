@@ -115,8 +115,8 @@ def command(
 
 
 def _table(result: Any) -> Table:
-    count = len(result.prompts)
-    table = Table(title=f"{counted(count, 'picture')}, {result.policy}, {result.report.map_format} maps")
+    pictures = counted(len(result.prompts), "picture")
+    table = Table(title=f"{pictures}, {result.policy}, {result.report.map_format} maps")
     for column in ("", "steps", "latency", "against full", "PSNR", "map memory"):
         table.add_column(column, justify="left" if not column else "right")
     for way in result.ways:

@@ -26,7 +26,7 @@ from attnreuse.cli.options import (
     Seed,
     Steps,
 )
-from attnreuse.errors import AttnReuseError
+from attnreuse.errors import AttnReuseError, check_finite
 from attnreuse.progress import counted
 
 EXAMPLES = (
@@ -171,7 +171,6 @@ def command(
         from attnreuse.binding.shapes import parse_bytes
         from attnreuse.search import InProcess, Objective, RayEngine, exhaustive, ladder, phast
         from attnreuse.study.evaluate import Evaluator
-        from attnreuse.study.search.front import check_wanted
 
         refuse_ignored(context, "--method", method, ONLY_FOR_METHOD)
         refuse_ignored(context, "--engine", engine, dict.fromkeys(("address", "workers"), ("ray",)))
@@ -180,8 +179,7 @@ def command(
             raise ValueError(
                 "--method ladder finds a front: say which point to save by --floor (dB) or --time (a share)"
             )
-        if is_ladder:
-            check_wanted(floor, time)
+        check_finite(time=time)
         objective = Objective(metric, floor, parse_bytes(memory_budget))
         writable("--out", out_path, ".json")
         writable("--cache", cache)
@@ -220,7 +218,7 @@ def command(
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
         return
-    out.print(_front_table(result, picked) if is_ladder else _table(result, metric))
+    out.print(_front_table(result, picked) if is_ladder else _table(result, objective))
     judged = evaluator.calls
     replayed = f" ({judged.saved:.0%} of their denoiser calls replayed)" if judged.schedules else ""
     of_cache = result.evaluations - judged.schedules
@@ -294,10 +292,11 @@ def _front_table(front: Any, picked: Any) -> Table:
     return table
 
 
-def _table(result: Any, metric: str) -> Table:
+def _table(result: Any, objective: Any) -> Table:
     """Improvements of a step-wise search."""
     table = Table(title=f"{result.policy.name}\nstopped at: {result.stopped}", title_justify="left")
-    for column in ("schedule", "PSNR, dB" if metric == "psnr" else metric.upper(), "after"):
+    metric = ", ".join(filter(None, (objective.metric.upper(), objective.unit)))
+    for column in ("schedule", metric, "after"):
         table.add_column(column, justify="left" if column == "schedule" else "right")
     for step in result.history:
         table.add_row(step.reuse, f"{step.metric:.3f}", str(step.evaluations))

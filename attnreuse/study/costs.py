@@ -97,8 +97,6 @@ def measure(evaluator: Evaluator, rounds: int = ROUNDS, progress: Progress = sil
         AttnReuseError: a layer is not called as often in each step, or does not do what its policy says.
     """
     one = _one_batch(evaluator, evaluator.setting.steps)
-    progress(0, 2 + 4 * rounds, "warm-up", "runs")
-    _ = one.full
     stock, served = _at_one_pace(one, rounds, progress)
     taken: Taken = defaultdict(list)
     for run in stock + served:
@@ -111,23 +109,27 @@ def measure(evaluator: Evaluator, rounds: int = ROUNDS, progress: Progress = sil
 
 
 def _at_one_pace(one: Evaluator, rounds: int, progress: Progress) -> tuple[list[_Run], list[_Run]]:
-    """Stock runs, and between every two of them one that reuses or holds; all told at the pace of the stock ones."""
-    steps, order, done = one.executed_steps, random.Random(0), itertools.count(1)
+    """After a warm-up, stock runs, and between every two one that reuses or holds; all told at the stock ones' pace."""
+    steps, order, done = one.executed_steps, random.Random(0), itertools.count()
     kinds = {name: one.policy([i % 2 and letter for i in range(steps)], name) for name, letter in CACHING.items()}
 
+    of = 2 + 2 * rounds * len(kinds)
+
     def run(name: str) -> _Run:
-        progress(next(done), 2 + 4 * rounds, f"timing {name}", "runs")
+        progress(next(done), of, f"timing {name}", unit="runs")
         return _timed(one, kinds.get(name))
 
+    progress(next(done), of, "warm-up", unit="runs")
+    _ = one.full
     stock, served, paces = [run("stock")], [], []
     for name in (name for _ in range(rounds) for name in order.sample(list(kinds), len(kinds))):
         served.append(run(name))
         stock.append(run("stock"))
         paces.append((stock[-2].total + stock[-1].total) / 2)
-    usual = statistics.median(run.total for run in stock)
+    usual = statistics.median(each.total for each in stock)
     return (
-        [run.scaled(usual / run.total) for run in stock],
-        [run.scaled(usual / pace) for run, pace in zip(served, paces, strict=True)],
+        [each.scaled(usual / each.total) for each in stock],
+        [each.scaled(usual / pace) for each, pace in zip(served, paces, strict=True)],
     )
 
 
@@ -148,7 +150,7 @@ def shares(
     timed, of = [(evaluator.setting.steps, full), *runs], paced_runs(len(runs), rounds)
 
     def tell(done: int, i: int) -> None:
-        progress(done, of, f"timing {timed[i][1].name}, {counted(timed[i][0], 'step')}", "runs")
+        progress(done, of, f"timing {timed[i][1].name}, {counted(timed[i][0], 'step')}", unit="runs")
 
     reference, *calls = (functools.partial(seconds, *run) for run in timed)
     whole, *others = paced(reference, calls, rounds, tell)

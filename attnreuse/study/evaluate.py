@@ -41,7 +41,7 @@ from attnreuse.binding.processors import attention_layers
 from attnreuse.binding.schedule import Schedule
 from attnreuse.binding.session import Session
 from attnreuse.binding.shapes import Shapes, map_requests, map_shapes
-from attnreuse.errors import AttnReuseError, PolicyMismatchError, UnsupportedLayerError
+from attnreuse.errors import AttnReuseError, PolicyMismatchError, UnsupportedLayerError, check_finite
 from attnreuse.maps.formats import format_named
 from attnreuse.maps.ring import plan_ring
 from attnreuse.planning.levels import influences, noise_levels
@@ -85,8 +85,7 @@ class Setting:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.guidance is not None and not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
+        check_finite(guidance=self.guidance)
 
     def batches(self) -> Iterator[tuple[int, list[str]]]:
         """First picture and prompts of each batch."""
@@ -143,6 +142,7 @@ class Evaluator:
 
     Raises:
         UnsupportedLayerError: a pipeline that takes no prompt, or needs more than that.
+        ValueError: eta for a scheduler that has none, or layers that match none.
 
     Attributes:
         executed_steps: denoiser steps of a run; policies must have this many.
@@ -159,6 +159,7 @@ class Evaluator:
             raise UnsupportedLayerError(f"only pipelines that draw by prompts alone are sampled here: {reason}")
         self.pipe, self.setting, self.calls = pipe, setting, Calls()
         step_options(pipe.scheduler, setting.eta)
+        select_layers(layer_kinds(find_denoiser(pipe)), setting.layers)
         self.executed_steps = executed_steps(pipe.scheduler, setting.steps)
         self.levels = _levels(pipe.scheduler)
         self.influence = None if self.levels is None else influences(pipe.scheduler)

@@ -125,9 +125,8 @@ def pyplot() -> Any:
 
 def analysis_figure(analysis: Analysis) -> Any:
     """Growth, drift over steps and lags, staleness, and predicted against measured, on one page."""
-    size = {"figsize": (11, 8), "layout": "constrained"}
     panels = [["growth", "drift"], ["staleness", "prediction" if analysis.prediction else "staleness"]]
-    figure, axes = pyplot().subplot_mosaic(panels, **size)
+    figure, axes = pyplot().subplot_mosaic(panels, figsize=(11, 8), layout="constrained")
     _growth(axes["growth"], analysis)
     _drift(figure, axes["drift"], analysis)
     _staleness(axes["staleness"], analysis)

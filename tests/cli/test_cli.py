@@ -118,6 +118,7 @@ def test_the_shipped_pipeline_comes_with_policies():
     assert planned_policy(*ddim, "--reuse", 7) == "hurry(reuse=0.35)"
     assert planned_policy("--max-age", 0) == "hurry(20,10,max_age=None)"
     assert planned_policy("--max-age", 2) == "hurry(20,10,max_age=2)"
+    assert planned_policy("--scheduler", "Euler") == "hurry(reuse=0.5)"
     assert planned_policy("--scheduler", "Heun", "--steps", 4) == "hurry(reuse=0.5)"  # 3 of 7 calls
     for policy in shipped_policies():
         assert policy.model == "tiny-shapes"

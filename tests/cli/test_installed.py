@@ -68,9 +68,8 @@ def test_a_missing_extra_is_named_with_its_remedy(tmp_path):
 def test_an_interrupt_says_what_is_kept_and_the_same_command_goes_on(tmp_path):
     args = ("search", "--images", "1", "--steps", "6", "--reuse", "3", "--cache", "c.jsonl", "--out", "p.json")
     scores, deadline = tmp_path / "c.jsonl", time.monotonic() + 120
-    start = partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # a suite in the background hands on that it is ignored
+    # As a terminal starts it: a suite in the background hands on that ^C is ignored.
+    start = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
         ["attnreuse", *args], stderr=subprocess.PIPE, text=True, cwd=tmp_path, preexec_fn=start
     ) as going:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from attnreuse.binding.denoiser import find_denoiser, layer_kinds, select_layers
+from attnreuse.binding.denoiser import find_denoiser
 from attnreuse.measure.environment import environment, package_version
 from attnreuse.planning.samplers import make_scheduler, step_options
 from attnreuse.policy import Policy, Rule
@@ -39,6 +39,11 @@ class Group(Result):
     @property
     def full(self) -> Measured:
         return self.rows[0]
+
+    @property
+    def judged(self) -> set[str]:
+        """Scores that any method has."""
+        return {score for row in self.rows for score in row.scores}
 
 
 class Comparison(Result):
@@ -81,12 +86,9 @@ def compare(
 
     Raises:
         AttnReuseError: a metric needs what is not installed.
-        UnsupportedLayerError: the setting's layers match none.
-        ValueError: an unknown sampler, eta for one that has none, a rule for a scheduler without noise levels, or no
-            student in its folder.
+        ValueError: an unknown sampler, eta for one that has none, layers that match none, a rule for a scheduler
+            without noise levels, or no student in its folder.
     """
-    denoiser = find_denoiser(pipe)
-    select_layers(layer_kinds(denoiser), setting.layers)
     own, groups = pipe.scheduler, []
     made = {name: own if name is None else make_scheduler(own.config, name) for name in schedulers}
     for scheduler in made.values():
@@ -119,6 +121,7 @@ def compare(
             groups.append(group)
     finally:
         pipe.scheduler = own
+    denoiser = find_denoiser(pipe)
     today = datetime.date.today().isoformat()
     about = {"date": today, **environment(denoiser.device), "dtype": str(denoiser.dtype)}
     about |= {name: version for name in ("DeepCache", "tomesd") if (version := package_version(name))}

@@ -117,7 +117,7 @@ def rule_for(scheduler: Any, steps: int, reuse: float) -> Policy:
 def plain_steps(counts: Iterable[int]) -> list[Method]:
     """Runs of so many steps, each with noise of its own and with the full run's."""
     return [
-        Method(f"{count} {family if count > 1 else family.replace('steps', 'step')}", family, count)
+        Method(counted(count, "plain step") + family.removeprefix("plain steps"), family, count)
         for count in counts
         for family in PLAIN
     ]

@@ -113,7 +113,7 @@ def _cells(row: Measured, group: Group) -> dict[str, Any]:
 
 def _known(group: Group) -> list[str]:
     """Further scores that any method has."""
-    return [key for key in OTHERS if any(key in row.scores for row in group.rows)]
+    return [key for key in OTHERS if key in group.judged]
 
 
 def _spot(row: Measured, full: Measured) -> Spot:

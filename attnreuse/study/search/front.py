@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal
 
-from attnreuse.errors import AttnReuseError
+from attnreuse.errors import AttnReuseError, check_finite
 from attnreuse.policy import Policy
 from attnreuse.results import Result
 
@@ -57,7 +56,9 @@ class Front(Result):
             ValueError: neither is given, or one is no finite number.
             AttnReuseError: there is none; the message says what there is.
         """
-        check_wanted(floor, time)
+        if floor is None and time is None:
+            raise ValueError("say which point to pick: by floor (dB) or time (share of the full run's)")
+        check_finite(floor=floor, time=time)
         if not self.points:
             raise AttnReuseError(f"none of {self.evaluations} schedules is predicted to be faster than full steps here")
         points = [p for p in self.points if (floor is None or p.psnr_db >= floor) and (time is None or p.time <= time)]
@@ -71,16 +72,3 @@ class Front(Result):
                 f"{last.time:.2f}"
             )
         return points[-1] if floor is None else points[0]
-
-
-def check_wanted(floor: float | None, time: float | None) -> None:
-    """Refuse what :meth:`Front.pick` could not go by.
-
-    Raises:
-        ValueError: neither is given, or one is no finite number.
-    """
-    if floor is None and time is None:
-        raise ValueError("say which point to pick: by floor (dB) or time (share of the full run's)")
-    for name, wanted in (("floor", floor), ("time", time)):
-        if wanted is not None and not math.isfinite(wanted):
-            raise ValueError(f"{name} must be a finite number, got {wanted}")

@@ -218,7 +218,7 @@ class _Ladder:
             scores = judge([self._policy(c) for c in some], steps=[c.steps for c in some])
             for candidate, score in zip(some, scores, strict=True):
                 confirmed[candidate] = self.points[candidate].model_copy(update={"psnr_db": score["psnr"]})
-            self.progress(len(confirmed), len(chosen), "judged by other pictures", "schedules to confirm")
+            self.progress(len(confirmed), len(chosen), "judged by other pictures", unit="schedules to confirm")
         if timed:
             shares = self.judge_policies.shares([self._policy(c) for c in chosen], [c.steps for c in chosen])
             times = _fitted([self.points[c].time for c in chosen], shares)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from pydantic import computed_field
 
+from attnreuse.errors import check_finite
 from attnreuse.policy import Policy
 from attnreuse.results import Result
 from attnreuse.study.evaluate import Calls
@@ -33,8 +33,7 @@ class Objective:
     def __post_init__(self) -> None:
         if self.metric not in HIGHER_IS_BETTER:
             raise ValueError(f"metric must be one of {', '.join(HIGHER_IS_BETTER)}, got {self.metric!r}")
-        if self.floor is not None and not math.isfinite(self.floor):
-            raise ValueError(f"floor must be a finite number, got {self.floor}")
+        check_finite(floor=self.floor)
 
     def quality(self, scores: Scores) -> float:
         """The metric, signed so that larger is better."""
@@ -46,9 +45,14 @@ class Objective:
             return 1, self.quality(scores)
         return (1, -seconds) if self.reaches(scores[self.metric]) else (0, self.quality(scores))
 
+    @property
+    def unit(self) -> str:
+        """Of the metric; nothing where it has none."""
+        return "dB" if self.metric == "psnr" else ""
+
     def shown(self, value: float) -> str:
         """The metric's name and this value of it, with its unit."""
-        return f"{self.metric.upper()} {value:.4g}" + (" dB" if self.metric == "psnr" else "")
+        return f"{self.metric.upper()} {value:.4g} {self.unit}".rstrip()
 
     def reaches(self, value: float) -> bool:
         """Is this metric as good as the floor, if there is one?"""
