@@ -26,10 +26,11 @@ from attnreuse.search import InProcess, ladder
 from attnreuse.study.compare.measure import Measured, Plain, at_time, judged, timed
 from attnreuse.study.compare.methods import PLAIN, Method, plain_steps, rule_for
 from attnreuse.study.compare.other_caches import OTHER_CACHES
-from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.evaluate import Evaluator
 from attnreuse.study.metrics import shown_psnr
 from attnreuse.study.plots import Spot, pareto_figure, spot_name
 from attnreuse.study.search.front import Front, Point
+from attnreuse.study.setting import Setting
 
 SAMPLERS = ("DDIM", "Euler a")
 STEPS, GUIDANCE, ROUNDS = 20, 7.5, 5

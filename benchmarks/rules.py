@@ -26,7 +26,8 @@ from attnreuse.planning.rows import call_age_error, count_of, level_error, parse
 from attnreuse.planning.samplers import make_scheduler
 from attnreuse.policy import Policy
 from attnreuse.study.analysis import distance
-from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.evaluate import Evaluator
+from attnreuse.study.setting import Setting
 
 FLOW = "flow matching"  # Euler's method, of the small FLUX.1
 MEASURED = [

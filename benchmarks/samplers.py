@@ -25,8 +25,8 @@ from attnreuse.planning.rows import strip
 from attnreuse.policy import shipped_policies
 from attnreuse.study.compare.measure import Measured, at_time, judged, timed
 from attnreuse.study.compare.methods import SAME_NOISE, Method, plain_steps, rule_for
-from attnreuse.study.evaluate import Setting
 from attnreuse.study.metrics import shown_psnr
+from attnreuse.study.setting import Setting
 
 SAMPLERS = {  # name, steps and eta
     "Euler a": ("Euler a", 20, None),

@@ -21,8 +21,8 @@ from attnreuse.measure.timing import keep_freed_memory
 from attnreuse.study.compare.groups import compare
 from attnreuse.study.compare.measure import at_time
 from attnreuse.study.compare.methods import PLAIN
-from attnreuse.study.evaluate import Setting
 from attnreuse.study.metrics import shown_psnr
+from attnreuse.study.setting import Setting
 
 ROWS = RESULTS / "transformer.csv"
 SCORES = ("psnr", "psnr_ci", "clip_score", "background", "color", "shape", "relation")

@@ -155,7 +155,7 @@ def setting_for(
     from attnreuse import TINY_SHAPES_GUIDANCE
     from attnreuse.demo import tiny_shapes
     from attnreuse.measure.environment import default_device
-    from attnreuse.study.evaluate import Setting
+    from attnreuse.study.setting import Setting
 
     draw = tiny_shapes.held_out_prompts if held_out else tiny_shapes.search_prompts
     device = default_device()

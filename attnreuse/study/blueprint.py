@@ -12,7 +12,7 @@ from attnreuse.adapters import Adapter, adapter_of, parts
 from attnreuse.errors import UnsupportedLayerError
 from attnreuse.measure.environment import free_bytes
 from attnreuse.planning.samplers import make_scheduler
-from attnreuse.study.evaluate import not_of_prompts
+from attnreuse.study.setting import not_of_prompts
 
 NOT_CALLED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that a plain run does without
 FRAMES = 16  # of models whose configs name no number

@@ -28,7 +28,8 @@ from attnreuse.results import Result
 from attnreuse.study import costs
 from attnreuse.study.blueprint import Blueprint
 from attnreuse.study.costs import RunCosts
-from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.evaluate import Evaluator
+from attnreuse.study.setting import Setting
 
 TIMED_STEPS, ROUNDS = 4, 2  # of each kind of run that is timed
 PAYS = 0.97  # share of the full run's time above which a saving is within what two runs differ by

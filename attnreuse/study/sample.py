@@ -26,8 +26,9 @@ from attnreuse.policy import Policy, Rule
 from attnreuse.progress import Progress, counted, silent
 from attnreuse.results import Result
 from attnreuse.study import costs
-from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.evaluate import Evaluator
 from attnreuse.study.metrics import EQUAL_DB, psnr_each
+from attnreuse.study.setting import Setting
 
 MIN_SIDE = 256  # pixels; smaller pictures are enlarged in the sheet
 WARM_UP = 4  # steps, in which attention is timed, too

@@ -11,7 +11,8 @@ import train_tiny_shapes as training
 import transformer
 
 from attnreuse.demo.tiny_shapes import Caption
-from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.evaluate import Evaluator
+from attnreuse.study.setting import Setting
 
 
 @pytest.fixture

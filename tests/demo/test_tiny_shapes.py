@@ -14,7 +14,8 @@ from attnreuse.demo.caption_oracle import judge
 from attnreuse.demo.tiny_shapes import draw, held_out_prompts, load_clip, parse, sample_scenes
 from attnreuse.policy import shipped_policies
 from attnreuse.study.blueprint import Blueprint
-from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.evaluate import Evaluator
+from attnreuse.study.setting import Setting
 
 FOLDER = attnreuse.tiny_shapes_path()
 

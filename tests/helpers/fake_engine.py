@@ -4,7 +4,8 @@ import hashlib
 import time
 
 from attnreuse import Policy
-from attnreuse.study.evaluate import Calls, Setting
+from attnreuse.study.evaluate import Calls
+from attnreuse.study.setting import Setting
 
 
 class FakeEvaluator:

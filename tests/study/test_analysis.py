@@ -11,10 +11,11 @@ import attnreuse
 from attnreuse import Policy, hurry, predict
 from attnreuse.study import analysis
 from attnreuse.study.analysis import distance
-from attnreuse.study.evaluate import Evaluator, Sampled, Setting
+from attnreuse.study.evaluate import Evaluator, Sampled
 from attnreuse.study.findings import Analysis, Drift, Growth, Staleness, best_predicted
 from attnreuse.study.probe import noisy as noise_of
 from attnreuse.study.probe import probing
+from attnreuse.study.setting import Setting
 
 pytest.importorskip("scipy")
 PROMPTS = ("a red circle on gray", "a blue square on white")

@@ -21,8 +21,8 @@ from attnreuse.cli import compare as command
 from attnreuse.measure.timing import Times
 from attnreuse.study.compare import groups, measure, methods, other_caches, page
 from attnreuse.study.compare.other_caches import OTHER_CACHES
-from attnreuse.study.evaluate import Setting
 from attnreuse.study.plots import FAMILIES, Spot, pareto_figure
+from attnreuse.study.setting import Setting
 
 for package in ("DeepCache", "tomesd", "scipy", "matplotlib", "jinja2", "torchmetrics"):
     pytest.importorskip(package)

@@ -17,7 +17,8 @@ import attnreuse
 from attnreuse import Policy, PolicyMismatchError, hurry
 from attnreuse.binding.processors import attention_layers
 from attnreuse.planning.samplers import make_scheduler
-from attnreuse.study.evaluate import Evaluator, Setting, not_of_prompts
+from attnreuse.study.evaluate import Evaluator
+from attnreuse.study.setting import Setting, not_of_prompts
 
 PROMPTS = ("a red circle on gray", "a blue square on white", "a cyan triangle on black")
 
@@ -122,7 +123,8 @@ def test_what_decides_a_score_decides_the_key():
 def test_the_key_is_the_same_in_every_process():
     """diffusers keeps the names of defaults of a config in the order of a set of strings."""
     code = (
-        "from tiny_random import captioned_pipeline; from attnreuse.study.evaluate import Evaluator, Setting;"
+        "from tiny_random import captioned_pipeline; from attnreuse.study.evaluate import Evaluator;"
+        "from attnreuse.study.setting import Setting;"
         "from attnreuse.planning.samplers import make_scheduler; pipe = captioned_pipeline();"
         "pipe.scheduler = make_scheduler(pipe.scheduler.config, 'Heun'); print(Evaluator(pipe, Setting(('p',))).key())"
     )

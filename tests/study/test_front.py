@@ -18,10 +18,11 @@ from attnreuse.planning.rows import strip
 from attnreuse.search import InProcess
 from attnreuse.study.compare.other_caches import OTHER_CACHES
 from attnreuse.study.costs import RunCosts, measure, shares
-from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.evaluate import Evaluator
 from attnreuse.study.metrics import PAIRED
 from attnreuse.study.search.front import Front, Point
 from attnreuse.study.search.ladder import FEWER, layer_groups
+from attnreuse.study.setting import Setting
 
 PROMPTS = ("a red circle on gray", "a blue square on white")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

@@ -15,8 +15,8 @@ from attnreuse.planning.levels import noise_levels
 from attnreuse.planning.samplers import make_scheduler
 from attnreuse.study.compare.measure import measure
 from attnreuse.study.compare.methods import SAME_NOISE, Method
-from attnreuse.study.evaluate import Setting
 from attnreuse.study.noise import NoisePath
+from attnreuse.study.setting import Setting
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SHAPE = (1, 1, 64, 64)

@@ -24,7 +24,8 @@ from attnreuse.search import (
     exhaustive,
     phast,
 )
-from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.evaluate import Evaluator
+from attnreuse.study.setting import Setting
 
 PROMPTS = ("a red circle on gray", "a blue square on white")
 

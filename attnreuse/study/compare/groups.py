@@ -24,7 +24,7 @@ from attnreuse.progress import Progress, silent
 from attnreuse.results import Result
 from attnreuse.study.compare.measure import Measured, measure, runs
 from attnreuse.study.compare.methods import Method, methods
-from attnreuse.study.evaluate import Setting
+from attnreuse.study.setting import Setting
 
 
 class Group(Result):

@@ -24,8 +24,9 @@ from attnreuse.planning.rows import strip
 from attnreuse.progress import Progress, silent
 from attnreuse.study import metrics
 from attnreuse.study.compare.methods import PLAIN, SAME_NOISE, Method
-from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.evaluate import Evaluator
 from attnreuse.study.noise import NoisePath
+from attnreuse.study.setting import Setting
 
 SHOWN = 4  # pictures that are kept of each method
 

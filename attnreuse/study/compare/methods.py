@@ -16,7 +16,7 @@ from attnreuse.planning.rows import count_of
 from attnreuse.policy import Policy, Rule, hurry, periodic
 from attnreuse.progress import counted
 from attnreuse.study.compare.other_caches import OTHER_CACHES, caches_for, deepcache
-from attnreuse.study.evaluate import Setting
+from attnreuse.study.setting import Setting
 
 SAME_NOISE = "plain steps, same noise"
 PLAIN = ("plain steps", SAME_NOISE)

@@ -11,8 +11,9 @@ import torch
 
 from attnreuse.errors import AttnReuseError
 from attnreuse.policy import Policy
-from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.evaluate import Evaluator
 from attnreuse.study.search.objective import Scores
+from attnreuse.study.setting import Setting
 
 Judged = Iterator[tuple[int, Scores]]  # by index of the schedule
 

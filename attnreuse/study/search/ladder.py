@@ -23,10 +23,11 @@ from attnreuse.planning.rows import Row, best_row, holding, level_error, stretch
 from attnreuse.policy import Policy
 from attnreuse.progress import Progress, counted, silent
 from attnreuse.study.costs import RunCosts
-from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.evaluate import Evaluator
 from attnreuse.study.search.engines import Engine
 from attnreuse.study.search.front import Front, Point
 from attnreuse.study.search.judge import Judge
+from attnreuse.study.setting import Setting
 
 FEWER = tuple(i / 20 for i in range(8, 20))  # shares of the steps that fewer steps make
 SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # of the steps that a scanned schedule reuses

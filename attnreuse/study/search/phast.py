@@ -20,11 +20,12 @@ from attnreuse.errors import AttnReuseError
 from attnreuse.planning.rows import Row, strip, trades
 from attnreuse.policy import Policy, hurry
 from attnreuse.progress import Progress, silent
-from attnreuse.study.evaluate import Evaluator, Setting
+from attnreuse.study.evaluate import Evaluator
 from attnreuse.study.metrics import try_out
 from attnreuse.study.search.engines import Engine, InProcess, RayEngine
 from attnreuse.study.search.judge import Judge
 from attnreuse.study.search.objective import Improvement, Objective, Scores, SearchResult, Value
+from attnreuse.study.setting import Setting
 
 MOST = 20_000  # schedules that `exhaustive` agrees to evaluate
 
@@ -70,7 +71,7 @@ def phast(
         cache: file of scores, appended to; the same search goes on from it.
         engine: "local", "ray", or an engine at hand: then its pipeline and setting count.
         progress: called with the schedules judged, the budget, and the first and best metric.
-        setting: the other fields of :class:`~attnreuse.study.evaluate.Setting`: ``guidance``, ``size``,
+        setting: the other fields of :class:`~attnreuse.study.setting.Setting`: ``guidance``, ``size``,
             ``map_format``, ``layers``, ``batch``.
 
     Raises:
