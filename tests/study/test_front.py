@@ -20,8 +20,9 @@ from attnreuse.study.compare.other_caches import OTHER_CACHES
 from attnreuse.study.costs import RunCosts, measure, shares
 from attnreuse.study.evaluate import Evaluator
 from attnreuse.study.metrics import PAIRED
+from attnreuse.study.search.candidates import layer_groups
 from attnreuse.study.search.front import Front, Point
-from attnreuse.study.search.ladder import FEWER, layer_groups
+from attnreuse.study.search.ladder import FEWER
 from attnreuse.study.setting import Setting
 
 PROMPTS = ("a red circle on gray", "a blue square on white")

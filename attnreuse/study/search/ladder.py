@@ -13,57 +13,26 @@ import random
 import statistics
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from attnreuse.binding.denoiser import find_denoiser, holding_layers, layer_kinds
+from attnreuse.binding.denoiser import find_denoiser, holding_layers
 from attnreuse.errors import AttnReuseError
-from attnreuse.planning.rows import Row, best_row, holding, level_error, stretched
+from attnreuse.planning.rows import Row, holding, stretched
 from attnreuse.policy import Policy
 from attnreuse.progress import Progress, counted, silent
 from attnreuse.study.costs import RunCosts
-from attnreuse.study.evaluate import Evaluator
+from attnreuse.study.search.candidates import Candidate, Letter, Rows, Rung, joined, layer_groups, rising
 from attnreuse.study.search.engines import Engine
 from attnreuse.study.search.front import Front, Point
 from attnreuse.study.search.judge import Judge
 from attnreuse.study.setting import Setting
 
 FEWER = tuple(i / 20 for i in range(8, 20))  # shares of the steps that fewer steps make
-SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # of the steps that a scanned schedule reuses
 WIDTH = 4  # schedules judged at once; the same with any engine
 CONFIRMED, NEAR = 40, 2.0  # most searched schedules that are confirmed, and dB below the front from which they are
 BARREN = 50  # times in a row that no change is new before a search ends
-Rows = dict[str, Row]  # by group of layers
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A run of `steps` (``num_inference_steps``), and the rows of the groups of layers that not only compute."""
-
-    steps: int
-    rows: tuple[tuple[str, Row], ...] = ()
-
-    @classmethod
-    def of(cls, steps: int, rows: Rows) -> Candidate:
-        """The one candidate of these rows."""
-        return cls(steps, tuple(sorted((group, row) for group, row in rows.items() if any(row))))
-
-
-def layer_groups(evaluator: Evaluator, by: Literal["kind", "level", "layer"]) -> dict[str, list[str]]:
-    """Served layers by "kind" (self, cross), by kind and "level" (query tokens), or each "layer" alone.
-
-    Raises:
-        ValueError: another `by`.
-    """
-    if by not in ("kind", "level", "layer"):
-        raise ValueError(f"by must be 'kind', 'level' or 'layer', got {by!r}")
-    kinds, shapes = layer_kinds(find_denoiser(evaluator.pipe)), evaluator.shapes()
-    groups: dict[str, list[str]] = {}
-    for name in evaluator.served():
-        label = {"kind": kinds[name], "level": f"{kinds[name]}@{shapes[name].map[2]}", "layer": name}[by]
-        groups.setdefault(label, []).append(name)
-    return groups
 
 
 def ladder(
@@ -83,7 +52,7 @@ def ladder(
 
     Args:
         engine: judges schedules; its setting says which layers take part ("all": self- and cross-attention).
-        by: groups of layers that share a row: see :func:`layer_groups`.
+        by: groups of layers that share a row: see :func:`~attnreuse.study.search.candidates.layer_groups`.
         budget: most schedules to judge.
         budget_time: seconds after which no more are judged; then another run may find others.
         memory_budget: most bytes of maps and outputs.
@@ -158,7 +127,7 @@ class _Ladder:
         self.steps = self.evaluator.setting.steps
         self.fewer = sorted({max(1, round(share * self.steps)) for share in FEWER} - {self.steps}, reverse=True)
         holds = set(holding_layers(find_denoiser(self.evaluator.pipe)))
-        self.letters: dict[str, list[bool | Literal["H"]]] = {  # what reuses may hold by itself
+        self.letters: dict[str, list[Letter]] = {  # what reuses may hold by itself
             group: [True] if holds >= set(names) else [True, "H"] for group, names in groups.items()
         }
         self.policies: dict[Candidate, Policy] = {}
@@ -171,25 +140,34 @@ class _Ladder:
 
     def scan(self) -> dict[str, list[Row]]:
         """Judge fewer steps, each group alone, and one row for all groups or those of both letters; gives the rows."""
-        rows = self._rows()
-        rungs = {
+        rows = rising(self.evaluator.executed_steps, self.evaluator.levels, self.evaluator.influence)
+        tried = {
             group: [row if letter is True else holding(row) for letter in letters for row in rows]
             for group, letters in self.letters.items()
         }
         both = [group for group, letters in self.letters.items() if len(letters) > 1]
-        alike = [dict.fromkeys(both, row) for row in (rungs[both[0]] if both else [])]
+        alike = [dict.fromkeys(both, row) for row in (tried[both[0]] if both else [])]
         alike += [dict.fromkeys(self.groups, row) for row in rows]
         self.simple = [*map(Candidate, self.fewer), *(Candidate.of(self.steps, of_groups) for of_groups in alike)]
         self.judge(self.simple)
-        self.judge(Candidate.of(self.steps, {group: row}) for group, rows in rungs.items() for row in rows)
-        return rungs
+        self.judge(Candidate.of(self.steps, {group: row}) for group, rows in tried.items() for row in rows)
+        return tried
 
-    def join(self, rungs: dict[str, list[Row]]) -> None:
-        """Judge joint schedules of those rows, of all steps and of fewer, that are predicted to be best."""
+    def join(self, tried: dict[str, list[Row]]) -> None:
+        """Judge joint schedules of the rows `tried` alone, of all steps and of fewer, that are predicted to be best."""
         lost = {count: self._lost(Candidate(count)) for count in self.fewer if Candidate(count) in self.points}
+        rungs = {
+            group: [
+                Rung(row, self._lost(one), self.points[one].time - 1)
+                for row in rows
+                for one in [Candidate.of(self.steps, {group: row})]
+                if one in self.points
+            ]
+            for group, rows in tried.items()
+        }
         predicted = [
             (self._seconds(candidate), lost_rows + lost_steps, candidate)
-            for lost_rows, rows in self._joint(rungs)
+            for lost_rows, rows in joined(rungs)
             for count, lost_steps in [(self.steps, 0.0), *lost.items()]
             for candidate in [Candidate.of(count, self._carried(rows, count))]
         ]
@@ -286,41 +264,6 @@ class _Ladder:
 
     # -- candidates
 
-    def _rows(self) -> list[Row]:
-        """Schedules of rising savings: of least predicted error, and those that compute one step of 2, one of 3."""
-        steps, levels = self.evaluator.executed_steps, self.evaluator.levels
-        error = (
-            (lambda captured, step: step - captured)
-            if levels is None
-            else level_error(levels, self.evaluator.influence)
-        )
-        counts = sorted({max(1, round(share * (steps - 1))) for share in SHARES})
-        rows = [best_row(steps, count, error) for count in counts]
-        return list(dict.fromkeys([*rows, *(tuple(i % k > 0 for i in range(steps)) for k in (2, 3))]))
-
-    def _joint(self, rungs: dict[str, list[Row]]) -> list[tuple[float, Rows]]:
-        """For rising prices of time: each group's rung of least error and time, and the sum of their errors."""
-        alone = {
-            group: [
-                (row, self._lost(one), self._seconds(one) / self.full_s - 1)
-                for row in rows
-                for one in [Candidate.of(self.steps, {group: row})]
-                if one in self.points
-            ]
-            for group, rows in rungs.items()
-        }
-        joint: dict[Candidate, tuple[float, Rows]] = {}
-        for exponent in range(-70, 11):
-            price = 10 ** (exponent / 10)  # mean squared error that a full run's time is worth
-            total, rows = 0.0, {}
-            for group, measured in alone.items():
-                row, lost, saved = min(measured, key=lambda r: r[1] + price * r[2], default=(None, 0.0, 0.0))
-                if row is not None and lost + price * saved < 0:
-                    total, rows[group] = total + lost, row
-            if rows:
-                joint[Candidate.of(self.steps, rows)] = total, rows
-        return list(joint.values())
-
     def _carried(self, rows: Rows, count: int) -> Rows:
         """`rows` of all steps for a run of `count`, by noise level."""
         if count == self.steps:
@@ -329,17 +272,9 @@ class _Ladder:
         return {g: stretched(row, there.executed_steps, here.levels, there.levels) for g, row in rows.items()}
 
     def _changed(self, candidate: Candidate, rng: random.Random) -> Candidate:
-        """One group's row with one step changed, or two steps that trade places."""
+        """One group's row changed."""
         steps, group = self.evaluator.at(candidate.steps).executed_steps, rng.choice(list(self.groups))
-        rows = dict(candidate.rows)
-        row = list(rows.get(group, (False,) * steps))
-        if steps > 1:
-            step, other = rng.randrange(1, steps), rng.randrange(1, steps)
-            if row[step] != row[other]:
-                row[step], row[other] = row[other], row[step]
-            else:
-                row[step] = rng.choice([letter for letter in (False, *self.letters[group]) if letter != row[step]])
-        return Candidate.of(candidate.steps, rows | {group: tuple(row)})
+        return candidate.changed(group, steps, (False, *self.letters[group]), rng)
 
     def _policy(self, candidate: Candidate) -> Policy:
         if candidate not in self.policies:
