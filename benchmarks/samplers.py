@@ -12,7 +12,9 @@ oracle and CLIP score. Samplers whose rows are in the files are left out, so a s
 
 import argparse
 import csv
+import statistics
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from attnreuse.planning.rows import strip
 from attnreuse.policy import shipped_policies
 from attnreuse.study.compare.measure import Measured, at_time, judged, timed
 from attnreuse.study.compare.methods import SAME_NOISE, Method, plain_steps, rule_for
-from attnreuse.study.metrics import shown_psnr
+from attnreuse.study.metrics import half_width, shown_psnr
 from attnreuse.study.setting import Setting
 
 SAMPLERS = {  # name, steps and eta
@@ -45,6 +47,7 @@ SAMPLERS = {  # name, steps and eta
 BATCH = 4  # pictures, timed at once
 SHARES = (0.95, 0.9, 0.85, 0.75)  # of the steps, for the plain steps
 SCORES = ("psnr", "psnr_ci", "fid", "clip_score", "background", "color", "shape", "relation")
+RULES = ("hurry(reuse=0.5)", "hurry(reuse=0.25)")
 PICTURES, TIMES = RESULTS / "samplers.csv", RESULTS / "sampler-times.csv"
 
 
@@ -107,15 +110,17 @@ def times(guidance: float, rounds: int, only: list[str] | None) -> None:
 
 def table(guidance: float) -> None:
     """PSNR of each sampler's reuse and plain steps (with the full run's noise in brackets), and at equal time."""
-    taken = {(r["sampler"], r["method"]): float(r["of_full"]) for r in _read(TIMES, guidance)}
     by_sampler: dict[str, dict[str, dict[str, str]]] = {}
     for row in _read(PICTURES, guidance):
         by_sampler.setdefault(row["sampler"], {})[row["method"]] = row
-    reuse = ("half reuse", "time", "plain steps in that time", "a quarter", "time", "plain steps in that time")
+    found, line = _times(by_sampler, guidance)
+    print(*(f"{method}: {time} of the time" for method, time in found.items()), sep="\n")
+    print(f"plain steps: {line.intercept:.3f} + {line.slope:.3f} of their share of the steps\n")
+    reuse = ("half reuse", "plain steps in that time", "a quarter", "plain steps in that time")
     print("", "sampler, steps", *reuse, *(f"{share:.0%} of the steps" for share in SHARES), "", sep=" | ")
     print("|---|" + "---:|" * (len(reuse) + len(SHARES)))
     for sampler, rows in by_sampler.items():
-        cells = [cell for share in (0.5, 0.25) for cell in _reused(rows, f"hurry(reuse={share})", taken)]
+        cells = [cell for method in RULES for cell in _reused(rows, method, found, line)]
         steps = int(rows["full steps"]["steps"])
         plain = [_plain(rows, f"{round(steps * share)} plain steps") for share in SHARES]
         print("", f"{sampler}, {steps}", *cells, *plain, "", sep=" | ")
@@ -128,16 +133,45 @@ def _read(path: Path, guidance: float) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if float(row["guidance"]) == guidance]
 
 
-def _reused(rows: dict[str, dict[str, str]], method: str, taken: dict[tuple[str, str], float]) -> tuple[str, str, str]:
-    """PSNR of a schedule, its time, and the PSNR of the best plain steps that take no longer; as far as measured."""
-    row = rows[method]
+def _times(by_sampler: dict[str, dict[str, dict[str, str]]], guidance: float) -> tuple[dict[str, "Mean"], Any]:
+    """Times of the rules, with 95 % intervals, and the line through those of plain steps by their share of the steps.
+
+    Of all samplers together: what their calls take is the same, and a shared machine moves the times of one.
+    """
+    reused: dict[str, list[float]] = {}
+    points = [(1.0, 1.0)]
+    for row in _read(TIMES, guidance):
+        steps = SAMPLERS[row["sampler"]][1]
+        if row["method"] in RULES:
+            reused.setdefault(row["method"], []).append(float(row["of_full"]))
+        elif row["method"].endswith(" plain steps"):
+            points.append((int(row["method"].split()[0]) / steps, float(row["of_full"])))
+    return {m: Mean.of(times) for m, times in reused.items()}, statistics.linear_regression(*zip(*points, strict=True))
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean and the half width of its 95 % interval."""
+
+    value: float
+    ci: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Mean":
+        return cls(statistics.mean(values), half_width(np.array(values)))
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ± {self.ci:.3f}"
+
+
+def _reused(rows: dict[str, dict[str, str]], method: str, times: dict[str, Mean], line: Any) -> tuple[str, str]:
+    """PSNR of a schedule, and that of the plain steps that take as long."""
+    row, full = rows[method], int(rows["full steps"]["steps"])
     quality = shown_psnr(float(row["psnr"]), float(row["psnr_ci"]))
-    time = taken.get((row["sampler"], method))
-    if time is None:
-        return quality, "", ""
     plain = [r for r in rows.values() if r["family"] == "plain steps"]
-    best = at_time([(taken[r["sampler"], r["method"]], [float(r["psnr"])]) for r in plain], time)
-    return quality, f"{time:.2f}", "" if best is None else f"{best.mean():.1f}"
+    points = [(line.intercept + line.slope * int(r["steps"]) / full, [float(r["psnr"])]) for r in plain]
+    best = at_time(points, times[method].value)
+    return quality, "" if best is None else f"{best.mean():.1f}"
 
 
 def _plain(rows: dict[str, dict[str, str]], method: str) -> str:
