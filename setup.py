@@ -1,7 +1,8 @@
 """Builds only the compiled extension: C++ always, CUDA where nvcc is found; no torch at build time.
 
 Environment: ``ATTNREUSE_CUDA`` = 0, 1 or auto (default: with nvcc and its static runtime at hand);
-``ATTNREUSE_CUDA_ARCHS`` = e.g. "80;90a" (default: 80, 86, 89, 90a, 100a as far as nvcc knows them).
+``ATTNREUSE_CUDA_ARCHS`` = e.g. "80;90a" (default: 80, 86, 89, 90a, 100a as far as nvcc knows them); PTX of the
+newest comes along, which the driver compiles for devices that are newer still.
 Without a C++ compiler the package installs all the same and runs through torch.
 """
 
@@ -47,6 +48,10 @@ def wanted_archs(nvcc: str) -> list[str]:
     return [arch for arch in ARCHS if f"compute_{arch.rstrip('a')}" in known.split()]
 
 
+def machine_code(arch: str) -> str:
+    return f"-gencode=arch=compute_{arch},code=sm_{arch}"
+
+
 class BuildExtension(build_ext):
     """One graph of C++ and CUDA for ninja, kept in ``build/``: only what changed is compiled again."""
 
@@ -74,15 +79,17 @@ class BuildExtension(build_ext):
             raise CompileError(f"the extension was not built: {error}") from error  # optional: setuptools goes on
 
     def _cuda(self, ext: Pybind11Extension, nvcc: str, library_dir: Path) -> dict[str, list[str]]:
-        """The CUDA sources, and the architectures that each is compiled for."""
+        """The CUDA sources, and the options that say which architectures each is compiled for."""
         archs = wanted_archs(nvcc)
         ext.define_macros.append(("ATTNREUSE_CUDA_ARCHS", f'"{";".join(archs)}"'))
         ext.library_dirs.append(str(library_dir))
         ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
-        sources = dict.fromkeys(CUDA, archs)
+        newest = max(archs, key=lambda arch: int(arch.rstrip("a"))).rstrip("a")
+        every = [*map(machine_code, archs), f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+        sources = {source: every for source in CUDA}
         if "90a" in archs:
             ext.define_macros.append(("ATTNREUSE_HOPPER", "1"))
-            sources[HOPPER] = ["90a"]
+            sources[HOPPER] = [machine_code("90a")]
         return sources
 
     def _graph(self, ext: Pybind11Extension, nvcc: str | None, cuda: dict[str, list[str]], target: Path) -> str:
@@ -104,8 +111,7 @@ class BuildExtension(build_ext):
             objects.append(f"{source}.o")
             lines.append(f"build {objects[-1]}: {'cuda' if source in cuda else 'cxx'} {_path(Path(source).absolute())}")
             if source in cuda:
-                flags = (f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda[source])
-                lines.append(f"  archs = {' '.join(flags)}")
+                lines.append(f"  archs = {' '.join(cuda[source])}")
         return "\n".join([*lines, f"build {_path(target)}: link {' '.join(objects)}"]) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Public path of :mod:`attnreuse.study.bench`."""
+"""Public path of :mod:`attnreuse.study.bench` and :mod:`attnreuse.study.tuning`."""
 
 from attnreuse.study.bench import (
     CPU_SHAPES,
@@ -12,8 +12,8 @@ from attnreuse.study.bench import (
     inputs,
     measure,
     to_dicts,
-    tune,
 )
+from attnreuse.study.tuning import tune
 
 __all__ = [
     "CPU_SHAPES", "SHAPES", "Ceilings", "Row", "Shape", "ceilings", "check", "exact_kinds", "inputs", "measure",

@@ -20,6 +20,7 @@ from attnreuse.maps.formats import AttentionMap, MapFormat, format_named
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
+ALIGNED = 16  # bytes: what the kernels load and store at once
 
 
 BEST = "best"  # what the ops are told where the caller names no backend
@@ -159,24 +160,55 @@ def reuse_into(
     map_format: str,
     out: Tensor | None = None,
     backend: str | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor:
-    """:func:`reuse` without its checks, of a map of `queries` rows per head that lies in `storage`."""
+    """:func:`reuse` without its checks, of a map of `queries` rows per head that lies in `storage`.
+
+    Args:
+        workspace: uint8, at least :func:`workspace_bytes`, that starts as storages do; allocated where it is None.
+    """
     out = _output(value, queries) if out is None else out
-    torch.ops.attnreuse.reuse.default(storage, queries, value, map_format, backend or BEST, out)
+    torch.ops.attnreuse.reuse.default(storage, queries, value, map_format, backend or BEST, out, workspace)
     return out
+
+
+def workspace_bytes(
+    map_format: str | MapFormat,
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+) -> int:
+    """Bytes that :func:`reuse` of a map of `shape` works in besides, by the backend that serves the call."""
+    backend = _BACKENDS[backend_for(map_format, device, dtype, head_dim)]
+    return backend.workspace_bytes(format_named(map_format), shape, head_dim)
 
 
 def _capture(query, key, value, mask, scale, map_format, backend, storage, out) -> None:
     shape = (*query.shape[:3], key.shape[2])
-    into = AttentionMap.view(format_named(map_format), shape, storage)
+    into = _map_in(storage, map_format, shape)
     head_dim = max(query.shape[-1], value.shape[-1])
     _chosen(backend, map_format, value.device, value.dtype, head_dim).capture(query, key, value, mask, scale, into, out)
 
 
-def _reuse(storage, queries, value, map_format, backend, out) -> None:
+def _reuse(storage, queries, value, map_format, backend, out, workspace=None) -> None:
     b, h, n, d = value.shape
-    attn_map = AttentionMap.view(format_named(map_format), (b, h, queries, n), storage)
-    _chosen(backend, map_format, value.device, value.dtype, d, reuse=True).reuse(attn_map, value, out)
+    attn_map = _map_in(storage, map_format, (b, h, queries, n))
+    chosen = _chosen(backend, map_format, value.device, value.dtype, d, reuse=True)
+    if workspace is None and (nbytes := chosen.workspace_bytes(attn_map.format, attn_map.shape, d)):
+        workspace = torch.empty(nbytes, dtype=torch.uint8, device=value.device)
+    chosen.reuse(attn_map, value, out, workspace)
+
+
+def _map_in(storage: Tensor, map_format: str, shape: tuple[int, int, int, int]) -> AttentionMap:
+    """The map in `storage`; where that starts is checked here, as what is traced has no address."""
+    past = storage.data_ptr() % ALIGNED
+    if past:
+        raise ValueError(
+            f"the map's storage must start at a multiple of {ALIGNED} bytes, got an address {past} bytes past one: "
+            f"slice buffers at multiples of {ALIGNED}"
+        )
+    return AttentionMap.view(format_named(map_format), shape, storage)
 
 
 _LIBRARY = torch.library.Library("attnreuse", "DEF")
@@ -197,7 +229,8 @@ _register(
 )
 _register(
     _reuse,
-    "reuse(Tensor storage, SymInt queries, Tensor value, str map_format, str backend, Tensor(a!) out) -> ()",
+    "reuse(Tensor storage, SymInt queries, Tensor value, str map_format, str backend, Tensor(a!) out, "
+    "Tensor(b!)? workspace=None) -> ()",
 )
 
 
@@ -257,10 +290,7 @@ def convert(attn_map: AttentionMap, map_format: str | MapFormat, *, into: Attent
         raise ValueError(
             f"convert goes from fp16 or bf16 to u8, u7 or u4, got {attn_map.format.name} to {into.format.name}"
         )
-    if Cuda.present(device) and attn_map.format.name == "fp16":
-        Cuda.convert(attn_map, into)
-    else:
-        plain.convert(attn_map, into)
+    plain.convert(attn_map, into)
     return into
 
 
@@ -283,10 +313,7 @@ def drift(first: AttentionMap, second: AttentionMap) -> tuple[Tensor, Tensor]:
     if first.format != second.format:
         raise ValueError(f"both maps must be {first.format.name} maps, got {second.format.name}")
     distances = torch.empty(2, *first.shape[:3], dtype=torch.float32, device=device)
-    if Cuda.present(device) and first.format.name in Cuda.SERVED:
-        Cuda.drift(first, second, *distances)
-    else:
-        plain.drift(first, second, *distances)
+    plain.drift(first, second, *distances)
     return distances[0], distances[1]
 
 

@@ -6,8 +6,8 @@
     python -m benchmarks.compile --sample            one configuration in 13, while the kernels are those recorded
 
 A configuration fails where registers spill, shared memory passes the
-architecture's limit, the tensor cores' instruction is missing, ptxas serialises wgmma, or a figure is
-worse than the recorded one. Exit code 1 on a failure.
+architecture's limit, the tensor cores' instruction is missing, ptxas serialises wgmma, the loop waits for copies that
+it has just issued (on sm_80 and sm_90), or a figure is worse than the recorded one. Exit code 1 on a failure.
 """
 
 import argparse
@@ -32,6 +32,9 @@ KERNELS = Path(__file__).parent.parent / "kernels" / "triton"
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # CUDA programming guide, per thread block
 TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 ARCHS = (80, 89, 90, 100)
+PREFETCHING = (80, 90)  # whose shared memory has room for a stage that is on its way
+TOO_LARGE = {("capture", 160, 80), ("capture", 160, 90), ("reuse", 160, 80)}  # op, D, arch: three stages do not fit
+TOO_LARGE_OTHERS = TOO_LARGE | {("capture", 128, 80)}  # of all but u8 and u4 codes
 HEAD_DIMS = (40, 64, 72, 80, 96, 128, 160)
 NOT_FETCHED = 3  # exit code where pip cannot fetch the wanted Triton
 SLACK = 1.05  # of instructions, against the recorded figure
@@ -53,7 +56,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Figures:
-    """What the compiler made of it; `instructions` of the inner loop, per map element."""
+    """What the compiler made of it.
+
+    Attributes:
+        in_flight: fewest groups of copies that are under way where the loop waits; -1 where it copies nothing.
+        instructions: of the inner loop, per map element.
+    """
 
     block_m: int
     warps: int
@@ -63,6 +71,7 @@ class Figures:
     shared_bytes: int
     tensor_core: bool
     serialised: bool
+    in_flight: int
     instructions: float
 
 
@@ -71,7 +80,7 @@ def cases() -> list[Case]:
     kept = [
         Case(op, name, "bf16" if name == "bf16" else "fp16", d, arch)
         for op in ("capture", "reuse")
-        for name in ("fp16", "bf16", "u8", "u4")
+        for name in ("fp16", "bf16", "u8", "u7", "u4")
         for d in (HEAD_DIMS if name != "bf16" else (64, 160))  # to the compiler nearly fp16
         for arch in ARCHS
     ]
@@ -100,27 +109,34 @@ class _Offline:
         return 0
 
 
+def launch_of(op: str, shape: tuple[int, ...], map_format: str, dtype: Any, arch: int, mask: str = "") -> Any:
+    """The launch of an op at (B, H, M, N, D), of tensors as diffusers hands them over, without their memory."""
+    import torch
+
+    from attnreuse.kernels import capture, direct, reuse
+    from attnreuse.maps.formats import AttentionMap, format_named
+
+    b, h, m, n, d = shape
+    with torch.device("meta"):
+        query, key = (torch.empty(b, length, h, d, dtype=dtype).transpose(1, 2) for length in (m, n))
+        attn_map = AttentionMap.empty(format_named(map_format), (b, h, m, n), torch.device("meta"))
+        if op == "capture":
+            masked = torch.empty(b, 1, 1, n, dtype=torch.bool if mask == "bool" else dtype) if mask else None
+            return capture.launch(query, key, key, masked, d**-0.5, attn_map, query, arch)
+        if not direct.serves(attn_map.format):
+            return reuse.launch(attn_map, key, query, arch)
+        workspace = torch.empty(direct.workspace_bytes(attn_map.shape, d), dtype=torch.uint8)
+        return direct.launches(attn_map, key, query, workspace, arch)[1]
+
+
 def build(case: Case) -> Figures:
     """Compile a case exactly as its launch would be compiled on the device."""
     import torch
     import triton
 
-    from attnreuse.kernels import capture, reuse
-    from attnreuse.maps.formats import AttentionMap, format_named
-
-    torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[case.dtype]
-    b, h, m, n = 2, 8, 1024, 1000 if case.ragged else 1024
-    with torch.device("meta"):
-        query = torch.empty(b, m, h, case.head_dim, dtype=torch_dtype).transpose(1, 2)
-        key = torch.empty(b, n, h, case.head_dim, dtype=torch_dtype).transpose(1, 2)
-        attn_map = AttentionMap.empty(format_named(case.format), (b, h, m, n), torch.device("meta"))
-        mask = None
-        if case.mask:
-            mask = torch.empty(b, 1, 1, n, dtype=torch.bool if case.mask == "bool" else torch_dtype)
-    if case.op == "capture":
-        launch = capture.launch(query, key, key, mask, case.head_dim**-0.5, attn_map, query, case.arch)
-    else:
-        launch = reuse.launch(attn_map, key, query, case.arch)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[case.dtype]
+    shape = (2, 8, 1024, 1000 if case.ragged else 1024, case.head_dim)
+    launch = launch_of(case.op, shape, case.format, dtype, case.arch, case.mask)
     driver = _Offline()
     driver.arch = case.arch
     triton.runtime.driver.set_active(driver)
@@ -145,10 +161,31 @@ def _figures(case: Case, launch: Any, compiled: Any, log: str) -> Figures:
         int(registers[1]),
         max(map(int, spills.groups())),
         compiled.metadata.shared,
-        TENSOR_CORE[case.arch] in compiled.asm["ptx"],
+        any(name in compiled.asm["ptx"] for name in tensor_core(case)),
         "C7515" in log or "serializ" in log.lower(),
+        in_flight(compiled.asm["ttgir"]),
         round(loop_instructions(compiled.asm["cubin"]) / elements, 2),
     )
+
+
+def tensor_core(case: Case) -> tuple[str, ...]:
+    """Instructions of which one must be there; Triton 3.6 makes no integer product of sm_100's own."""
+    own = TENSOR_CORE[case.arch]
+    return (own, "mma.sync") if case.format == "u7" and case.op == "reuse" else (own,)
+
+
+def in_flight(ttgir: str) -> int:
+    """See :class:`Figures`; of Triton's IR, whose loops are indented."""
+    found, loop = [], None
+    for line in ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if loop is None:
+            loop = indent if "scf.for" in line else None
+        elif line.lstrip().startswith("}") and indent == loop:
+            loop = None
+        else:
+            found += map(int, re.findall(r"async_wait.*num = (\d+)", line))
+    return min(found, default=-1)
 
 
 def loop_instructions(cubin: bytes) -> int:
@@ -177,11 +214,14 @@ def loop_instructions(cubin: bytes) -> int:
 def problems(case: Case, now: Figures, recorded: Figures | None) -> list[str]:
     """What is wrong with a configuration, in words."""
     limit = SHARED_KB[case.arch] * 1024
+    exempt = TOO_LARGE if case.format in ("u8", "u4") else TOO_LARGE_OTHERS
+    prefetches = case.arch in PREFETCHING and (case.op, case.head_dim, case.arch) not in exempt
     found = [
         (now.spill_bytes > 0, f"{now.spill_bytes} bytes spill"),
         (now.shared_bytes > limit, f"{now.shared_bytes} bytes of shared memory, the limit is {limit}"),
         (not now.tensor_core, f"no {TENSOR_CORE[case.arch]} in the PTX"),
         (now.serialised, "ptxas serialises wgmma (C7515)"),
+        (prefetches and now.in_flight < 1, "its loop waits for copies that it has just issued"),
     ]
     if recorded:
         found += [

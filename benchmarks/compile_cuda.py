@@ -19,7 +19,6 @@ from rows import RESULTS
 SOURCES = Path(__file__).parent.parent / "csrc/cuda"
 REPORT = RESULTS / "compile_cuda.csv"
 ARCHS = ("80", "86", "89", "90a", "100a")
-CODES = ("fp16", "u8", "u7", "u4")  # in the order of `Codes`
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,7 @@ def name_of(symbol: str) -> str:
     if hopper:
         return f"hopper reuse u{hopper[2]} D={hopper[1]} tiles={hopper[3]}"
     reuse = re.search(r"reuse_kernelILi(\d+)ELi(\d)E", symbol)
-    if reuse:
-        return f"reuse u{reuse[2]} D={reuse[1]}"
-    op, index = re.search(r"(convert|drift)_kernelI\S*?CodesE(\d)E", symbol).groups()
-    return f"{op} {CODES[int(index)]}"
+    return f"reuse u{reuse[2]} D={reuse[1]}"
 
 
 def recorded() -> dict[tuple[str, ...], int]:

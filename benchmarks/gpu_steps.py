@@ -1,27 +1,16 @@
-"""The GPU suite: tests first, then kernels against exact attention, then whole denoiser steps; in ten minutes.
+"""Whole denoiser steps for :mod:`benchmarks.gpu`: models of random weights with their published configs, and modes."""
 
-    python -m benchmarks.gpu                     everything; appends to benchmarks/results/, draws the plot
-    python -m benchmarks.gpu --only kernels      or steps, or tests
-
-A failing test ends it: no speed of wrong code. Denoisers have random weights and their published configs.
-"""
-
-import argparse
 import functools
 import os
-import subprocess
-import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import torch
-from rows import RESULTS, append, provenance
 
+from attnreuse import ops
 from attnreuse.adapters import adapter_of
 from attnreuse.binding.denoiser import form_of, layer_kinds
 from attnreuse.binding.processors import ReuseAttnProcessor, attention_layers
@@ -30,17 +19,9 @@ from attnreuse.maps.formats import AttentionMap, format_named
 from attnreuse.maps.ring import outline
 from attnreuse.measure.timing import Times, interleaved
 from attnreuse.policy import Action
-from attnreuse.study import bench
 
-ROOT = Path(__file__).resolve().parent.parent
-MEASURED = ["fp16", "bf16", "u8", "u4"]
-UNETS: dict[str, dict[str, Any]] = {  # unet/config.json of stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0
-    "SD1.5 512": dict(
-        sample_size=64,
-        block_out_channels=(320, 640, 1280, 1280),
-        cross_attention_dim=768,
-        attention_head_dim=8,
-    ),
+_SD15 = dict(block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8)
+UNETS: dict[str, dict[str, Any]] = {  # unet/config.json of stable-diffusion-xl-base-1.0 and stable-diffusion-v1-5
     "SDXL 1024": dict(
         sample_size=128,
         block_out_channels=(320, 640, 1280),
@@ -54,6 +35,8 @@ UNETS: dict[str, dict[str, Any]] = {  # unet/config.json of stable-diffusion-v1-
         addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=2816,
     ),
+    "SD1.5 1024": dict(sample_size=128, **_SD15),
+    "SD1.5 512": dict(sample_size=64, **_SD15),
 }
 
 TRANSFORMERS: dict[str, tuple[str, int, dict[str, Any]]] = {  # class, side of its latents, transformer/config.json
@@ -96,38 +79,20 @@ class StepRow:
     error: float  # relative Frobenius, of the output against the stock step in the same dtype
 
 
-def run_tests() -> None:
-    """The marked tests and the kernels' own, on the device; SystemExit where one fails."""
-    # Most of the time compiles kernels, one core a test.
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "tests/test_gpu.py", "tests/test_triton.py"]
-    if subprocess.run(command, cwd=ROOT).returncode:
-        raise SystemExit("tests fail: nothing is measured")
-
-
-def measure_kernels(device: torch.device, repeats: int = 20) -> tuple[list[bench.Row], bench.Ceilings]:
-    """Every shape and format in fp16."""
-    limits = bench.ceilings(device, torch.float16)
-    rows: list[bench.Row] = []
-    for name, shape in bench.SHAPES.items():
-        rows += bench.measure(name, shape, MEASURED, torch.float16, device, limits, repeats)
-        print(f"{name}: {sum(r.green for r in rows)} of {len(rows)} ops within their error so far", flush=True)
-    return rows, limits
-
-
-def make_unet(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """A random UNet, and arguments of its forward for one picture under guidance."""
-    return make_denoiser("UNet2DConditionModel", config["sample_size"], config, device, dtype)
-
-
 def make_denoiser(
     cls: str, side: int, config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> tuple[Any, dict[str, Any]]:
-    """The same of any class of diffusers whose latents for this picture are `side` x `side`."""
+    """A random model of a class of diffusers, and arguments of its forward for a guided picture of `side` latents."""
     import diffusers
 
     torch.manual_seed(0)
-    with device:
-        denoiser = getattr(diffusers, cls)(**config).to(device, dtype).eval().requires_grad_(False)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # made where and as it is to be: billions of weights take minutes on a host
+    try:
+        with device:
+            denoiser = getattr(diffusers, cls)(**config).to(dtype).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(usual)
     adapter = adapter_of(denoiser)
     rows = adapter.rows(denoiser, "", guidance=True)
     given = adapter.inputs(denoiser, rows, (side, side), adapter.tokens or 77, 1)
@@ -148,12 +113,15 @@ def _filled(name: str, value: Any, device: torch.device, dtype: torch.dtype) -> 
 def processors_of(denoiser: Any, given: dict[str, Any], name: str, device: torch.device) -> list[ReuseAttnProcessor]:
     """A processor with a map of its own on every layer that attends over image tokens."""
     shapes, kinds, adapter = map_shapes(denoiser, given), layer_kinds(denoiser), adapter_of(denoiser)
+    needed = [ops.workspace_bytes(name, s.map, device, denoiser.dtype, s.head_dim) for s in shapes.values()]
+    work = torch.empty(max(needed), dtype=torch.uint8, device=device) if any(needed) else None
     placed = []
     for layer, module in attention_layers(denoiser).items():
         if kinds[layer] != "cross":
             processor = ReuseAttnProcessor(module.processor, form_of(adapter, module))
             processor.slot = AttentionMap.empty(format_named(name), shapes[layer][0], device)
             processor.outline = outline(processor.slot.shape, device)
+            processor.workspace = work
             module.set_processor(processor)
             placed.append(processor)
     return placed
@@ -202,15 +170,14 @@ def graphed(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 def measure_steps(
     model: str,
-    make: Callable[[torch.device, torch.dtype], tuple[Any, dict[str, Any]]],
+    made: tuple[Any, dict[str, Any]],
     name: str,
     device: torch.device,
-    dtype: torch.dtype,
     mode: str,
     repeats: int = 10,
 ) -> list[StepRow]:
-    """Stock, capture and reuse steps of the denoiser that `make` makes, in turns; maps in format `name`."""
-    denoiser, given = make(device, dtype)
+    """Stock, capture and reuse steps of a denoiser as it was `made`, in turns; maps in format `name`."""
+    denoiser, given = made
     rows = []
     with torch.no_grad():
         processors = processors_of(denoiser, given, name, device)
@@ -228,71 +195,10 @@ def measure_steps(
     return rows
 
 
-def step_plan() -> list[tuple[str, Callable[..., tuple[Any, dict[str, Any]]], torch.dtype, tuple[str, ...]]]:
-    """Models, how each is made, in the dtype that it is run in, and modes; what compiles longest comes last."""
-    plan: list[Any] = [
-        (model, functools.partial(make_unet, config), torch.float16, ("eager", "graph", "compiled"))
+def models() -> dict[str, tuple[Callable[[torch.device, torch.dtype], tuple[Any, dict[str, Any]]], torch.dtype]]:
+    """How each model is made, and the dtype in which it is run; the most telling first."""
+    made: dict[str, Any] = {
+        model: (functools.partial(make_denoiser, "UNet2DConditionModel", config["sample_size"], config), torch.float16)
         for model, config in UNETS.items()
-    ]
-    plan += [
-        (model, functools.partial(make_denoiser, *of), torch.bfloat16, ("eager", "graph"))
-        for model, of in TRANSFORMERS.items()
-    ]
-    return plan
-
-
-def plot(rows: list[bench.Row], device: str, path: Path) -> None:
-    """Memory against latency of reuse, in units of the fastest exact attention, one panel per shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = list(dict.fromkeys(row.shape for row in rows if row.n == row.m))
-    figure, axes = plt.subplots(1, len(names), figsize=(3.1 * len(names), 3.4), sharey=True, squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        done = [r for r in rows if r.shape == name and r.op != "exact" and r.of_exact is not None]
-        for op, backend in sorted({(r.op, r.backend) for r in done}):
-            shown = [r for r in done if (r.op, r.backend) == (op, backend)]
-            marker = "^" if op == "capture" else "o"
-            axis.plot(
-                [r.map_bytes / 2**20 for r in shown], [r.of_exact for r in shown], marker, label=f"{op} {backend}"
-            )
-            for r in shown:
-                axis.annotate(r.kind, (r.map_bytes / 2**20, r.of_exact), (4, 4), textcoords="offset points", fontsize=8)
-        axis.axhline(1.0, color="gray", linewidth=1, linestyle="--")
-        axis.set(title=name, xlabel="map, MiB", xscale="log")
-        axis.title.set_fontsize(9)
-    axes[0][0].set_ylabel("time over the fastest exact attention")
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle(device, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["tests", "kernels", "steps"], help="one part (default: all)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: nothing to measure (python -m benchmarks.compile checks the kernels without)")
-    device = torch.device("cuda")
-    about = provenance(device)
-    if args.only in (None, "tests"):
-        run_tests()
-    if args.only in (None, "kernels"):
-        rows, limits = measure_kernels(device)
-        append(args.out / "gpu_kernels.csv", [row | about for row in bench.to_dicts(rows, limits)])
-        plot(rows, str(about["device"]), args.out / "memory-latency.png")
-    if args.only in (None, "steps"):
-        for model, make, dtype, modes in step_plan():
-            for mode in modes:
-                steps = measure_steps(model, make, "u8", device, dtype, mode)
-                append(args.out / "gpu_steps.csv", [vars(row) | about for row in steps])
-
-
-if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message=".*TensorFloat32.*")
-    main()
+    }
+    return made | {model: (functools.partial(make_denoiser, *of), torch.bfloat16) for model, of in TRANSFORMERS.items()}

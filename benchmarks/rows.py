@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import os
 import subprocess
 from pathlib import Path
 
@@ -14,11 +15,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def provenance(device: torch.device = torch.device("cpu")) -> dict[str, object]:  # noqa: B008 (immutable)
-    """Date, commit (with "-dirty" where the tree differs), device and versions."""
+    """Date, commit (with "-dirty" where the tree differs; of no clone ``ATTNREUSE_COMMIT``), device and versions."""
     made = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
-    about = {"date": datetime.date.today().isoformat(), "commit": made.stdout.strip() or "unknown"}
+    commit = os.environ.get("ATTNREUSE_COMMIT") or made.stdout.strip() or "unknown"
+    about = {"date": datetime.date.today().isoformat(), "commit": commit}
     found = environment(device)
     versions = {name: found.pop(name, "") for name in PACKAGES}  # the same columns everywhere
     return about | found | versions

@@ -95,34 +95,12 @@ void reuse(const std::string& path, const Sizes& shape, const std::string& forma
 }
 
 #ifdef ATTNREUSE_CUDA_ARCHS
-attnreuse::Codes cuda_codes(const std::string& format) {
-  if (format == "fp16") return attnreuse::Codes::fp16;
-  if (format == "u8") return attnreuse::Codes::u8;
-  if (format == "u7") return attnreuse::Codes::u7;
-  if (format == "u4") return attnreuse::Codes::u4;
-  throw std::invalid_argument("no CUDA kernel for " + format + " maps");
-}
-
-void* stream_at(int64_t address) { return pointer<void>(address); }
-
 template <auto LAUNCH>
-void cuda_reuse(const Sizes& s, int bits, const Slot& map, const Strided& value, const Output& out, int64_t stream) {
+void cuda_reuse(const Sizes& s, int bits, const Slot& map, const Strided& value, const Output& out, int device,
+                int64_t stream) {
   LAUNCH({pointer<uint8_t>(map[0]), pointer<float>(map[1]), pointer<float>(map[2]), pointer<void>(value[0]),
           pointer<void>(out[0]), value[1], value[2], value[3], out[1], out[2], out[3], s[1], s[2], s[3]},
-         s[0], static_cast<int>(s[5]), bits, stream_at(stream));
-}
-
-void cuda_convert(int64_t from, int64_t to, int64_t blocks, const std::string& format, int64_t stream) {
-  attnreuse::launch_convert(pointer<uint16_t>(from), pointer<uint16_t>(to), blocks, cuda_codes(format),
-                            stream_at(stream));
-}
-
-void cuda_drift(const Slot& first, const Slot& second, int64_t variation, int64_t distance, int64_t rows, int64_t m,
-                int64_t blocks, const std::string& format, int64_t stream) {
-  attnreuse::launch_drift({pointer<uint16_t>(first[0]), pointer<uint16_t>(second[0]), pointer<float>(first[1]),
-                           pointer<float>(second[1]), pointer<float>(first[2]), pointer<float>(second[2]),
-                           pointer<float>(variation), pointer<float>(distance), m, blocks, rows},
-                          cuda_codes(format), stream_at(stream));
+         s[0], static_cast<int>(s[5]), bits, device, pointer<void>(stream));
 }
 #endif
 
@@ -156,15 +134,13 @@ PYBIND11_MODULE(_native, m) {
     return kernels.multiply_add(steps, threads);
   }, "FLOP done by independent chains of FMAs, to be timed.");
 #ifdef ATTNREUSE_CUDA_ARCHS
-  m.def("cuda_reuse_unserved", &attnreuse::reuse_unserved, "Why the current device cannot reuse such maps, or ''.");
+  m.def("cuda_reuse_unserved", &attnreuse::reuse_unserved, "Why a device cannot reuse such maps, or ''.");
   m.def("cuda_reuse", &cuda_reuse<attnreuse::launch_reuse>,
         "attnreuse.reference.reuse of u8 or u4 maps on fp16 tensors, on a stream.");
 #ifdef ATTNREUSE_HOPPER
   m.def("hopper_reuse_unserved", &attnreuse::hopper_reuse_unserved, "Why the kernel for Hopper cannot, or ''.");
   m.def("hopper_reuse", &cuda_reuse<attnreuse::launch_hopper_reuse>, "The same by the kernel for Hopper.");
 #endif
-  m.def("cuda_convert", &cuda_convert, "attnreuse.reference.convert of fp16 codes, on a stream.");
-  m.def("cuda_drift", &cuda_drift, "attnreuse.reference.drift, on a stream.");
 #endif
   m.def("cuda_devices", &cuda_devices, "Names and compute capabilities of the CUDA devices this build can use.");
 }

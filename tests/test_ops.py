@@ -1,6 +1,7 @@
 """capture and reuse against an fp64 oracle: every format, odd shapes, strides, masks, peaky and flat rows."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -214,6 +215,21 @@ def test_a_wanted_gradient_is_refused_not_lost():
         ops.reuse(attn_map, weights)
     with torch.no_grad():
         assert torch.equal(ops.reuse(attn_map, weights), ops.reuse(attn_map, v))
+
+
+def test_the_storage_of_a_map_starts_where_kernels_can_load_it():
+    q, k, v = tensors((1, 2, 33, 77, 40))
+    map_format, shape = FORMATS["u8"], (1, 2, 33, 77)
+    buffer = torch.empty(map_format.nbytes(shape) + 32, dtype=torch.uint8)
+    start = -buffer.data_ptr() % 16
+    for off in (0, 4, 8):
+        attn_map = AttentionMap.view(map_format, shape, buffer[start + off :][: map_format.nbytes(shape)])
+        calls = (partial(ops.capture, q, k, v, into=attn_map), partial(ops.reuse, attn_map, v))
+        for call in calls if off else ():
+            with pytest.raises(ValueError, match=f"start at a multiple of 16 bytes, got an address {off} bytes past"):
+                call()
+        if not off:
+            assert torch.equal(calls[0]()[0], ops.capture(q, k, v)[0])
 
 
 def test_ops_compile_without_graph_breaks():

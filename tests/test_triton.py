@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 import torch
 from fp64 import error, oracle
+from tiny_random import random_pipeline, sample
 
+import attnreuse
 from attnreuse import AttentionMap, ops
 from attnreuse.kernels import backend, tiles
 from attnreuse.maps.formats import FORMATS
 
 pytest.importorskip("triton", reason="triton is not installed")
+from attnreuse.kernels import capture as capture_kernel
+from attnreuse.kernels import reuse as reuse_kernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SCALED = ["fp16", "bf16", "u8", "u4"]
+SCALED = ["fp16", "bf16", "u8", "u7", "u4"]
 HEAD_DIMS = [40, 64, 72, 80, 96, 128, 160]
 CASES = [(1, 1, 1), (63, 77, 4), (111, 300, 1), (128, 256, 4)]  # M, N, factor of q: flat and peaky rows
 
@@ -100,6 +104,21 @@ def test_maps_pass_between_backends(name):
         assert error(out, expected) <= allowed + FORMATS[name].error
 
 
+@pytest.mark.parametrize("op", ["capture", "reuse"])
+def test_any_number_of_heads_can_be_launched(op):
+    """CUDA's grids end at 65,535 but along their first axis."""
+    b, h, m, d = 700, 100, 130, 40
+    with torch.device("meta"):
+        q, out = torch.empty(b, h, m, d, dtype=torch.float16), torch.empty(b, h, m, d, dtype=torch.float16)
+        attn_map = AttentionMap.empty(FORMATS["u8"], (b, h, m, m), torch.device("meta"))
+    if op == "capture":
+        launch = capture_kernel.launch(q, q, q, None, d**-0.5, attn_map, out, 90)
+    else:
+        launch = reuse_kernel.launch(attn_map, q, out, 90)
+    assert launch.grid[0] == b * h * 2
+    assert all(size < 1 << 16 for size in launch.grid[1:])
+
+
 def layouts(x):
     """The same values BHND and contiguous, as a slice of a fused projection, and with strided columns."""
     fused = torch.cat([x.transpose(1, 2).flatten(2)] * 3, dim=-1)  # [B, N, 3 H D]
@@ -178,7 +197,70 @@ def test_rows_behind_2_31_elements_are_addressed(tmp_path):
     assert torch.equal(ops.reuse(attn_map, far, backend="triton"), ops.reuse(attn_map, k, backend="triton"))
 
 
-@pytest.mark.parametrize("name", ["u8", "u4"])
+def rounded(v):
+    """Values as the direct product has them: a scale per head and column, 127 levels either way."""
+    limit = v.double().abs().amax(2, keepdim=True)
+    return (v.double() * 127 / limit + 0.5).floor() * limit / 127
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_the_direct_product_is_that_of_integers(d, dtype):
+    """More keys than the pass before it takes at once; bits do not depend on whose memory it works in."""
+    q, k, v = tensors(1, 2, 65, 700, d, dtype)
+    attn_map = ops.capture(q, k, v, map_format="u7", backend="triton")[1]
+    out = ops.reuse(attn_map, v, backend="triton")
+    off = error(out, attn_map.dense().double() @ rounded(v))
+    assert off < (2e-3 if dtype == torch.float16 else 8e-3)  # values between two levels may round either way
+    nbytes = ops.workspace_bytes("u7", attn_map.shape, DEVICE, dtype, d)
+    workspace = torch.full((nbytes + 16,), 255, dtype=torch.uint8, device=DEVICE)
+    stored = (attn_map.storage, 65, v, "u7", None, "triton")
+    assert torch.equal(ops.reuse_into(*stored, workspace=workspace[:nbytes]), out)
+    assert (workspace[nbytes:] == 255).all()
+    assert ops.workspace_bytes("u8", attn_map.shape, DEVICE, dtype, d) == 0
+
+
+def test_a_run_works_in_memory_that_its_ring_owns():
+    """No allocation for the values as integers: what is planned for them is in the buffer."""
+    pipe = random_pipeline()
+    pipe.to(DEVICE, torch.float16)
+    with attnreuse.enable(pipe, attnreuse.hurry(4, 2), map_format="u7", strict=True) as session:
+        first, second = sample(pipe, 4), sample(pipe, 4)
+    report = session.report()
+    assert torch.equal(first, second)
+    assert report.allocated_bytes == report.predicted_bytes
+    with attnreuse.enable(pipe, attnreuse.hurry(4, 2), map_format="u8") as session:
+        sample(pipe, 4)
+    work = report.allocated_bytes - session.report().allocated_bytes  # the maps are as large
+    shapes = [(layer.shape, layer.head_dim) for layer in report.layers if layer.map_bytes]
+    assert work == max(ops.workspace_bytes("u7", shape, DEVICE, torch.float16, d) for shape, d in shapes) > 0
+
+
+def test_columns_that_are_not_numbers_stay_so_in_the_direct_product():
+    q, k, v = tensors(1, 2, 65, 200, 40)
+    v[..., 2] = 0
+    attn_map = ops.capture(q, k, v, map_format="u7", backend="triton")[1]
+    expected = ops.reuse(attn_map, v, backend="triton")
+    assert (expected[..., 2] == 0).all()
+    v[:, :, 7, 5], v[:, :, 150, 39] = math.nan, math.inf
+    out = ops.reuse(attn_map, v, backend="triton")
+    assert not out[..., [5, 39]].isfinite().any()
+    others = [d for d in range(40) if d not in (5, 39)]
+    assert torch.equal(out[..., others], expected[..., others])
+
+
+@pytest.mark.parametrize("name", ["u8", "u7"])
+def test_scores_of_any_size_give_codes_within_the_levels(name):
+    """Products are rounded once, the maximum twice: a code above the levels would be that of another probability."""
+    q, k, v = tensors(1, 1, 128, 256, 64, peak=300.0)
+    q, k = q * 10, k * 10
+    _, expected = oracle(q, k, v)
+    attn_map = ops.capture(q, k, v, map_format=name, backend="triton")[1]
+    assert attn_map.codes.max() <= attn_map.format.levels
+    assert error(ops.reuse(attn_map, v, backend="triton"), expected) < FORMATS[name].error + 2e-3
+
+
+@pytest.mark.parametrize("name", ["u8", "u7", "u4"])
 def test_ops_pass_opcheck(name):
     q, k, v = tensors(1, 2, 5, 7, 16)
     storage = ops.capture(q, k, v, map_format=name, backend="triton")[1].storage
@@ -299,14 +381,22 @@ def run_assembly(text, *inputs):
     return registers["$0"]
 
 
-@pytest.mark.parametrize(("assembly", "levels", "fields"), [("_PACK_U8", 255, 2), ("_PACK_U4", 15, 4)])
+@pytest.mark.parametrize(
+    ("assembly", "levels", "fields"),
+    [(tiles._pack_bytes_asm(255), 255, 2), (tiles._pack_bytes_asm(127), 127, 2), (tiles._PACK_U4.value, 15, 4)],
+    ids=["u8", "u7", "u4"],
+)
 def test_packing_assembly_writes_rounded_codes_side_by_side(assembly, levels, fields):
-    """What the interpreter cannot run: two words, of so many key ranges, from square roots in [0, 1]."""
+    """What the interpreter cannot run: two words, of so many key ranges, from numbers in [0, 1]."""
     roots = np.random.default_rng(0).permutation(np.tile(np.arange(0x3C01, dtype=np.uint16).view(np.float16), 8))
-    roots = roots[: roots.size // (2 * fields) * 2 * fields].astype(np.float32).reshape(-1, fields, 2)
-    inputs = [np.ascontiguousarray(roots[:, i, j]).view(np.uint32) for i in range(fields) for j in range(2)]
-    words = run_assembly(getattr(tiles, assembly).value, *inputs).view(np.uint16).reshape(-1, 2)
-    codes = np.floor(roots * levels + 0.5).astype(np.uint16)  # as the twin that is interpreted
+    roots = roots[: roots.size // (2 * fields) * 2 * fields].reshape(-1, fields, 2)
+    if fields == 2:  # two fp16 numbers to a register
+        inputs = [np.ascontiguousarray(roots[:, i]).view(np.uint32).reshape(-1) for i in range(fields)]
+    else:
+        wide = roots.astype(np.float32)
+        inputs = [np.ascontiguousarray(wide[:, i, j]).view(np.uint32) for i in range(fields) for j in range(2)]
+    words = run_assembly(assembly, *inputs).view(np.uint16).reshape(-1, 2)
+    codes = np.floor(roots.astype(np.float32) * levels + 0.5).astype(np.uint16)  # as the twin that is interpreted
     expected = sum(codes[:, i] << np.uint16(16 // fields * i) for i in range(fields))
     np.testing.assert_array_equal(words, expected)
 

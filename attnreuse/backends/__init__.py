@@ -28,5 +28,8 @@ class Backend(Protocol):
     ) -> None:
         """Write the map into `into` and the output ``[B, H, M, Dv]`` to `out`; some only reuse."""
 
-    def reuse(self, attn_map: AttentionMap, value: Tensor, out: Tensor) -> None:
-        """Write the map's product with `value` ``[B, H, N, Dv]`` to `out`."""
+    def reuse(self, attn_map: AttentionMap, value: Tensor, out: Tensor, workspace: Tensor | None) -> None:
+        """Write the map's product with `value` ``[B, H, N, Dv]`` to `out`; `workspace`: :meth:`workspace_bytes`."""
+
+    def workspace_bytes(self, map_format: MapFormat, shape: tuple[int, int, int, int], head_dim: int) -> int:
+        """Bytes, uint8, that a reuse of a map of this shape writes to and nobody reads afterwards; 0: none."""

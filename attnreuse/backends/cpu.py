@@ -60,7 +60,12 @@ def capture(
         out.copy_(target)
 
 
-def reuse(attn_map: AttentionMap, value: Tensor, out: Tensor) -> None:
+def workspace_bytes(map_format: MapFormat, shape: tuple[int, int, int, int], head_dim: int) -> int:
+    """None for its reuses."""
+    return 0
+
+
+def reuse(attn_map: AttentionMap, value: Tensor, out: Tensor, workspace: Tensor | None = None) -> None:
     """:func:`attnreuse.ops.reuse`, its arguments checked; shapes as in :mod:`attnreuse.reference`."""
     value = value.float()
     sizes = (*attn_map.shape, value.shape[-1], value.shape[-1])

@@ -27,7 +27,12 @@ def capture(
         reference.capture(query[part], keys, values, own_mask, scale, into.part(*part), out[part])
 
 
-def reuse(attn_map: AttentionMap, value: Tensor, out: Tensor) -> None:
+def workspace_bytes(map_format: MapFormat, shape: tuple[int, int, int, int], head_dim: int) -> int:
+    """None for its reuses."""
+    return 0
+
+
+def reuse(attn_map: AttentionMap, value: Tensor, out: Tensor, workspace: Tensor | None = None) -> None:
     """:func:`attnreuse.ops.reuse`, its arguments checked; shapes as in :mod:`attnreuse.reference`."""
     for part in _pieces(attn_map.shape):
         reference.reuse(attn_map.part(*part), value[part[:2]], out[part])

@@ -179,6 +179,7 @@ class Layers:
         keep = keep and unfit is None
         if action in (Action.CAPTURE, Action.REUSE):
             processor.slot, processor.outline = ring.places[name], ring.outlines[name]
+            processor.workspace = ring.workspace
         if keep or action is Action.HOLD:
             processor.output, processor.kept = ring.outputs[name], False
             processor.context = ANY_CONTEXT if self.kinds[name] == "joint" else context
@@ -216,7 +217,7 @@ class Layers:
             if attributes.get("processor") is processor:
                 attributes["processor"] = processor.original
         for _, processor, *_ in self._armed:
-            processor.slot = processor.outline = processor.output = processor.context = None
+            processor.slot = processor.outline = processor.workspace = processor.output = processor.context = None
 
     def note(self, run: Run, branch: Branch | None) -> None:
         """After a call: keep what the layers did, and which maps they wrote.

@@ -63,7 +63,8 @@ class Memory:
             if reason:
                 raise UnsupportedLayerError(f"layer {name} would run through plain torch: {reason}")
         try:
-            requests = map_requests(run.schedule, names, shapes, _compute_dtype(sample))
+            called = (self.map_format, _compute_dtype(sample), sample.device)
+            requests = map_requests(run.schedule, names, shapes, *called)
             plan = plan_ring(requests, self.map_format, self.budget)
         except MemoryBudgetError as error:
             self.notices.only_compute(run, dict.fromkeys(names, str(error)))

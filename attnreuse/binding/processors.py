@@ -82,6 +82,7 @@ class ReuseAttnProcessor:
             the compiler guards a string on every layer, but one and the same enum member on the first alone).
         slot: the map of the next call, ``(B, H, M, N)``, when it captures or reuses.
         outline: a tensor of the slot's shape; code compiled for any size takes its sizes as symbols.
+        workspace: what a reuse works in; None where it needs none, or allocates it.
         output: what the next call gives when it holds, else where its output is kept; or None.
         context: what the next call attends over where that is the denoiser's, else None; checked for `output`, unless
             it is ANY_CONTEXT.
@@ -98,6 +99,7 @@ class ReuseAttnProcessor:
         self.why: str | None = None
         self.slot: AttentionMap | None = None
         self.outline: Tensor | None = None
+        self.workspace: Tensor | None = None
         self.output: OutputSlot | None = None
         self.context: Tensor | None = None
         self.kept = False
@@ -145,7 +147,8 @@ class ReuseAttnProcessor:
             output = self._capture(attn, inputs, value)
         else:
             _, _, m, _ = self.outline.shape
-            output = ops.reuse_into(self.slot.storage, m, value, self.slot.format.name)  # [B, H, M, D]
+            stored = (self.slot.storage, m, value, self.slot.format.name)
+            output = ops.reuse_into(*stored, workspace=self.workspace)  # [B, H, M, D]
         return self.form.finish(attn, inputs, output)
 
     def _misfit(self, attn: Any, hidden_states: Tensor, context: Tensor | None) -> str | None:

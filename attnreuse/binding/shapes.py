@@ -17,11 +17,13 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from attnreuse import ops
 from attnreuse.adapters import adapter_of, parameters
 from attnreuse.binding.denoiser import form_of
 from attnreuse.binding.processors import ShapeRecorder, attention_layers
 from attnreuse.binding.schedule import Schedule, kept_outputs
 from attnreuse.errors import UnsupportedLayerError
+from attnreuse.maps.formats import MapFormat
 from attnreuse.maps.ring import MapRequest
 from attnreuse.policy import Action
 
@@ -124,11 +126,18 @@ def _twin_of_modules(denoiser: Any) -> Any:
     return twin.float().eval()
 
 
-def map_requests(schedule: Schedule, layers: list[str], shapes: Shapes, dtype: torch.dtype) -> list[MapRequest]:
+def map_requests(
+    schedule: Schedule,
+    layers: list[str],
+    shapes: Shapes,
+    map_format: MapFormat,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[MapRequest]:
     """What the ring must hold for `schedule`: one request per layer that ever reuses or holds.
 
     Args:
-        dtype: of the layers' outputs.
+        dtype, device: of the layers' outputs, in a run.
     """
     requests = []
     for name in layers:
@@ -142,7 +151,8 @@ def map_requests(schedule: Schedule, layers: list[str], shapes: Shapes, dtype: t
             reuses = actions.count(Action.REUSE) + actions.count(Action.HOLD)
             output = (b, m, channels) if held else None
             shape = shapes[name].map if mapped else None
-            requests.append(MapRequest(name, shape, min(used), max(used), reuses, output, dtype))
+            work = shape and ops.workspace_bytes(map_format, shape, device, dtype, shapes[name].head_dim)
+            requests.append(MapRequest(name, shape, min(used), max(used), reuses, output, dtype, work or 0))
     return requests
 
 

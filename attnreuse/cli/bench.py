@@ -12,9 +12,10 @@ import typer
 from rich import box
 from rich.table import Table
 
-from attnreuse.cli.console import clear_errors, faint, out
+from attnreuse.cli.console import clear_errors, faint, out, progress
 from attnreuse.cli.inputs import default_dtype
 from attnreuse.cli.options import AsJson, Formats
+from attnreuse.progress import Progress
 
 EXAMPLES = (
     "    attnreuse bench\n\n    attnreuse bench --shape 2,10,4096,64 --format u8 --format u4\n\n"
@@ -45,21 +46,26 @@ def command(
     with clear_errors():
         from attnreuse.measure.environment import default_device, environment
         from attnreuse.study import bench as measuring
+        from attnreuse.study import tuning
 
         device = default_device()
         dtype = default_dtype(device)
         formats = [f.value for f in map_format or []] or ["fp16", "u8", "u4"]
         default = measuring.SHAPES if device.type == "cuda" else measuring.CPU_SHAPES
         shapes = {text: _shape(text) for text in shape} if shape else default
-        if tune:
-            rows = list(measuring.tune(device, list(shapes.values()), formats, repeats))
-            data: dict[str, Any] = {"configurations": [t.to_dict() for t in rows], "environment": environment(device)}
-        else:
-            limits = measuring.ceilings(device, dtype)
-            rows = []
-            for name, sizes in shapes.items():
-                rows += measuring.measure(name, sizes, formats, dtype, device, limits, repeats)
-            data = {"rows": measuring.to_dicts(rows, limits), "environment": environment(device)}
+        with progress("shapes") as tell:
+            if tune:
+                rows = [row for _, sizes in _told(shapes, tell) for row in tuning.tune(device, sizes, formats, repeats)]
+                measured = {"configurations": [row.to_dict() for row in rows]}
+            else:
+                limits = measuring.ceilings(device, dtype)
+                rows = [
+                    row
+                    for name, sizes in _told(shapes, tell)
+                    for row in measuring.measure(name, sizes, formats, dtype, device, limits, repeats)
+                ]
+                measured = {"rows": measuring.to_dicts(rows, limits)}
+        data = measured | {"environment": environment(device)}
     if as_json:
         print(json.dumps(data, indent=2))
         return
@@ -68,6 +74,12 @@ def command(
     if not tune:
         out.print(LEGEND)
     faint(f"{data['environment']['device']}, {dtype}, medians of {repeats}")
+
+
+def _told(shapes: dict[str, Any], tell: Progress) -> Iterator[tuple[str, Any]]:
+    for done, (name, sizes) in enumerate(shapes.items()):
+        tell(done, len(shapes), name)
+        yield name, sizes
 
 
 def _shape(text: str) -> tuple[int, ...]:

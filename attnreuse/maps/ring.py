@@ -8,6 +8,7 @@ allocated.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ class MapRequest:
         shape: of its map ``(B, H, M, N)``; None where it never reuses.
         reuses: steps that reuse or hold.
         output: shape of its output ``(B, M, C)`` in `dtype`; None where it never holds.
+        workspace: bytes that its reuses work in (:func:`attnreuse.ops.workspace_bytes`), one layer after the other.
     """
 
     name: str
@@ -34,6 +36,7 @@ class MapRequest:
     reuses: int
     output: tuple[int, int, int] | None = None
     dtype: torch.dtype = torch.float32
+    workspace: int = 0
 
     def map_bytes(self, map_format: MapFormat) -> int:
         return 0 if self.shape is None else map_format.nbytes(self.shape)
@@ -55,6 +58,7 @@ class RingPlan:
         map_format: of every map.
         requests: what is stored, by layer name.
         offsets: first byte of each layer's slot, by layer name.
+        slots: bytes of all slots; behind them lies the workspace that all reuses share.
         nbytes: size of the buffer; what :class:`MapRing` allocates, exactly.
         dropped: layers that the memory budget left out, with the bytes each would have taken.
     """
@@ -62,6 +66,7 @@ class RingPlan:
     map_format: MapFormat
     requests: dict[str, MapRequest]
     offsets: dict[str, int]
+    slots: int
     nbytes: int
     dropped: dict[str, int]
 
@@ -81,7 +86,8 @@ def plan_ring(requests: list[MapRequest], map_format: MapFormat, memory_budget: 
     kept: list[MapRequest] = []
     dropped: dict[str, int] = {}
     for request in sorted(requests, key=lambda r: (-r.reuses, r.nbytes(map_format), r.name)):
-        if memory_budget is None or _place([*kept, request], map_format)[1] <= memory_budget:
+        more = [*kept, request]
+        if memory_budget is None or _place(more, map_format)[1] + _workspace(more) <= memory_budget:
             kept.append(request)
         else:
             dropped[request.name] = request.nbytes(map_format)
@@ -90,8 +96,13 @@ def plan_ring(requests: list[MapRequest], map_format: MapFormat, memory_budget: 
             f"memory_budget of {memory_budget} bytes holds no map at all: the smallest takes "
             f"{min(dropped.values())} bytes; raise the budget or choose a smaller map_format than {map_format.name}"
         )
-    offsets, nbytes = _place(kept, map_format)
-    return RingPlan(map_format, {r.name: r for r in kept}, offsets, nbytes, dropped)
+    offsets, slots = _place(kept, map_format)
+    return RingPlan(map_format, {r.name: r for r in kept}, offsets, slots, slots + _workspace(kept), dropped)
+
+
+def _workspace(requests: list[MapRequest]) -> int:
+    """Bytes that the reuses of all layers need to work in, one at a time."""
+    return max((request.workspace for request in requests), default=0)
 
 
 def _place(requests: list[MapRequest], map_format: MapFormat) -> tuple[dict[str, int], int]:
@@ -141,6 +152,7 @@ class MapRing:
     Attributes:
         plan: where each slot lies.
         buffer: uint8 ``[plan.nbytes]`` on `device`.
+        workspace: what reuses work in, the end of the buffer; None where they need none.
         places: by layer, where its map lies, held or not.
         outlines: by layer, a tensor of its map's shape.
         outputs: by layer, where its output lies, held or not.
@@ -152,6 +164,7 @@ class MapRing:
         self.plan = plan
         # Written to, so that the pages exist before the first step (torch.zeros would map them lazily).
         self.buffer = torch.empty(plan.nbytes, dtype=torch.uint8, device=device).zero_()
+        self.workspace = _staying(self.buffer[plan.slots :]) if plan.nbytes > plan.slots else None
         requests = plan.requests.items()
         self.places = {name: self._map(name, r.shape) for name, r in requests if r.shape is not None}
         self.outlines = {name: outline(place.shape, device) for name, place in self.places.items()}
@@ -166,12 +179,13 @@ class MapRing:
 
     def _map(self, name: str, shape: tuple[int, int, int, int]) -> AttentionMap:
         start = self.plan.offsets[name]
-        return AttentionMap.view(self.plan.map_format, shape, self.buffer[start:][: self.plan.map_format.nbytes(shape)])
+        storage = _staying(self.buffer[start:][: self.plan.map_format.nbytes(shape)])
+        return AttentionMap.view(self.plan.map_format, shape, storage)
 
     def _output(self, name: str, shape: tuple[int, int, int]) -> OutputSlot:
         request = self.plan.requests[name]
         start = self.plan.offsets[name] + request.map_bytes(self.plan.map_format)
-        storage = self.buffer[start:][: math.prod(shape) * request.dtype.itemsize]
+        storage = _staying(self.buffer[start:][: math.prod(shape) * request.dtype.itemsize])
         return OutputSlot(storage, outline(shape, self.buffer.device), request.dtype)
 
     @property
@@ -233,6 +247,17 @@ class MapRing:
 def _of_each(rows: list[int], count: int) -> list[int]:
     """Numbers of the pictures of these rows, `count` for each."""
     return [row * count + i for row in rows for i in range(count)]
+
+
+def _staying(storage: Tensor) -> Tensor:
+    """`storage`, of which a compiler that is there is told that it stays where it is.
+
+    CUDA graphs else copy each map to an input of their own, in every call, and leave out what writes to one.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.mark_static_address(storage)
+    return storage
 
 
 def outline(shape: tuple[int, ...], device: torch.device) -> Tensor:

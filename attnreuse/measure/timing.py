@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 PACED = 3  # calls between two of the reference
 _kept: list[bool] = []  # what `keep_freed_memory` said
-FLUSH_BYTES = 512 << 20  # more than any GPU's L2; writing them takes longer than the host takes to launch a call
+IN_GRAPH = 20  # calls of a graph whose time is told for one
+FLUSH_BYTES = 512 << 20  # more than any GPU's L2; reading them takes longer than the host takes to launch a call
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,9 @@ def keeps_freed_memory() -> bool:
 def interleaved(calls: list[Callable[[], Any]], device: torch.device, repeats: int) -> list[Times]:
     """Time `calls` in turns, `repeats` rounds after a warm-up.
 
-    On CUDA by events, each call after the L2 cache is overwritten (so that it finds no input there, and its
-    launch is hidden), and the host waits only at the end; elsewhere by the clock.
+    On CUDA by events, each call after a large buffer was read: so that the L2 cache holds none of its inputs, nor lines
+    that must be written back before others fit, and its launch is hidden. The host waits only at the end. Elsewhere by
+    the clock.
     """
     import torch
 
@@ -116,6 +118,29 @@ def interleaved(calls: list[Callable[[], Any]], device: torch.device, repeats: i
             call()
         rounds = _by_events(calls, device, repeats) if device.type == "cuda" else _by_clock(calls, repeats)
     return [Times.of(list(seconds)) for seconds in zip(*rounds, strict=True)]
+
+
+def sustained(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int) -> float:
+    """Seconds of one of `calls` on CUDA where they follow each other without a gap, in a graph: a median.
+
+    As a model's layers do: clocks are those of steady work, and nothing is flushed between two calls. `calls` in turn
+    ought to touch more memory than the L2 cache holds.
+    """
+    import torch
+
+    with torch.cuda.device(device):
+        for call in calls:
+            call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(IN_GRAPH):
+                calls[i % len(calls)]()
+        mark, between = stopwatch(device)
+        marks = [mark()]
+        for _ in range(repeats):
+            graph.replay()
+            marks.append(mark())
+        return statistics.median(between(*pair) for pair in itertools.pairwise(marks)) / IN_GRAPH
 
 
 def stopwatch(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
@@ -152,12 +177,12 @@ def _by_events(calls: list[Callable[[], Any]], device: torch.device, repeats: in
     import torch
 
     with torch.cuda.device(device):
-        flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+        others = torch.zeros(FLUSH_BYTES // 4, device=device)
         events = []
         for _ in range(repeats):
             for call in calls:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                flush.zero_()
+                others.sum()
                 start.record()
                 call()
                 end.record()

@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnreuse import native, ops
-from attnreuse.maps.formats import FORMATS, AttentionMap, MapFormat, format_named
-from attnreuse.measure.timing import Times, interleaved
+from attnreuse.maps.formats import FORMATS, AttentionMap, format_named
+from attnreuse.measure.timing import IN_GRAPH, Times, interleaved, sustained
 from attnreuse.results import Result
 
 Shape = tuple[int, int, int, int, int]  # B, H, M, N, D
@@ -37,21 +36,32 @@ CPU_SHAPES: dict[str, Shape] = {  # tiny-shapes' layers: four pictures with guid
     "tiny-shapes self 256": (8, 4, 256, 256, 20),
 }
 CHECKED_QUERIES = 128  # of one head, held against fp64
+L2_ELEMENTS, L2_READS = 4 << 20, 64  # fp32 elements that any L2 cache of a data centre's GPU holds, and how often read
+ROTATING_BYTES = 256 << 20  # of maps that sustained calls take in turns: more than any GPU's L2
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What this device reached in this run: bytes per second of a large copy, FLOP per second of a large product.
+class Ceilings(Result):
+    """What this device reached in this run, per second.
 
-    On a CPU with the extension the latter are those of chained FMAs, which no fp32 product can pass.
+    Attributes:
+        bytes_per_s: reads plus writes of a large copy.
+        read_bytes_per_s: reads alone.
+        l2_bytes_per_s: reads of what the L2 cache holds; None but on CUDA.
+        flop_per_s: of a large product in the tensors' dtype; on a CPU with the extension at least that of chained FMAs,
+            which no fp32 product can pass.
+        int8_op_per_s: of a large product of 8-bit integers; None but on CUDA.
     """
 
     bytes_per_s: float
+    read_bytes_per_s: float
     flop_per_s: float
+    l2_bytes_per_s: float | None = None
+    int8_op_per_s: float | None = None
 
-    def seconds(self, nbytes: int, flop: int) -> float:
-        """The least time for that much of either: the roofline."""
-        return max(nbytes / self.bytes_per_s, flop / self.flop_per_s)
+    def seconds(self, nbytes: int, flop: int, int8: bool = False) -> float:
+        """The least time for that much of either, of 8-bit integers where `int8`: the roofline."""
+        rate = self.int8_op_per_s if int8 and self.int8_op_per_s else self.flop_per_s
+        return max(nbytes / max(self.bytes_per_s, self.read_bytes_per_s), flop / rate)
 
 
 class Call(NamedTuple):
@@ -62,17 +72,18 @@ class Call(NamedTuple):
     backend: str = ""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(Result):
     """One op at one shape.
 
     Attributes:
         op: "exact", "capture" or "reuse"; kind: the SDPA backend or the map format; backend: of capture and reuse.
         error: relative Frobenius error against fp64; allowed: its budget. Past it, times are None.
+        sustained_s: of a call among others, without gaps and with warm clocks; on CUDA.
         nbytes: device memory that must be read and written, once each; flop: of the products.
         of_exact: median over that of the fastest exact kind.
         of_roofline: least time over the median.
         break_even: reuses per capture from which the pair beats exact attention; of reuse rows.
+        note: why the op failed, where it did.
     """
 
     shape: str
@@ -90,12 +101,14 @@ class Row:
     median_s: float | None = None
     p20_s: float | None = None
     p80_s: float | None = None
+    sustained_s: float | None = None
     nbytes: int = 0
     map_bytes: int = 0
     flop: int = 0
     of_exact: float | None = None
     of_roofline: float | None = None
     break_even: float | None = None
+    note: str = ""
 
     @property
     def green(self) -> bool:
@@ -104,17 +117,34 @@ class Row:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> Ceilings:
-    """Copy bandwidth (reads plus writes) and matmul rate of `device`."""
+    """Bandwidths and rates of products of `device`."""
     cuda = device.type == "cuda"
-    source = torch.ones((1 << 30) if cuda else (1 << 26), dtype=torch.uint8, device=device)
+    side, many = (8192, 1 << 28) if cuda else (1024, 1 << 24)
+    source = torch.ones(many, device=device)
     target = torch.empty_like(source)
-    a, b = (torch.randn(8192 if cuda else 1024, 8192 if cuda else 1024, device=device).to(dtype) for _ in range(2))
-    copy, product = interleaved([lambda: target.copy_(source), lambda: a @ b], device, repeats)
-    flop_per_s = 2 * a.shape[0] ** 3 / product.median
-    if not cuda and native.PATHS:
-        flop = native.multiply_add()
-        flop_per_s = max(flop_per_s, flop / interleaved([native.multiply_add], device, repeats)[0].p20)
-    return Ceilings(2 * source.numel() / copy.median, flop_per_s)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    calls: dict[str, Callable[[], Any]] = {
+        "copy": lambda: target.copy_(source),
+        "read": lambda: source.sum(),
+        "product": lambda: a @ b,
+    }
+    if cuda:
+        again = source[:L2_ELEMENTS].expand(L2_READS, -1)
+        x, y = (torch.ones(side, side, dtype=torch.int8, device=device) for _ in range(2))
+        calls |= {"l2": lambda: again.sum(), "int8": lambda: torch._int_mm(x, y)}
+    elif native.PATHS:
+        calls["fma"] = native.multiply_add
+    found = dict(zip(calls, interleaved(list(calls.values()), device, repeats), strict=True))
+    flop_per_s, nbytes = 2 * side**3 / found["product"].median, 4 * many
+    if "fma" in found:
+        flop_per_s = max(flop_per_s, native.multiply_add() / found["fma"].p20)
+    return Ceilings(
+        bytes_per_s=2 * nbytes / found["copy"].median,
+        read_bytes_per_s=nbytes / found["read"].median,
+        flop_per_s=flop_per_s,
+        l2_bytes_per_s=4 * L2_ELEMENTS * L2_READS / found["l2"].median if cuda else None,
+        int8_op_per_s=2 * side**3 / found["int8"].median if cuda else None,
+    )
 
 
 def exact_kinds(device: torch.device, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -154,6 +184,50 @@ def _runs(call: Callable[[], Tensor]) -> bool:
     return True
 
 
+class _Ops:
+    """Exact attention, captures and reuses at one shape, as functions without arguments."""
+
+    def __init__(self, shape: Shape, formats: list[str], dtype: torch.dtype, device: torch.device):
+        self.tensors = inputs(shape, dtype, device)
+        self.exact = exact_kinds(device, *self.tensors)
+        self.maps = {name: AttentionMap.empty(format_named(name), shape[:4], device) for name in formats}
+        self.out = torch.empty_like(self.tensors[0])
+        self.wanted = [Call("exact", kind) for kind in self.exact]
+        for name in formats:
+            call = (format_named(name), device, dtype, shape[-1])
+            best = ops.backend_for(*call)
+            named = [own for own, backend in ops.NAMED.items() if not backend.unserved(*call)]
+            self.wanted += [Call("capture", name, best), *(Call("reuse", name, own) for own in (best, *named))]
+
+    def bound(self, which: Call, slot: AttentionMap | None = None) -> Callable[[], Any]:
+        """The op on `slot`, or on the map of its format."""
+        query, key, value = self.tensors
+        if which.op == "exact":
+            return self.exact[which.kind]
+        slot = slot or self.maps[which.kind]
+        if which.op == "capture":
+            return lambda: ops.capture(query, key, value, into=slot)[0]
+        return lambda: ops.reuse(slot, value, out=self.out, backend=which.backend)
+
+    def errors(self) -> tuple[dict[Call, float], dict[Call, str]]:
+        """Of each op against fp64; infinite, with a note, where it fails."""
+        errors, notes = {}, {}
+        for which in self.wanted:
+            try:
+                errors[which] = check(self.bound(which)(), *self.tensors)
+            except Exception as error:  # kernels raise their own kinds; one that fails marks its own rows
+                errors[which], notes[which] = math.inf, str(error).splitlines()[0]
+        return errors, notes
+
+    def sustained(self, which: Call, device: torch.device, repeats: int) -> float | None:
+        """Seconds in a graph, on maps in turn; None where there is none, or others' kernels may not be for graphs."""
+        if device.type != "cuda" or (which.op == "exact" and not which.kind.startswith("sdpa")):
+            return None
+        if which.op == "exact":
+            return sustained([self.bound(which)], device, repeats)
+        return sustained([self.bound(which, slot) for slot in _rotating(self.maps[which.kind])], device, repeats)
+
+
 def measure(
     name: str,
     shape: Shape,
@@ -164,41 +238,44 @@ def measure(
     repeats: int = 30,
 ) -> list[Row]:
     """Exact attention, capture and reuse at one shape, checked and timed in turns."""
+    at = _Ops(shape, formats, dtype, device)
+    errors, notes = at.errors()
+    budgets = {which: allowed(which, *at.tensors) for which in at.wanted}
+    green = [which for which in at.wanted if errors[which] <= budgets[which]]
+    times = dict(zip(green, interleaved([at.bound(which) for which in green], device, repeats), strict=True))
+    steady = {which: at.sustained(which, device, repeats) for which in green}
     b, h, m, n, d = shape
-    query, key, value = inputs(shape, dtype, device)
-    calls: dict[Call, Callable[[], Tensor]] = {
-        Call("exact", kind): call for kind, call in exact_kinds(device, query, key, value).items()
-    }
-    maps = {f: AttentionMap.empty(format_named(f), (b, h, m, n), device) for f in formats}
-    out = torch.empty_like(query)
-    for kind, slot in maps.items():
-        best = ops.backend_for(kind, device, dtype, d)
-        calls[Call("capture", kind, best)] = lambda slot=slot: ops.capture(query, key, value, into=slot)[0]
-        named = [own for own, backend in ops.NAMED.items() if not backend.unserved(slot.format, device, dtype, d)]
-        for own in (best, *named):
-            calls[Call("reuse", kind, own)] = lambda slot=slot, own=own: ops.reuse(slot, value, out=out, backend=own)
-    errors = {which: check(call(), query, key, value) for which, call in calls.items()}
-    plain = check(_plain(query, key, value), query, key, value)
-    allowed = {which: _budget(which, plain) for which in calls}
-    green = {which: call for which, call in calls.items() if errors[which] <= allowed[which]}
-    times = dict(zip(green, interleaved(list(green.values()), device, repeats), strict=True))
-    io = query.element_size() * b * h * d
     rows = []
-    for which in calls:
-        held = 0 if which.op == "exact" else maps[which.kind].nbytes
-        nbytes = held + io * (n + m if which.op == "reuse" else 2 * (n + m))
-        flop = (2 if which.op == "reuse" else 4) * b * h * m * n * d
+    for which in at.wanted:
+        held = 0 if which.op == "exact" else at.maps[which.kind].nbytes
+        nbytes, flop = work(which.op, shape, dtype.itemsize, held)
         rows.append(
             Row(
-                name, *shape, str(dtype).removeprefix("torch."), *which, errors[which], allowed[which],
-                nbytes=nbytes, map_bytes=held, flop=flop, **_speeds(which, times, limits, nbytes, flop),
+                shape=name, b=b, h=h, m=m, n=n, d=d, dtype=str(dtype).removeprefix("torch."), **which._asdict(),
+                error=errors[which], allowed=budgets[which], nbytes=nbytes, map_bytes=held, flop=flop,
+                note=notes.get(which, ""), sustained_s=steady.get(which), **_speeds(which, times, limits, nbytes, flop),
             )
         )  # fmt: skip
     return rows
 
 
-def _budget(which: Call, plain: float) -> float:
-    """Of an op's error, where plain torch in the same dtype has error `plain`."""
+def _rotating(attn_map: AttentionMap) -> list[AttentionMap]:
+    """Copies of a map that take ``ROTATING_BYTES`` together, itself the first."""
+    count = min(IN_GRAPH, math.ceil(ROTATING_BYTES / attn_map.nbytes))
+    copies = (AttentionMap.view(attn_map.format, attn_map.shape, attn_map.storage.clone()) for _ in range(count - 1))
+    return [attn_map, *copies]
+
+
+def work(op: str, shape: Shape, itemsize: int, map_bytes: int) -> tuple[int, int]:
+    """Bytes that an op must read and write, once each, and the FLOP of its products."""
+    b, h, m, n, d = shape
+    moved = itemsize * b * h * d * (n + m if op == "reuse" else 2 * (n + m))
+    return map_bytes + moved, (2 if op == "reuse" else 4) * b * h * m * n * d
+
+
+def allowed(which: Call, query: Tensor, key: Tensor, value: Tensor) -> float:
+    """Budget of an op's error: twice that of plain torch in the same dtype, and what its format documents."""
+    plain = check(_plain(query, key, value), query, key, value)
     if "Sage" in which.kind:  # 8-bit by design
         return max(2 * plain, 2e-2)
     return 2 * plain + (FORMATS[which.kind].error if which.op == "reuse" else 0.0)
@@ -214,7 +291,7 @@ def _speeds(which: Call, times: dict[Call, Times], limits: Ceilings, nbytes: int
         "median_s": own.median,
         "p20_s": own.p20,
         "p80_s": own.p80,
-        "of_roofline": limits.seconds(nbytes, flop) / own.median,
+        "of_roofline": limits.seconds(nbytes, flop, int8=which.op == "reuse" and which.kind == "u7") / own.median,
         "of_exact": own.median / exact if exact else None,
     }
     capture = next((t for w, t in times.items() if w[:2] == ("capture", which.kind)), None)
@@ -250,73 +327,6 @@ def _plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def to_dicts(rows: list[Row], limits: Ceilings) -> list[dict[str, Any]]:
     """Plain data, ready for JSON or CSV; infinite break-even as text."""
-    plain = [asdict(row) | {f"device_{key}": value for key, value in asdict(limits).items()} for row in rows]
+    device = {f"device_{key}": value for key, value in limits.to_dict().items()}
+    plain = [row.to_dict() | device for row in rows]
     return [{k: str(v) if v == math.inf else v for k, v in row.items()} for row in plain]
-
-
-class Tuned(Result):
-    """One launch configuration of one kernel: its time, or why it has none."""
-
-    op: str
-    map_format: str
-    head_dim: int
-    config: Any
-    shipped: bool
-    times: Times | None = None
-    reason: str = ""
-
-
-def tune(device: torch.device, shapes: list[Shape], formats: list[str], repeats: int = 20) -> Iterator[Tuned]:
-    """Time every sensible configuration of the Triton kernels, the shipped one among them, op by op.
-
-    Raises:
-        ValueError: the device is none that the Triton kernels run on.
-    """
-    from attnreuse.kernels import backend
-
-    reason = backend.unserved(FORMATS["u8"], device, torch.float16, 64)
-    if reason or device.type != "cuda":
-        raise ValueError(
-            f"--tune measures the Triton kernels on a CUDA device: {reason or 'the interpreter has no speed'}"
-        )
-    for shape in shapes:
-        for name in formats:
-            yield from _tune_at(shape, format_named(name), device, repeats)
-
-
-def _tune_at(shape: Shape, map_format: MapFormat, device: torch.device, repeats: int) -> Iterator[Tuned]:
-    from attnreuse.kernels import capture as capture_kernel
-    from attnreuse.kernels import configs
-    from attnreuse.kernels import reuse as reuse_kernel
-    from attnreuse.kernels.backend import arch_of
-
-    query, key, value = inputs(shape, torch.float16, device)
-    out, arch, d = torch.empty_like(query), arch_of(device), shape[-1]
-    slot = ops.capture(query, key, value, map_format=map_format, backend="triton")[1]
-    for op in ("capture", "reuse"):
-        about = {"op": op, "map_format": map_format.name, "head_dim": d}
-        shipped = configs.choose(op, map_format.name, d, arch)
-        launches, failed = {}, []
-        for config in {shipped: None} | dict.fromkeys(configs.CANDIDATES):
-            if op == "capture":
-                given = (query, key, value, None, d**-0.5, slot, out, arch)
-                launch = capture_kernel.launch(*given, config=config)
-            else:
-                launch = reuse_kernel.launch(slot, value, out, arch, config=config)
-            try:
-                launch.run()
-                written = ops.reuse(slot, value, backend="triton")
-                worst = max(check(x, query, key, value) for x in (out, written))
-                reason = "" if worst <= 2e-3 + map_format.error else f"wrong: relative error {worst:.1e}"
-            except Exception as error:  # Triton raises its own kinds: out of resources, failed passes
-                reason = str(error).splitlines()[0]
-            if reason:
-                failed.append(Tuned(**about, config=config, shipped=config == shipped, reason=reason))
-            else:
-                launches[config] = launch
-        timed = interleaved([launch.run for launch in launches.values()], device, repeats)
-        found = [
-            Tuned(**about, config=config, shipped=config == shipped, times=times)
-            for config, times in zip(launches, timed, strict=True)
-        ]
-        yield from [*sorted(found, key=lambda t: t.times.median), *failed]

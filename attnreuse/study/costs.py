@@ -164,10 +164,16 @@ def _one_batch(evaluator: Evaluator, steps: int) -> Evaluator:
     return Evaluator(evaluator.pipe, setting, memo_bytes=0)
 
 
-def attention(evaluator: Evaluator) -> dict[str, float]:
-    """Seconds of each served layer at one step of a stock run of one batch, with its projections: medians."""
-    taken = _timed(evaluator, None).taken
-    return {name: statistics.median(seconds) for (name, _), seconds in taken.items()}
+def attention(evaluator: Evaluator, steps: int) -> dict[str, float]:
+    """Share of a stock run of executed `steps` that each served layer takes at one of them, with its projections.
+
+    By medians of one run of one batch, after a warm-up: shares hold at any pace of the machine.
+    """
+    evaluator.run(lambda start: nullcontext())
+    run = _timed(evaluator, None)
+    layers = {name: statistics.median(seconds) for (name, _), seconds in run.taken.items()}
+    whole = run.outside + steps * (statistics.median(run.rest) + sum(layers.values()))
+    return {name: seconds / whole for name, seconds in layers.items()}
 
 
 def _timed(evaluator: Evaluator, policy: Policy | None) -> _Run:

@@ -234,9 +234,10 @@ class Evaluator:
 
     def map_bytes(self, policy: Policy) -> int:
         """Bytes of the buffer that `policy` needs here."""
-        served, dtype = self.served(policy), find_denoiser(self.pipe).dtype
-        requests = map_requests(self.schedule(policy), served, self.shapes(), dtype)
-        return plan_ring(requests, format_named(self.setting.map_format)).nbytes
+        denoiser, map_format = find_denoiser(self.pipe), format_named(self.setting.map_format)
+        called = (map_format, denoiser.dtype, denoiser.device)
+        requests = map_requests(self.schedule(policy), self.served(policy), self.shapes(), *called)
+        return plan_ring(requests, map_format).nbytes
 
     @contextmanager
     def _replaying(self, session: Session, batch: int) -> Iterator[None]:

@@ -196,7 +196,8 @@ def forecast(
     shapes, holding = map_shapes(denoiser, inputs), holding_layers(denoiser)
     wanted = _wanted(blueprint, layers, policy, holding if inputs.get("encoder_hidden_states") is None else ())
     schedule = Schedule(policy, [name for name in shapes if name in wanted], holding)
-    requests = {r.name: r for r in map_requests(schedule, list(schedule.actions), shapes, dtype)}
+    called = (chosen, dtype, measure_on or torch.device("cpu"))
+    requests = {r.name: r for r in map_requests(schedule, list(schedule.actions), shapes, *called)}
     ring = plan_ring(list(requests.values()), chosen, parse_bytes(memory_budget))
     run_costs, not_timed = None, "--no-measure"
     if measure_on is not None:

@@ -69,7 +69,7 @@ class SampleResult(Result):
     """What :func:`sample` measured.
 
     Attributes:
-        attention_s: seconds that the layers with maps spend on attention in the full run, its projections included.
+        attention_s: seconds of `baseline.latency_s` that the layers with maps spend on attention, with its projections.
         at_most_s: those of them that the calls that reuse or hold stand for: no reuse can save more (Amdahl).
     """
 
@@ -124,9 +124,9 @@ def sample(
     Raises:
         AttnReuseError: pictures that are not numbers, as half precision may make them.
     """
-    begun, reports = itertools.count(), []
+    begun, reports, executed = itertools.count(), [], executed_steps(pipe.scheduler, steps)
     if isinstance(policy, Rule):
-        policy = resolved(policy, pipe.scheduler, executed_steps(pipe.scheduler, steps))
+        policy = resolved(policy, pipe.scheduler, executed)
     setting = Setting(
         tuple(prompts), steps, seed, guidance, eta, map_format=map_format, layers=layers, batch=len(prompts)
     )
@@ -154,7 +154,8 @@ def sample(
     progress(next(begun), of, f"warm-up, {counted(min(WARM_UP, steps), 'step')}")
     denoiser = find_denoiser(pipe)
     served = tuple(select_layers(layer_kinds(denoiser), layers, policy.patterns))
-    attention = costs.attention(Evaluator(pipe, replace(setting, steps=min(WARM_UP, steps), layers=served)))
+    warm_up = Evaluator(pipe, replace(setting, steps=min(WARM_UP, steps), layers=served))
+    shares = costs.attention(warm_up, executed)
     time(baseline, reuse)
     count = max(1, min(steps - 1, round(steps * reuse.latency_s / baseline.latency_s)))
     fewer = Way(label="fewer steps", steps=count)
@@ -163,16 +164,16 @@ def sample(
         way.psnr_db = psnr_each(way.pictures, baseline.pictures).tolist()
     about = {"model": model_name(pipe), "scheduler": type(pipe.scheduler).__name__, "guidance": guidance, "seed": seed}
     measured_on = {**about, **environment(denoiser.device), "dtype": str(denoiser.dtype)}
-    took = _attention(reports[-1], attention)
+    took = _attention(reports[-1], shares, baseline.latency_s)
     return SampleResult(
         prompts=prompts, policy=policy, baseline=baseline, reuse=reuse, fewer=fewer, report=reports[-1],
         environment=measured_on, **took,
     )  # fmt: skip
 
 
-def _attention(report: Report, attention: dict[str, float]) -> dict[str, float]:
+def _attention(report: Report, shares: dict[str, float], full_s: float) -> dict[str, float]:
     """Seconds of computed attention in all calls of the layers with maps, and in those that reused or held."""
-    of_step = [(layer, attention[layer.name]) for layer in report.layers if layer.map_bytes]
+    of_step = [(layer, shares[layer.name] * full_s) for layer in report.layers if layer.map_bytes]
     calls = [(sum(layer.planned.values()), seconds) for layer, seconds in of_step]
     cached = [(layer.reused + layer.held, seconds) for layer, seconds in of_step]
     return {

@@ -84,23 +84,25 @@ TensorMap map_of_values(const ReuseParams& p, int64_t batch, int head_dim) {
 
 }  // namespace
 
-std::string hopper_reuse_unserved(int head_dim, int bits) {
-  if (!hopper_kernel_of(head_dim, bits, true).run) return kNoKernel;
-  const int major = attribute(cudaDevAttrComputeCapabilityMajor), minor = attribute(cudaDevAttrComputeCapabilityMinor);
-  if (major != 9 || minor != 0)
-    return "compute capability " + std::to_string(major) + "." + std::to_string(minor) + " is not Hopper's 9.0";
+std::string hopper_reuse_unserved(int head_dim, int bits, int device) {
+  const HopperKernel kernel = hopper_kernel_of(head_dim, bits, true);
+  if (!kernel.run) return kNoKernel;
+  use(device);
+  const std::string no_code = no_code_of(reinterpret_cast<const void*>(kernel.run), device);
+  if (!no_code.empty()) return no_code;
   if (!encoder()) return "the driver has no cuTensorMapEncodeTiled (CUDA 12.0 brought it)";
   return "";
 }
 
-void launch_hopper_reuse(const ReuseParams& params, int64_t batch, int head_dim, int bits, void* stream) {
+void launch_hopper_reuse(const ReuseParams& params, int64_t batch, int head_dim, int bits, int device, void* stream) {
+  use(device);
   const auto heads = static_cast<unsigned>(batch * params.H);
   HopperKernel kernel = hopper_kernel_of(head_dim, bits, true);
-  if (blocks_for(params.M, kernel.queries) * heads < 2u * attribute(cudaDevAttrMultiProcessorCount))
+  if (blocks_for(params.M, kernel.queries) * heads < 2u * attribute(cudaDevAttrMultiProcessorCount, device))
     kernel = hopper_kernel_of(head_dim, bits, false);  // more blocks, for every multiprocessor to have some
   check(cudaFuncSetAttribute(kernel.run, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes),
         "reuse kernel for Hopper");
-  const dim3 grid(blocks_for(params.M, kernel.queries), heads);
+  const dim3 grid(heads, blocks_for(params.M, kernel.queries));
   kernel.run<<<grid, kHopperThreads, kernel.shared_bytes, static_cast<cudaStream_t>(stream)>>>(
       map_of_codes(params, batch, kernel), map_of_values(params, batch, head_dim), params);
   check(cudaGetLastError(), "reuse kernel for Hopper");

@@ -38,8 +38,9 @@ template <int D, int BITS, int TILES>
 __device__ void copy_stages(const TensorMap& codes, const TensorMap& values, const ReuseParams& p, char* shared,
                             Mbarrier* full, Mbarrier* empty) {
   using S = Stages<D, BITS, TILES>;
-  const int head = blockIdx.y, first = head * static_cast<int>(p.M) + blockIdx.x * S::queries;
-  const int blocks = static_cast<int>((p.N + kKeys - 1) / kKeys);
+  const Share share = share_of_block<S::queries>();
+  const int head = static_cast<int>(share.head), first = static_cast<int>(share.head * p.M + share.first);
+  const int blocks = static_cast<int>(cdiv(p.N, kKeys));
   for (int block = 0; block < blocks; ++block) {
     const int stage = block % S::count;
     char* const to = shared + stage * S::bytes;
@@ -75,9 +76,9 @@ __device__ void multiply_stages(const ReuseParams& p, const char* shared, Mbarri
   constexpr int rows = 2 * TILES, parts = 16 / BITS;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
   const int local = 64 * TILES * (warp / 4) + 16 * (warp % 4) + g;  // row i is this + 64 (i / 2) + 8 (i % 2)
-  const int64_t head = blockIdx.y, first = int64_t{blockIdx.x} * S::queries + local;
-  const int64_t blocks = (p.N + kKeys - 1) / kKeys;
-  const auto row_of = [&](int i) { return first + i / 2 * 64 + i % 2 * 8; };
+  const Share share = share_of_block<S::queries>();
+  const int64_t head = share.head, first = share.first + local, blocks = cdiv(p.N, kKeys);
+  const auto row_of = [=](int i) { return first + i / 2 * 64 + i % 2 * 8; };
   float out[TILES][D / 8][4] = {}, lse[rows], maximum[rows];
   const auto load_maxima = [&](int64_t block) {
     for (int i = 0; i < rows; ++i)

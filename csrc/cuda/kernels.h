@@ -1,4 +1,4 @@
-// The CUDA kernels' host side: addresses on the current device, sizes and a stream; errors are exceptions.
+// The CUDA kernels' host side: addresses, sizes, a device and a stream of it; errors are exceptions.
 #pragma once
 
 #include <cstdint>
@@ -16,30 +16,14 @@ struct ReuseParams {
   int64_t H, M, N;
 };
 
-struct DriftParams {
-  const uint16_t *first, *second;       // 16-bit words of codes, [B, H, M, C, words]
-  const float *first_max, *second_max;  // [B, H, C, M]
-  const float *first_lse, *second_lse;  // [B, H, M]
-  float *total_variation, *distance;    // [B, H, M]
-  int64_t M, blocks, rows;              // blocks: C; rows: B H M
-};
-
-enum class Codes { fp16, u8, u7, u4 };
-
-// Whether `launch_reuse` serves maps of u8 (bits = 8) or u4 (4) and this head dim on the current device; else why not.
-std::string reuse_unserved(int head_dim, int bits);
+// Why `launch_reuse` cannot serve maps of u8 (bits = 8) or u4 (4) with this head dim on a device, or "".
+std::string reuse_unserved(int head_dim, int bits, int device);
 
 // Map times values; `batch` as in ReuseParams' B.
-void launch_reuse(const ReuseParams& params, int64_t batch, int head_dim, int bits, void* stream);
+void launch_reuse(const ReuseParams& params, int64_t batch, int head_dim, int bits, int device, void* stream);
 
 // The same by the kernel for Hopper, whose values' strides are positive multiples of 16 bytes; in builds for sm_90a.
-std::string hopper_reuse_unserved(int head_dim, int bits);
-void launch_hopper_reuse(const ReuseParams& params, int64_t batch, int head_dim, int bits, void* stream);
-
-// fp16 codes of so many blocks of 128 keys to those of another format.
-void launch_convert(const uint16_t* from, uint16_t* to, int64_t blocks, Codes format, void* stream);
-
-// Distances of maps, row by row.
-void launch_drift(const DriftParams& params, Codes format, void* stream);
+std::string hopper_reuse_unserved(int head_dim, int bits, int device);
+void launch_hopper_reuse(const ReuseParams& params, int64_t batch, int head_dim, int bits, int device, void* stream);
 
 }  // namespace attnreuse

@@ -39,13 +39,8 @@ __device__ inline uint32_t mul_f16x2(uint32_t a, uint32_t b) {
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
-__device__ inline float cvt_f32_f16(uint16_t half) { return __half2float(__ushort_as_half(half)); }
 
 __device__ inline void bar_warp_sync() { __syncwarp(); }
-__device__ inline float sum_over_warp(float x) {
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
-  return x;
-}
 
 // 16 bytes from global to shared memory, asynchronously; zeros where not valid.
 __device__ inline void cp_async(void* shared, const void* global, bool valid) {

@@ -1,6 +1,6 @@
 """The Triton kernels as a backend of :mod:`attnreuse.ops`.
 
-They serve maps of fp16, bf16, u8 and u4 from fp16 or bf16 tensors, on CUDA devices of compute capability
+They serve maps of fp16, bf16, u8, u7 and u4 from fp16 or bf16 tensors, on CUDA devices of compute capability
 8.0 and later, and, with ``TRITON_INTERPRET=1``, on the CPU.
 """
 
@@ -24,7 +24,7 @@ def unserved(map_format: MapFormat, device: torch.device, dtype: torch.dtype, he
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if not map_format.scaled:
-        return f"no kernel for {map_format.name} maps (fp16, bf16, u8 and u4 have one)"
+        return f"no kernel for {map_format.name} maps (fp16, bf16, u8, u7 and u4 have one)"
     if dtype not in DTYPES:
         return f"no kernel for {dtype} tensors (fp16 and bf16 have one)"
     if head_dim > MAX_HEAD_DIM:
@@ -47,12 +47,25 @@ def capture(query, key, value, mask, scale: float, into: AttentionMap, out) -> N
         launch(query, key, value, mask, scale, into, out, arch_of(query.device)).run()
 
 
-def reuse(attn_map: AttentionMap, value, out) -> None:
+def workspace_bytes(map_format: MapFormat, shape: tuple[int, int, int, int], head_dim: int) -> int:
+    """Bytes of the values as integers, where the codes are an operand of an integer product."""
+    from attnreuse.kernels import direct
+
+    return direct.workspace_bytes(shape, head_dim) if direct.serves(map_format) else 0
+
+
+def reuse(attn_map: AttentionMap, value, out, workspace=None) -> None:
     """:func:`attnreuse.ops.reuse`, its arguments checked; shapes as in :mod:`attnreuse.reference`."""
+    from attnreuse.kernels import direct
     from attnreuse.kernels.reuse import launch
 
+    arch = arch_of(value.device)
     with _on(value.device):
-        launch(attn_map, value, out, arch_of(value.device)).run()
+        if direct.serves(attn_map.format):
+            for each in direct.launches(attn_map, value, out, workspace, arch):
+                each.run()
+        else:
+            launch(attn_map, value, out, arch).run()
 
 
 @functools.cache

@@ -20,12 +20,24 @@ import torch
 import triton
 import triton.language as tl
 from attnreuse.kernels import configs
-from attnreuse.kernels.tiles import Launch, alignment, dot, load_tile, pack_u4, pack_u8, split_head_dim, store_tile
+from attnreuse.kernels.tiles import (
+    Launch,
+    alignment,
+    dot,
+    grid_of,
+    load_tile,
+    pack_bytes,
+    pack_u4,
+    share_of_program,
+    split_head_dim,
+    store_tile,
+)
 from attnreuse.maps.formats import BLOCK, NO_KEY, AttentionMap
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MASKED = tl.constexpr(NO_KEY)  # score of a masked key: finite, so that no difference is NaN
 LEAST_MASK = tl.constexpr(-1e28)  # of additive masks but -inf: a row of nothing else is still attended
+ULP = tl.constexpr(2.0**-23)  # of fp32
 MASKED_ROW = tl.constexpr(-5e29)  # a row's maximum lies below only where every key is masked
 STRIDES = tuple(
     f"stride_{tensor}{axis}"
@@ -40,7 +52,7 @@ def _capture_kernel(
     k_ptr,  # [B, H, N, D]
     v_ptr,  # [B, H, N, V]
     mask_ptr,  # [B, H, M, N] by strides, or a dummy
-    codes_ptr,  # [B, H, M, ROW]: 16-bit words of u8 and u4, else the codes themselves
+    codes_ptr,  # [B, H, M, ROW]: 16-bit words of u8, u7 and u4, else the codes themselves
     block_max_ptr,  # [B, H, C, M] fp32
     lse_ptr,  # [B, H, M] fp32
     out_ptr,  # [B, H, M, V]
@@ -52,6 +64,7 @@ def _capture_kernel(
     scale_log2,  # scale * log2(e); positive without a mask
     H, M, N, ROW,
     BITS: tl.constexpr,
+    ROOT: tl.constexpr,  # codes are square roots
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -67,9 +80,8 @@ def _capture_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(1).to(tl.int64)
+    bh, first = share_of_program(M, BLOCK_M)
     b, h = bh // H, bh % H
-    first = tl.program_id(0) * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
     # Rows behind the last repeat it: loads need no mask, and only stores are cut.
     rows = offs_m if EVEN_M else tl.minimum(offs_m, M - 1 - first)
@@ -117,17 +129,19 @@ def _capture_kernel(
             s = tl.where(keys[None, :] < N, s, MASKED / factor)
 
         mb = tl.max(s, 1) * factor
+        if MASK == "none":  # not below the unrounded products: a code above the levels would be another's
+            mb += tl.abs(mb) * ULP
         mn = tl.maximum(m, mb)
         alpha, beta = tl.exp2(m - mn), tl.exp2(mb - mn)
-        if BITS == 16:
-            p = tl.exp2(tl.fma(s, factor, -mb[:, None]))
-            stored = p.to(codes_ptr.dtype.element_ty)
-        else:
+        if ROOT:
             t = tl.exp2(tl.fma(s, factor * 0.5, -0.5 * mb[:, None]))
-            stored = pack_u8(t, BLOCK_M) if BITS == 8 else pack_u4(t, BLOCK_M)
+            stored = pack_bytes(t.to(tl.float16), BLOCK_M, 255) if BITS == 8 else pack_u4(t, BLOCK_M)
             p = t * t
+        else:
+            p = tl.exp2(tl.fma(s, factor, -mb[:, None]))
+            stored = pack_bytes(p.to(tl.float16), BLOCK_M, 127) if BITS == 8 else p.to(codes_ptr.dtype.element_ty)
         codes = codes_ptr + block * WORDS
-        if BITS < 16:
+        if ROOT:
             _store_codes(codes, stored, ROW, M - first, EVEN_M)
         tl.store(block_max_ptr + block * M + offs_m, mb, mask=None if EVEN_M else offs_m < M - first)
         l = l * alpha + beta * tl.sum(p, 1)  # noqa: E741
@@ -140,7 +154,7 @@ def _capture_kernel(
             part1 = tl.zeros((BLOCK_M, V1), tl.float32)
             part1 = dot(p, load_tile(v_ptr, inside, stride_vn, stride_vd, V0, V1, V, ALIGN), part1)
             acc1 = acc1 * alpha[:, None] + part1 * beta[:, None]
-        if BITS == 16:  # they are the product's operand: stored before it, they would live twice
+        if not ROOT:  # they are made of the product's operand: stored before it, that would live twice
             _store_codes(codes, stored, ROW, M - first, EVEN_M)
         m = mn
 
@@ -192,10 +206,9 @@ def launch(
         q_ptr=query, k_ptr=key, v_ptr=value, mask_ptr=query if mask is None else mask,
         codes_ptr=words, block_max_ptr=into.block_max, lse_ptr=into.lse, out_ptr=out,
         **dict(zip(STRIDES, strides, strict=True)), scale_log2=scale * LOG2_E.value, H=h, M=m, N=n, ROW=words.shape[-1],
-        BITS=into.format.bits, D=d, D0=d0, D1=d1, V=dv, V0=v0, V1=v1, ALIGN=alignment(query, key, value),
-        FAR=n * max(key.stride(2), value.stride(2)) >= 2**31,
+        BITS=into.format.bits, ROOT=into.format.root, D=d, D0=d0, D1=d1, V=dv, V0=v0, V1=v1,
+        ALIGN=alignment(query, key, value), FAR=n * max(key.stride(2), value.stride(2)) >= 2**31,
         MASK=kind, MASK_ROWS=mask is not None and mask.stride(2) != 0,
         EVEN_M=m % config.block_m == 0, EVEN_N=n % BLOCK == 0, BLOCK_M=config.block_m, BLOCK_N=BLOCK,
     )  # fmt: skip
-    grid = (-(-m // config.block_m), b * h)
-    return Launch(_capture_kernel, grid, arguments, config)
+    return Launch(_capture_kernel, grid_of(b * h, m, config.block_m), arguments, config)

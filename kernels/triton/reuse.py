@@ -6,6 +6,7 @@ sum, not the codes: scaling these costs an operation per element, and on Hopper 
 Source: arXiv 2401.01008; formats as in :mod:`attnreuse.formats`.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,17 @@ import torch
 import triton
 import triton.language as tl
 from attnreuse.kernels import configs
-from attnreuse.kernels.tiles import Launch, alignment, dot, load_tile, split_head_dim, squares, store_tile
+from attnreuse.kernels.tiles import (
+    Launch,
+    alignment,
+    dot,
+    grid_of,
+    load_tile,
+    share_of_program,
+    split_head_dim,
+    squares,
+    store_tile,
+)
 from attnreuse.maps.formats import BLOCK, AttentionMap
 
 
@@ -28,6 +39,7 @@ def _reuse_kernel(
     stride_ob, stride_oh, stride_om, stride_od,
     H, M, N, ROW,
     BITS: tl.constexpr,
+    LOG2_SQUARE: tl.constexpr,  # of the largest squared code, by which they are divided; 0 where codes are floating
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -38,9 +50,8 @@ def _reuse_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(1).to(tl.int64)
+    bh, first = share_of_program(M, BLOCK_M)
     b, h = bh // H, bh % H
-    first = tl.program_id(0) * BLOCK_M
     # Rows behind the last repeat it: loads need no mask, and only stores are cut.
     offs_m = tl.arange(0, BLOCK_M)
     rows = offs_m if EVEN_M else tl.minimum(offs_m, M - 1 - first)
@@ -48,7 +59,7 @@ def _reuse_kernel(
     codes_ptr += at * ROW
     block_max_ptr += bh * M * tl.cdiv(N, BLOCK_N) + first
     v_ptr += tl.multiple_of(b * stride_vb + h * stride_vh, ALIGN)
-    lse = tl.load(lse_ptr + at + rows)  # [BLOCK_M]
+    lse = tl.load(lse_ptr + at + rows) + LOG2_SQUARE  # [BLOCK_M]
 
     PER_WORD: tl.constexpr = 16 // BITS
     WORDS: tl.constexpr = BLOCK_N // PER_WORD
@@ -56,13 +67,14 @@ def _reuse_kernel(
     acc0 = tl.zeros((BLOCK_M, D0), tl.float32)
     if D1 > 0:
         acc1 = tl.zeros((BLOCK_M, D1), tl.float32)
-    for block in range(tl.cdiv(N, BLOCK_N)):
+    blocks = tl.cdiv(N, BLOCK_N)
+    block_max = tl.load(block_max_ptr + rows)  # [BLOCK_M], a block ahead of its use
+    for block in range(blocks):
         words = tl.load(  # [BLOCK_M, WORDS]; each read once
             codes_ptr + block * WORDS + rows[:, None] * ROW + cols[None, :], eviction_policy="evict_first"
         )
-        scale = tl.exp2(tl.load(block_max_ptr + block * M + rows) - lse)  # [BLOCK_M]
-        if BITS < 16:
-            scale *= 1.0 / ((1 << BITS) - 1) / ((1 << BITS) - 1)
+        scale = tl.exp2(block_max - lse)  # [BLOCK_M]
+        block_max = tl.load(block_max_ptr + tl.minimum(block + 1, blocks - 1) * M + rows)
         part0 = tl.zeros((BLOCK_M, D0), tl.float32)
         if D1 > 0:
             part1 = tl.zeros((BLOCK_M, D1), tl.float32)
@@ -92,7 +104,8 @@ def launch(
     """How this kernel is started on compute capability `arch` (90 for 9.0); `config` overrides the table."""
     b, h, m, n = attn_map.shape
     d = value.shape[-1]
-    config = config or configs.choose("reuse", attn_map.format.name, d, arch)
+    plain = value.dtype == torch.float16
+    config = config or configs.choose("reuse", attn_map.format.name, d, arch, plain)
     codes = attn_map.words
     d0, d1 = split_head_dim(d)
     arguments: dict[str, Any] = dict(
@@ -100,8 +113,8 @@ def launch(
         stride_vb=value.stride(0), stride_vh=value.stride(1), stride_vn=value.stride(2), stride_vd=value.stride(3),
         stride_ob=out.stride(0), stride_oh=out.stride(1), stride_om=out.stride(2), stride_od=out.stride(3),
         H=h, M=m, N=n, ROW=codes.shape[-1],
-        BITS=attn_map.format.bits, D=d, D0=d0, D1=d1, ALIGN=alignment(value), FAR=n * value.stride(2) >= 2**31,
+        BITS=attn_map.format.bits, LOG2_SQUARE=2 * math.log2(attn_map.format.levels or 1), D=d, D0=d0, D1=d1,
+        ALIGN=alignment(value), FAR=n * value.stride(2) >= 2**31,
         EVEN_M=m % config.block_m == 0, EVEN_N=n % BLOCK == 0, BLOCK_M=config.block_m, BLOCK_N=BLOCK,
     )  # fmt: skip
-    grid = (-(-m // config.block_m), b * h)
-    return Launch(_reuse_kernel, grid, arguments, config)
+    return Launch(_reuse_kernel, grid_of(b * h, m, config.block_m), arguments, config)

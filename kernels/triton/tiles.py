@@ -38,7 +38,7 @@ class Launch:
     """A kernel and everything it is started with; the compile gate builds just what would run."""
 
     kernel: Any
-    grid: tuple[int, int]
+    grid: tuple[int]
     arguments: dict[str, Any]
     config: Config
 
@@ -53,6 +53,16 @@ class Launch:
         config = self.config
         options = dict(num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
         return options if config.registers is None else {**options, "maxnreg": config.registers}
+
+
+@triton.jit
+def share_of_program(M, BLOCK_M: tl.constexpr):
+    """Head (of B H) and first query of a program. Programs of a head are neighbours, and share its values in L2.
+
+    The grid has one axis, as the others end at 65,535.
+    """
+    tiles = tl.cdiv(M, BLOCK_M)
+    return (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * BLOCK_M
 
 
 @triton.jit
@@ -72,6 +82,11 @@ def alignment(*tensors: torch.Tensor) -> int:
     """
     rows = all(x.stride(3) == 1 and not any(size % 8 for size in x.stride()[:3]) for x in tensors)
     return 8 if rows else 1
+
+
+def grid_of(heads: int, m: int, block_m: int) -> tuple[int]:
+    """Programs of `heads` times as many as `m` queries take: see :func:`share_of_program`."""
+    return (heads * -(-m // block_m),)
 
 
 @triton.jit
@@ -103,17 +118,21 @@ def halves(tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     return tl.split(tile.reshape(ROWS, 2, WIDTH // 2).permute(0, 2, 1))
 
 
-# fp16 fma(t, L, 1024) has the rounded code as its low bits: no conversion instruction per element.
-_PACK_U8 = tl.constexpr("""{
-    .reg .b32 a, b, levels, one;
-    mov.b32 levels, 0x5bf85bf8;
-    mov.b32 one, 0x64006400;
-    cvt.rn.f16x2.f32 a, $2, $1;
-    cvt.rn.f16x2.f32 b, $4, $3;
-    fma.rn.f16x2 a, a, levels, one;
-    fma.rn.f16x2 b, b, levels, one;
-    prmt.b32 $0, a, b, 0x6240;
-}""")
+# fp16 fma(t, levels, 1024) has the rounded code as its low bits: no conversion instruction per element.
+@triton.constexpr_function
+def _pack_bytes_asm(levels: int) -> str:
+    """Of two registers with two keys in fp16 each."""
+    factor = {255: "0x5bf85bf8", 127: "0x57f057f0"}[levels]  # two fp16 numbers
+    return f"""{{
+        .reg .b32 a, b, levels, one;
+        mov.b32 levels, {factor};
+        mov.b32 one, 0x64006400;
+        fma.rn.f16x2 a, $1, levels, one;
+        fma.rn.f16x2 b, $2, levels, one;
+        prmt.b32 $0, a, b, 0x6240;
+    }}"""
+
+
 _PACK_U4 = tl.constexpr("""{
     .reg .b32 a, b, c, d, levels, one;
     mov.b32 levels, 0x4b804b80;
@@ -156,13 +175,14 @@ def _code(t, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def pack_u8(t, ROWS: tl.constexpr):
-    """Square roots `t` in [0, 1], fp32 [ROWS, 128], to words int16 [ROWS, 64]."""
+def pack_bytes(t, ROWS: tl.constexpr, LEVELS: tl.constexpr):
+    """`t` in [0, 1], fp16 [ROWS, 128], to words int16 [ROWS, 64] of two codes, of up to LEVELS (255 or 127)."""
     low, high = halves(t, ROWS, 128)
     if INTERPRET:
-        return (_code(low, 255) | (_code(high, 255) << 8)).to(tl.int16)
+        return (_code(low, LEVELS) | (_code(high, LEVELS) << 8)).to(tl.int16)
     else:
-        return tl.inline_asm_elementwise(_PACK_U8, "=r,r,r,r,r", [low, high], dtype=tl.int16, is_pure=True, pack=2)
+        asm: tl.constexpr = _pack_bytes_asm(LEVELS)
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [low, high], dtype=tl.int16, is_pure=True, pack=2)
 
 
 @triton.jit

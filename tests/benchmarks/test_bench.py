@@ -1,16 +1,19 @@
 """The benchmarks' own code, on small shapes: what is checked, what is timed, what is written."""
 
 import csv
-import functools
 import itertools
 import json
 import math
 import platform
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import compile as compile_gate
 import gpu
+import gpu_check
+import gpu_steps
 import pytest
 import rows
 import torch
@@ -25,8 +28,9 @@ from attnreuse.measure.timing import Times, interleaved, paced, paced_runs
 from attnreuse.study import bench
 
 CPU = torch.device("cpu")
-LIMITS = bench.Ceilings(1e10, 1e11)
+LIMITS = bench.Ceilings(bytes_per_s=1e10, read_bytes_per_s=1.2e10, flop_per_s=1e11)
 SMALL = (1, 2, 128, 128, 16)
+ROOT = Path(__file__).parent.parent.parent
 
 
 def measured(formats=("u8", "u4")):
@@ -153,9 +157,9 @@ TINY = {
 
 @pytest.mark.parametrize("cls", TINY)
 def test_gpu_suite_measures_steps(cls):
-    published = {of[0]: of[2] for of in gpu.TRANSFORMERS.values()}
-    make = functools.partial(gpu.make_denoiser, cls, 8, published.get(cls, {}) | TINY[cls])
-    found = gpu.measure_steps("small", make, "fp32", CPU, torch.float32, "eager", repeats=2)
+    published = {of[0]: of[2] for of in gpu_steps.TRANSFORMERS.values()}
+    made = gpu_steps.make_denoiser(cls, 8, published.get(cls, {}) | TINY[cls], CPU, torch.float32)
+    found = gpu_steps.measure_steps("small", made, "fp32", CPU, "eager", repeats=2)
     assert [row.action for row in found] == ["compute", "capture", "reuse"]
     assert found[0].of_exact == 1
     assert all(row.error < 1e-5 for row in found)  # the same step's map: exact to rounding
@@ -167,15 +171,28 @@ def test_gpu_suite_measures_steps(cls):
 )
 def test_gpu_suite_knows_the_published_models(model, gib):
     """Bytes of the u8 maps of a guided step; of the first two as in docs/adapters.md."""
-    denoiser, given = gpu.make_denoiser(*gpu.TRANSFORMERS[model], torch.device("meta"), torch.bfloat16)
+    denoiser, given = gpu_steps.make_denoiser(*gpu_steps.TRANSFORMERS[model], torch.device("meta"), torch.bfloat16)
     shapes, kinds = map_shapes(denoiser, given), layer_kinds(denoiser)
     nbytes = sum(format_named("u8").nbytes(s.map) for name, s in shapes.items() if kinds[name] != "cross")
     assert nbytes / 2**30 == pytest.approx(gib, abs=0.1)
 
 
-def test_gpu_suite_draws(tmp_path):
-    gpu.plot(measured(), "some device", tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+def test_microbenchmarks_run_and_are_drawn(tmp_path):
+    """As a user types them; the smallest shape."""
+    found = tmp_path / "ops.json"
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "-k", "256 and (exact or u8)", "--benchmark-only"]
+    options = ["--benchmark-min-rounds=2", "--benchmark-max-time=0.01", f"--benchmark-json={found}", "-p", "no:xdist"]
+    made = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
+    assert made.returncode == 0, made.stdout
+    rows = json.loads(found.read_text())["benchmarks"]
+    told = [row["extra_info"] for row in rows]
+    assert {(row["op"], row["kind"]) for row in told} == {("exact", "sdpa"), ("capture", "u8"), ("reuse", "u8")}
+    by_op = {row["op"]: row for row in told}
+    assert by_op["exact"]["map_bytes"] == 0 < by_op["reuse"]["map_bytes"] < by_op["reuse"]["bytes_moved"]
+    assert all(row["tflop_per_s"] > 0 and row["error"] < 1e-2 and row["n"] == 256 for row in told)
+    plot = [sys.executable, "-m", "benchmarks.plot", str(found)]
+    subprocess.run(plot, check=True, capture_output=True, cwd=ROOT)
+    assert found.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
@@ -183,6 +200,62 @@ def test_gpu_suite_says_that_it_needs_a_device(monkeypatch):
     monkeypatch.setattr("sys.argv", ["gpu"])
     with pytest.raises(SystemExit, match="no CUDA device"):
         gpu.main()
+
+
+def test_gpu_suite_refuses_stages_that_it_does_not_have(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpu", "--only", "check,fast"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "--only must name stages of check, warm, speed" in capsys.readouterr().err
+
+
+def test_gpu_suite_checks_values(monkeypatch):
+    """Interpreted: captures and reuses of each format are green, and a wrong one is red in its own rows."""
+    monkeypatch.setattr(gpu_check, "SIZES", ((63, 77, 1.0),))
+    rows = list(gpu_check.check("triton", 40, CPU))
+    assert [(row["format"], row["op"]) for row in rows] == [
+        (name, op) for name in ("u8", "u7", "u4", "fp16") for op in ("capture", "reuse")
+    ]
+    assert all(row["green"] for row in rows)
+    right = ops.reuse
+    monkeypatch.setattr(gpu_check.ops, "reuse", lambda held, *args, **kw: right(held, *args, **kw).mul_(1.2))
+    assert [row["green"] for row in gpu_check.check("triton", 40, CPU)] == [True, False] * 4
+
+    def failing(*args, **kwargs):
+        raise RuntimeError("out of resource")
+
+    monkeypatch.setattr(gpu_check.ops, "reuse", failing)
+    notes = [row["note"] for row in gpu_check.check("triton", 40, CPU) if not row["green"]]
+    assert notes == ["RuntimeError: out of resource"] * 4
+    refused = list(gpu_check.check("hopper", 40, CPU))
+    assert all(row["green"] == "" and "needs a CUDA device" in row["note"] for row in refused)
+
+
+def test_gpu_suite_keeps_to_its_time_and_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+    parts = {"good": "print('measured')", "bad": "raise SystemExit('broken')", "hung": "import time; time.sleep(60)"}
+    monkeypatch.setattr(gpu, "STAGES", {"check": gpu.Stage(tuple(parts), 12, at_once=True)})
+    monkeypatch.setattr(gpu, "command", lambda stage, part, out: [sys.executable, "-c", parts[part]])
+    begun = time.monotonic()
+    gpu.run_all(["check"], tmp_path, 60)
+    assert time.monotonic() - begun < 30
+    said = capsys.readouterr().out
+    for end in ("check good: exit code 0", "check bad: exit code 1", "check hung: stopped at its limit"):
+        assert end in said
+    assert "measured" in (tmp_path / "check.txt").read_text()
+    gpu.run_all(["check"], tmp_path, 5)
+    assert "check good, bad, hung: no time is left" in capsys.readouterr().out
+
+
+def test_gpu_suite_sums_up_what_was_measured(tmp_path):
+    measured_rows = bench.to_dicts(measured(), LIMITS)
+    gpu._write(tmp_path / "gpu_kernels.csv", measured_rows * 60, CPU)
+    red = {"family": "cuda", "format": "u8", "d": 64, "m": 1, "n": 1, "op": "reuse", "green": False, "note": "wrong"}
+    gpu._write(tmp_path / "gpu_check.csv", [red], CPU)
+    said = gpu.summary(tmp_path)
+    assert said.startswith("RED family=cuda format=u8 d=64")
+    assert "small exact sdpa : " in said
+    assert len(said) <= gpu.LINES
+    assert said.endswith("(the rest is in the files)")
 
 
 def test_bench_command(monkeypatch):
@@ -213,8 +286,17 @@ def test_bench_command_refuses_bad_input(arguments, said):
 
 def test_the_compile_gate_names_what_is_wrong():
     case = compile_gate.Case("reuse", "u8", "fp16", 64, 90)
-    good = compile_gate.Figures(128, 8, 3, 120, 0, 80 << 10, True, False, 4.5)
-    bad = compile_gate.Figures(128, 8, 3, 255, 8, 240 << 10, False, True, 9.0)
+    good = compile_gate.Figures(128, 8, 3, 120, 0, 80 << 10, True, False, 1, 4.5)
+    bad = compile_gate.Figures(128, 8, 3, 255, 8, 240 << 10, False, True, 0, 9.0)
     assert compile_gate.problems(case, good, good) == []
-    assert len(compile_gate.problems(case, bad, good)) == 7
-    assert len(compile_gate.problems(case, bad, None)) == 4
+    assert len(compile_gate.problems(case, bad, good)) == 8
+    assert len(compile_gate.problems(case, bad, None)) == 5
+
+
+@pytest.mark.parametrize(("nums", "found"), [((1, 2), 1), ((0,), 0), ((), -1)])
+def test_the_compile_gate_reads_what_a_loop_waits_for(nums, found):
+    waits = "".join(f"      %w{i} = ttg.async_wait %t {{num = {num} : i32}}\n" for i, num in enumerate(nums))
+    head, inner = "    %0 = scf.for %i = %a to %b step %c  : i32 {\n", "      scf.if %c {\n      }\n"
+    behind = "    } {loop}\n    ttg.async_wait  {num = 0 : i32}\n"
+    ttgir = head + inner + waits + behind
+    assert compile_gate.in_flight(ttgir) == found

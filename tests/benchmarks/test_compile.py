@@ -44,8 +44,8 @@ def test_every_configuration_is_recorded():
 
 
 @pytest.mark.parametrize("arch", [80, 86, 87, 89, 90, 100, 103, 110, 120])
-@pytest.mark.parametrize("op", ["capture", "reuse"])
-def test_the_table_has_a_rule_for_every_architecture(op, arch):
+@pytest.mark.parametrize(("op", "name"), [("capture", "u8"), ("capture", "u7"), ("reuse", "u8"), ("direct", "u7")])
+def test_the_table_has_a_rule_for_every_architecture(op, name, arch):
     for d in (1, 40, 64, 72, 80, 96, 128, 160):
         for plain in (True, False):
-            assert isinstance(configs.choose(op, "u8", d, arch, plain), configs.Config)
+            assert isinstance(configs.choose(op, name, d, arch, plain), configs.Config)

@@ -14,7 +14,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from life import maps_alive
-from tiny_random import from_another_thread, prompt, random_pipeline, random_unet, sample
+from tiny_random import compile_denoiser, from_another_thread, prompt, random_pipeline, random_unet, sample
 
 import attnreuse
 from attnreuse import Policy, hurry, periodic
@@ -665,6 +665,26 @@ def test_torch_compile_keeps_one_graph_per_action_pattern(pipe):
         actual = sample(pipe, 4)
     assert session.report().layers[0].reused == 2
     torch.testing.assert_close(actual, expected["reuse"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiler_is_told_that_maps_stay_where_they_are(pipe, whole):
+    """Else CUDA graphs copy each map to an input of their own in every call, and leave captures out."""
+    told = []
+
+    def backend(module, inputs):
+        places = [node for node in module.graph.find_nodes(op="placeholder") if is_storage(node.meta["example_value"])]
+        told.extend(node.meta["tensor_dict"].get("_dynamo_static_input_type") for node in places)
+        return module.forward
+
+    def is_storage(given):
+        return isinstance(given, torch.Tensor) and given.dtype == torch.uint8 and given.ndim == 1
+
+    compile_denoiser(pipe, whole, backend, fullgraph=False)
+    with attnreuse.enable(pipe, hurry(4, 2, None), layers="all"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sample(pipe, 4)
+    assert set(told) == {"unguarded"}
 
 
 def test_a_cpu_offloaded_pipeline(pipe):

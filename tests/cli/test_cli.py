@@ -506,18 +506,6 @@ def test_files_are_tried_before_anything_is_sampled(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["folder.png"]
 
 
-def test_a_floor_that_is_not_reached_is_said_and_nothing_saved(tmp_path):
-    args = ("--steps", 3, "--reuse", 1, "--images", 1, "--cache", tmp_path / "c.jsonl", "--out", tmp_path / "p.json")
-    result = run("search", "--method", "exhaustive", *args, "--floor", 500)
-    assert result.exit_code == 2
-    assert re.search(r"none of 2 schedules reaches --floor 500: the best has PSNR \d+\.\d+ dB", result.output)
-    assert not (tmp_path / "p.json").exists()
-    again = run("search", "--method", "exhaustive", *args)
-    assert again.exit_code == 0
-    assert "PSNR, dB" in again.output
-    assert "0 schedules judged now, 2 from the cache." in again.output
-
-
 def test_an_interrupt_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch):
     judge = InProcess.run
 

@@ -55,6 +55,23 @@ def test_maps_that_never_live_together_share_bytes():
     assert plan.nbytes == u8.nbytes(shape)
 
 
+def test_reuses_share_one_workspace_behind_the_slots():
+    shape, u7 = (1, 2, 64, 64), FORMATS["u7"]
+    made = [MapRequest("a", shape, 0, 4, 4, workspace=512), MapRequest("b", shape, 0, 4, 4, workspace=768)]
+    plan = plan_ring(made, u7)
+    assert plan.slots == 2 * u7.nbytes(shape)
+    assert plan.nbytes == plan.slots + 768
+    ring = MapRing(plan, CPU)
+    assert ring.nbytes == plan.nbytes
+    assert ring.workspace.numel() == 768
+    ring.workspace.fill_(7)
+    assert not any(place.storage.any() for place in ring.places.values())
+    assert MapRing(plan_ring([MapRequest("a", shape, 0, 4, 4)], u7), CPU).workspace is None
+    short = plan_ring(made, u7, plan.nbytes - 1)
+    assert list(short.dropped) == ["b"]
+    assert short.nbytes == u7.nbytes(shape) + 512
+
+
 def test_what_overwrites_a_map_takes_its_place():
     shape = (1, 1, 8, 8)
     ring = MapRing(plan_ring([MapRequest("a", shape, 0, 1, 1), MapRequest("b", shape, 2, 3, 1)], FORMATS["u8"]), CPU)

@@ -24,10 +24,10 @@
 #define SHARED_MEMORY(name) char* const name = emulated::block->shared.data()
 #define GRID_CONSTANT
 
-struct dim3 {
-  unsigned x = 1, y = 1;
+struct Index {
+  unsigned x, y;
 };
-inline dim3 threadIdx, blockIdx, blockDim;
+inline Index threadIdx, blockIdx;
 
 namespace emulated {
 
@@ -58,7 +58,6 @@ struct Warp {
   Barrier meet{32};
   uint32_t words[32][8];
   const char* rows[32];
-  float numbers[32];
 };
 struct Group {  // warpgroup
   Barrier meet{128};
@@ -107,29 +106,28 @@ inline void run_thread() {
 }
 
 // Every thread of every block of the grid; `bytes` of shared memory.
-inline void launch(dim3 grid, int threads, size_t bytes, const std::function<void()>& kernel) {
-  running = &kernel, blockDim = {static_cast<unsigned>(threads), 1};
-  for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; ++x) {
-      Block here(threads, bytes);
-      std::vector<Thread> all(threads);
-      block = &here, blockIdx = {x, y};
-      for (Thread& made : all) {
-        getcontext(&made.at);
-        made.at.uc_stack.ss_sp = made.stack.data(), made.at.uc_stack.ss_size = made.stack.size();
-        made.at.uc_link = &scheduler;
-        makecontext(&made.at, run_thread, 0);
-      }
-      int left = threads;
-      for (int pass = 0; left > 0; ++pass)
-        for (int i = 0; i < threads; ++i) {
-          const int turn = pass % 2 ? i : threads - 1 - i;
-          if (all[turn].done) continue;
-          thread = &all[turn], threadIdx = {static_cast<unsigned>(turn), 0};
-          swapcontext(&scheduler, &thread->at);
-          left -= thread->done;
-        }
+inline void launch(Index grid, int threads, size_t bytes, const std::function<void()>& kernel) {
+  running = &kernel;
+  for (unsigned i = 0; i < grid.x * grid.y; ++i) {
+    Block here(threads, bytes);
+    std::vector<Thread> all(threads);
+    block = &here, blockIdx = {i % grid.x, i / grid.x};
+    for (Thread& made : all) {
+      getcontext(&made.at);
+      made.at.uc_stack.ss_sp = made.stack.data(), made.at.uc_stack.ss_size = made.stack.size();
+      made.at.uc_link = &scheduler;
+      makecontext(&made.at, run_thread, 0);
     }
+    int left = threads;
+    for (int pass = 0; left > 0; ++pass)
+      for (int i = 0; i < threads; ++i) {
+        const int turn = pass % 2 ? i : threads - 1 - i;
+        if (all[turn].done) continue;
+        thread = &all[turn], threadIdx.x = static_cast<unsigned>(turn);
+        swapcontext(&scheduler, &thread->at);
+        left -= thread->done;
+      }
+  }
 }
 
 inline _Float16 half_at(uint32_t pair, int i) {
@@ -179,18 +177,8 @@ inline uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
   return emulated::pair_of(d[0], d[1]);
 }
 inline uint32_t mul_f16x2(uint32_t a, uint32_t b) { return fma_f16x2(a, b, 0); }
-inline float cvt_f32_f16(uint16_t half) { return emulated::half_at(half, 0); }
 
 inline void bar_warp_sync() { emulated::warp().meet.arrive_and_wait(); }
-inline float sum_over_warp(float x) {
-  emulated::Warp& warp = emulated::warp();
-  warp.numbers[emulated::lane()] = x;
-  warp.meet.arrive_and_wait();
-  float sum = 0;
-  for (float number : warp.numbers) sum += number;
-  warp.meet.arrive_and_wait();
-  return sum;
-}
 
 inline void cp_async(void* shared, const void* global, bool valid) {
   emulated::thread->group.push_back({shared, global, valid});

@@ -2,7 +2,6 @@
 
 #define ATTNREUSE_EMULATE "../../tests/native/emulate.h"
 #include "../../csrc/cuda/hopper.cuh"
-#include "../../csrc/cuda/maps.cuh"
 
 #include <cstdio>
 #include <random>
@@ -22,38 +21,32 @@ void expect(double actual, double most, const char* what, int a, int b) {
 
 uint16_t half(float x) { return static_cast<uint16_t>(emulated::pair_of(x, 0)); }
 
-// A map of random codes with its scales; `p` as the format says, [rows, N].
+double number(uint16_t half) { return emulated::half_at(half, 0); }
+
+// A map of random codes of BITS bits, the square roots, with its scales; `p` as the format says, [rows, N].
 struct Map {
   std::vector<uint16_t> words;
   std::vector<float> block_max, lse;
   std::vector<double> p;
 };
 
-template <Codes FORMAT>
+template <int BITS>
 Map random_map(int heads, int m, int n) {
-  using F = CodesOf<FORMAT>;
+  constexpr int of_block = 8 * BITS, levels = (1 << BITS) - 1;  // words of a block of 128 keys
   const int blocks = (n + 127) / 128;
-  Map map{std::vector<uint16_t>(heads * m * blocks * F::words), std::vector<float>(heads * blocks * m),
+  Map map{std::vector<uint16_t>(heads * m * blocks * of_block), std::vector<float>(heads * blocks * m),
           std::vector<float>(heads * m), std::vector<double>(heads * m * n)};
-  std::uniform_real_distribution<float> exponent(-8, 0), t(0, 1);
+  std::uniform_real_distribution<float> exponent(-8, 0);
+  std::uniform_int_distribution<int> drawn(0, levels);
   for (float& x : map.block_max) x = exponent(random_bits);
   for (float& x : map.lse) x = 3 + exponent(random_bits) / 8;
   for (int row = 0; row < heads * m; ++row)
     for (int key = 0; key < n; ++key) {
-      const int block = key / 128, i = key % 128, word = i % F::words, field = i / F::words;
-      uint16_t& to = map.words[(row * blocks + block) * F::words + word];
-      const float drawn = t(random_bits);
-      double value;
-      if (FORMAT == Codes::fp16) {
-        to = half(drawn), value = cvt_f32_f16(to);
-      } else {
-        const int code = static_cast<int>(drawn * F::levels);
-        to = static_cast<uint16_t>(to | code << F::bits * field);
-        value = code / F::levels;
-        if (F::root) value *= value;
-      }
+      const int block = key / 128, word = key % 128 % of_block, field = key % 128 / of_block, code = drawn(random_bits);
+      uint16_t& to = map.words[(row * blocks + block) * of_block + word];
+      to = static_cast<uint16_t>(to | code << BITS * field);
       const float scale = map.block_max[(row / m * blocks + block) * m + row % m] - map.lse[row];
-      map.p[row * n + key] = value * std::exp2(double(scale));
+      map.p[row * n + key] = std::pow(double(code) / levels, 2) * std::exp2(double(scale));
     }
   return map;
 }
@@ -67,7 +60,7 @@ struct ReuseCase {
   std::vector<uint16_t> value, out;
 
   ReuseCase(int m, int n)
-      : m(m), n(n), map(random_map<BITS == 8 ? Codes::u8 : Codes::u4>(B * H, m, n)), value(B * n * H * D),
+      : m(m), n(n), map(random_map<BITS>(B * H, m, n)), value(B * n * H * D),
         out(B * m * H * D, 0x7e00) {
     std::normal_distribution<float> normal;
     for (uint16_t& x : value) x = half(normal(random_bits));
@@ -85,8 +78,8 @@ struct ReuseCase {
       for (int d = 0; d < D; ++d) {
         double expected = 0;
         for (int key = 0; key < n; ++key)
-          expected += map.p[row * n + key] * cvt_f32_f16(value[((b * n + key) * H + h) * D + d]);
-        off += std::pow(expected - cvt_f32_f16(out[((b * m + row % m) * H + h) * D + d]), 2);
+          expected += map.p[row * n + key] * number(value[((b * n + key) * H + h) * D + d]);
+        off += std::pow(expected - number(out[((b * m + row % m) * H + h) * D + d]), 2);
         size += expected * expected;
       }
     }
@@ -97,7 +90,7 @@ struct ReuseCase {
 template <int D, int BITS>
 void check_reuse(int m, int n) {
   ReuseCase<D, BITS> given(m, n);
-  emulated::launch({unsigned(m + kQueries - 1) / kQueries, 4}, kThreads<D>, kSharedBytes<D, BITS>,
+  emulated::launch({4, unsigned(m + kQueries - 1) / kQueries}, kThreads<D>, kSharedBytes<D, BITS>,
                    [&] { reuse_kernel<D, BITS>(given.params()); });
   given.check("reuse");
 }
@@ -112,48 +105,9 @@ void check_hopper(int m, int n) {
                         {S::code_row, S::queries, 1, 1}};
   const TensorMap values{static_cast<const char*>(p.value), 4, 2, 3, {D, n, p.H, 2},
                          {2, 2 * p.value_n, 2 * p.value_h, 2 * p.value_b}, {kChunk, kKeys, 1, 1}};
-  emulated::launch({unsigned(m + S::queries - 1) / S::queries, 4}, kHopperThreads, S::shared,
+  emulated::launch({4, unsigned(m + S::queries - 1) / S::queries}, kHopperThreads, S::shared,
                    [&] { hopper_kernel<D, BITS, TILES>(codes, values, p); });
   given.check("reuse on Hopper");
-}
-
-template <Codes FORMAT>
-void check_convert(int blocks) {
-  using F = CodesOf<FORMAT>;
-  std::vector<uint16_t> from(blocks * 128), to(blocks * F::words);
-  std::uniform_real_distribution<float> t(0, 1);
-  for (uint16_t& x : from) x = half(t(random_bits));
-  emulated::launch({unsigned(to.size() + 63) / 64}, 64, 0,
-                   [&] { convert_kernel<FORMAT>(from.data(), to.data(), blocks); });
-  double worst = 0;
-  for (int i = 0; i < blocks * 128; ++i) {
-    const uint16_t word = to[i / 128 * F::words + i % 128 % F::words];
-    const double code = word >> F::bits * (i % 128 / F::words) & ((1 << F::bits) - 1), t = cvt_f32_f16(from[i]);
-    worst = std::max(worst, std::abs(code - F::levels * (F::root ? std::sqrt(t) : t)));
-  }
-  expect(worst, 0.5001, "convert", F::bits, int(F::levels));
-}
-
-template <Codes FORMAT>
-void check_drift(int m, int n) {
-  constexpr int H = 2;
-  const Map one = random_map<FORMAT>(H, m, n), two = random_map<FORMAT>(H, m, n);
-  std::vector<float> variation(H * m, NAN), distance(H * m, NAN);
-  const DriftParams params{one.words.data(), two.words.data(), one.block_max.data(), two.block_max.data(),
-                           one.lse.data(), two.lse.data(), variation.data(), distance.data(),
-                           m, (n + 127) / 128, H * m};
-  emulated::launch({unsigned(H * m * 32 + 63) / 64}, 64, 0, [&] { drift_kernel<FORMAT>(params); });
-  double worst = 0;
-  for (int row = 0; row < H * m; ++row) {
-    double absolute = 0, square = 0;
-    for (int key = 0; key < n; ++key) {
-      const double off = one.p[row * n + key] - two.p[row * n + key];
-      absolute += std::abs(off) / 2, square += off * off;
-    }
-    worst = std::max({worst, std::abs(variation[row] / absolute - 1), std::abs(distance[row] / std::sqrt(square) - 1)});
-    if (std::isnan(variation[row] + distance[row])) worst = NAN;
-  }
-  expect(worst, 1e-4, "drift", CodesOf<FORMAT>::bits, n);
 }
 
 template <int D>
@@ -171,9 +125,6 @@ int main() {
   check_head_dim<96>(), check_head_dim<128>(), check_head_dim<160>();
   check_reuse<40, 8>(1, 1), check_reuse<64, 4>(129, 257);
   check_hopper<40, 8, 1>(150, 3), check_hopper<64, 8, 2>(129, 700);  // more blocks of keys than stages
-  check_convert<Codes::u8>(3), check_convert<Codes::u7>(3), check_convert<Codes::u4>(3);
-  check_drift<Codes::fp16>(5, 200), check_drift<Codes::u8>(5, 77), check_drift<Codes::u7>(5, 129);
-  check_drift<Codes::u4>(5, 200);
   std::puts(good ? "good" : "wrong");
   return good ? 0 : 1;
 }
