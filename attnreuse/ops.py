@@ -48,6 +48,12 @@ def unserved_reasons(
     return {name: reason for name, reason in reasons.items() if reason}
 
 
+def named_backends(map_format: str | MapFormat, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """Backends that :func:`reuse` takes such a call to where a caller names them, and nowhere else."""
+    call = (format_named(map_format), device, dtype, head_dim)
+    return [name for name, backend in NAMED.items() if not backend.unserved(*call)]
+
+
 def fallback_reason(map_format: str | MapFormat, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why such a call on a CUDA device, where kernels exist, would run through plain torch; or None."""
     reasons = unserved_reasons(map_format, device, dtype, head_dim)

@@ -14,6 +14,7 @@ uninstalled checkout: `benchmarks/gpu_bare.sh`.
 import argparse
 import csv
 import fcntl
+import functools
 import importlib.util
 import os
 import shutil
@@ -21,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,12 +101,11 @@ def run_speed(part: str, out: Path, device: torch.device) -> None:
 
 
 def run_tune(part: str, out: Path, device: torch.device) -> None:
-    for name in FORMATS[:3]:
-        for found in tuning.tune(device, SHAPES[part], [name], repeats=10):
-            times = found.times
-            row = {"shape": part, "op": found.op, "format": name, "d": found.head_dim, **vars(found.config)}
-            row |= {"shipped": found.shipped, "median_s": times and times.median, "note": found.reason}
-            _write(out / "gpu_tune.csv", [row], device)
+    for found in tuning.tune(device, SHAPES[part], FORMATS[:3], repeats=10):
+        times = found.times
+        row = {"shape": part, "op": found.op, "format": found.map_format, "d": found.head_dim, **vars(found.config)}
+        row |= {"shipped": found.shipped, "median_s": times and times.median, "note": found.reason}
+        _write(out / "gpu_tune.csv", [row], device)
 
 
 def run_steps(part: str, out: Path, device: torch.device, modes: tuple[str, ...] = ("graph", "eager")) -> None:
@@ -127,16 +127,9 @@ def run_counters(part: str, out: Path, device: torch.device) -> None:
     for name in FORMATS[:3]:
         attn_map = AttentionMap.empty(format_named(name), SHAPES[part][:4], device)
         ops.capture(q, k, v, into=attn_map)
-        for backend in [None, *_serving(name, v)]:
+        for backend in [None, *ops.named_backends(name, v.device, v.dtype, v.shape[-1])]:
             ops.reuse(attn_map, v, backend=backend)
     torch.cuda.synchronize()
-
-
-def _serving(name: str, value: torch.Tensor) -> Iterator[str]:
-    """Backends that reuse such a map where they are named."""
-    for own, backend in ops.NAMED.items():
-        if not backend.unserved(format_named(name), value.device, value.dtype, value.shape[-1]):
-            yield own
 
 
 def run_sanitizer(part: str, out: Path, device: torch.device) -> None:
@@ -149,12 +142,13 @@ def run_sanitizer(part: str, out: Path, device: torch.device) -> None:
 
 def _write(path: Path, rows: list[dict], device: torch.device) -> None:
     """Append rows; parts that run at once take turns."""
-    about = provenance(device)
+    about = _about(device)
     with (path.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         append(path, [row | about for row in rows])
 
 
+_about = functools.cache(provenance)  # of one process, which asks git once
 RUN = {
     "check": run_check, "warm": run_warm, "speed": run_speed, "steps": run_steps, "sanitizer": run_sanitizer,
     "counters": run_counters, "tune": run_tune, "compiled": run_compiled,

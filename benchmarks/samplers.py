@@ -14,7 +14,6 @@ import argparse
 import csv
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +112,15 @@ def table(guidance: float) -> None:
     by_sampler: dict[str, dict[str, dict[str, str]]] = {}
     for row in _read(PICTURES, guidance):
         by_sampler.setdefault(row["sampler"], {})[row["method"]] = row
-    found, line = _times(by_sampler, guidance)
-    print(*(f"{method}: {time} of the time" for method, time in found.items()), sep="\n")
+    taken, line = _times(guidance)
+    for method, times in taken.items():
+        print(f"{method}: {statistics.mean(times):.3f} ± {half_width(np.array(times)):.3f} of the time")
     print(f"plain steps: {line.intercept:.3f} + {line.slope:.3f} of their share of the steps\n")
     reuse = ("half reuse", "plain steps in that time", "a quarter", "plain steps in that time")
     print("", "sampler, steps", *reuse, *(f"{share:.0%} of the steps" for share in SHARES), "", sep=" | ")
     print("|---|" + "---:|" * (len(reuse) + len(SHARES)))
     for sampler, rows in by_sampler.items():
-        cells = [cell for method in RULES for cell in _reused(rows, method, found, line)]
+        cells = [cell for method in RULES for cell in _reused(rows, method, taken, line)]
         steps = int(rows["full steps"]["steps"])
         plain = [_plain(rows, f"{round(steps * share)} plain steps") for share in SHARES]
         print("", f"{sampler}, {steps}", *cells, *plain, "", sep=" | ")
@@ -133,8 +133,8 @@ def _read(path: Path, guidance: float) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if float(row["guidance"]) == guidance]
 
 
-def _times(by_sampler: dict[str, dict[str, dict[str, str]]], guidance: float) -> tuple[dict[str, "Mean"], Any]:
-    """Times of the rules, with 95 % intervals, and the line through those of plain steps by their share of the steps.
+def _times(guidance: float) -> tuple[dict[str, list[float]], Any]:
+    """Times of each rule, and the line through those of plain steps by their share of the steps.
 
     Of all samplers together: what their calls take is the same, and a shared machine moves the times of one.
     """
@@ -146,31 +146,16 @@ def _times(by_sampler: dict[str, dict[str, dict[str, str]]], guidance: float) ->
             reused.setdefault(row["method"], []).append(float(row["of_full"]))
         elif row["method"].endswith(" plain steps"):
             points.append((int(row["method"].split()[0]) / steps, float(row["of_full"])))
-    return {m: Mean.of(times) for m, times in reused.items()}, statistics.linear_regression(*zip(*points, strict=True))
+    return reused, statistics.linear_regression(*zip(*points, strict=True))
 
 
-@dataclass(frozen=True)
-class Mean:
-    """A mean and the half width of its 95 % interval."""
-
-    value: float
-    ci: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Mean":
-        return cls(statistics.mean(values), half_width(np.array(values)))
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ± {self.ci:.3f}"
-
-
-def _reused(rows: dict[str, dict[str, str]], method: str, times: dict[str, Mean], line: Any) -> tuple[str, str]:
+def _reused(rows: dict[str, dict[str, str]], method: str, taken: dict[str, list[float]], line: Any) -> tuple[str, str]:
     """PSNR of a schedule, and that of the plain steps that take as long."""
     row, full = rows[method], int(rows["full steps"]["steps"])
     quality = shown_psnr(float(row["psnr"]), float(row["psnr_ci"]))
     plain = [r for r in rows.values() if r["family"] == "plain steps"]
     points = [(line.intercept + line.slope * int(r["steps"]) / full, [float(r["psnr"])]) for r in plain]
-    best = at_time(points, times[method].value)
+    best = at_time(points, statistics.mean(taken[method]))
     return quality, "" if best is None else f"{best.mean():.1f}"
 
 

@@ -196,8 +196,8 @@ class _Ops:
         for name in formats:
             call = (format_named(name), device, dtype, shape[-1])
             best = ops.backend_for(*call)
-            named = [own for own, backend in ops.NAMED.items() if not backend.unserved(*call)]
-            self.wanted += [Call("capture", name, best), *(Call("reuse", name, own) for own in (best, *named))]
+            reusing = (best, *ops.named_backends(*call))
+            self.wanted += [Call("capture", name, best), *(Call("reuse", name, own) for own in reusing)]
 
     def bound(self, which: Call, slot: AttentionMap | None = None) -> Callable[[], Any]:
         """The op on `slot`, or on the map of its format."""
@@ -240,7 +240,8 @@ def measure(
     """Exact attention, capture and reuse at one shape, checked and timed in turns."""
     at = _Ops(shape, formats, dtype, device)
     errors, notes = at.errors()
-    budgets = {which: allowed(which, *at.tensors) for which in at.wanted}
+    plain = plain_error(*at.tensors)
+    budgets = {which: allowed(which, plain) for which in at.wanted}
     green = [which for which in at.wanted if errors[which] <= budgets[which]]
     times = dict(zip(green, interleaved([at.bound(which) for which in green], device, repeats), strict=True))
     steady = {which: at.sustained(which, device, repeats) for which in green}
@@ -273,9 +274,8 @@ def work(op: str, shape: Shape, itemsize: int, map_bytes: int) -> tuple[int, int
     return map_bytes + moved, (2 if op == "reuse" else 4) * b * h * m * n * d
 
 
-def allowed(which: Call, query: Tensor, key: Tensor, value: Tensor) -> float:
-    """Budget of an op's error: twice that of plain torch in the same dtype, and what its format documents."""
-    plain = check(_plain(query, key, value), query, key, value)
+def allowed(which: Call, plain: float) -> float:
+    """Budget of an op's error: twice the `plain` one (:func:`plain_error`), and what its format documents."""
     if "Sage" in which.kind:  # 8-bit by design
         return max(2 * plain, 2e-2)
     return 2 * plain + (FORMATS[which.kind].error if which.op == "reuse" else 0.0)
@@ -319,10 +319,10 @@ def check(out: Tensor, query: Tensor, key: Tensor, value: Tensor) -> float:
     return float(error) if error.isfinite() else math.inf
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What :func:`check` reads of unfused attention in the same dtype."""
+def plain_error(query: Tensor, key: Tensor, value: Tensor) -> float:
+    """The error of unfused attention in the same dtype, by what :func:`check` reads of it."""
     q, k, v = query[-1:, -1:, -CHECKED_QUERIES:], key[-1:, -1:], value[-1:, -1:]
-    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+    return check((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v, query, key, value)
 
 
 def to_dicts(rows: list[Row], limits: Ceilings) -> list[dict[str, Any]]:

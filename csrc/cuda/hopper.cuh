@@ -38,8 +38,7 @@ template <int D, int BITS, int TILES>
 __device__ void copy_stages(const TensorMap& codes, const TensorMap& values, const ReuseParams& p, char* shared,
                             Mbarrier* full, Mbarrier* empty) {
   using S = Stages<D, BITS, TILES>;
-  const Share share = share_of_block<S::queries>();
-  const int head = static_cast<int>(share.head), first = static_cast<int>(share.head * p.M + share.first);
+  const int head = blockIdx.x, first = head * static_cast<int>(p.M) + blockIdx.y * S::queries;
   const int blocks = static_cast<int>(cdiv(p.N, kKeys));
   for (int block = 0; block < blocks; ++block) {
     const int stage = block % S::count;
@@ -76,9 +75,8 @@ __device__ void multiply_stages(const ReuseParams& p, const char* shared, Mbarri
   constexpr int rows = 2 * TILES, parts = 16 / BITS;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
   const int local = 64 * TILES * (warp / 4) + 16 * (warp % 4) + g;  // row i is this + 64 (i / 2) + 8 (i % 2)
-  const Share share = share_of_block<S::queries>();
-  const int64_t head = share.head, first = share.first + local, blocks = cdiv(p.N, kKeys);
-  const auto row_of = [=](int i) { return first + i / 2 * 64 + i % 2 * 8; };
+  const int64_t head = blockIdx.x, first = int64_t{blockIdx.y} * S::queries + local, blocks = cdiv(p.N, kKeys);
+  const auto row_of = [&](int i) { return first + i / 2 * 64 + i % 2 * 8; };
   float out[TILES][D / 8][4] = {}, lse[rows], maximum[rows];
   const auto load_maxima = [&](int64_t block) {
     for (int i = 0; i < rows; ++i)

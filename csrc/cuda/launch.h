@@ -22,13 +22,13 @@ inline int attribute(cudaDeviceAttr wanted, int device) {
   return value;
 }
 
-// Why the current device cannot run `kernel`, or "": the driver alone knows what fits of the code that was built.
+// Why `device`, the current one, cannot run `kernel`, or "": the driver alone knows what fits of the code that was built.
 inline std::string no_code_of(const void* kernel, int device) {
   cudaFuncAttributes found;
   const cudaError_t error = cudaFuncGetAttributes(&found, kernel);
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
     cudaGetLastError();
-    return "the extension holds none for compute capability " +
+    return "the extension holds no code for compute capability " +
            std::to_string(attribute(cudaDevAttrComputeCapabilityMajor, device)) + "." +
            std::to_string(attribute(cudaDevAttrComputeCapabilityMinor, device)) +
            " (attnreuse doctor tells what it was built for)";

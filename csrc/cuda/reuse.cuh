@@ -26,16 +26,6 @@ constexpr int kSharedBytes = 2 * Tile<D, BITS>::bytes;  // one tile is multiplie
 
 __device__ inline int64_t cdiv(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// What a thread block does: queries from `first` on of `head`, one of B H. Heads lie along the grid's first axis, as the
-// others end at 65,535.
-struct Share {
-  int64_t head, first;
-};
-template <int QUERIES>
-__device__ Share share_of_block() {
-  return {blockIdx.x, int64_t{blockIdx.y} * QUERIES};
-}
-
 template <int D, int BITS>
 __device__ void load_tile(const ReuseParams& p, int64_t head, int64_t first, int64_t block, int64_t blocks, char* to) {
   using T = Tile<D, BITS>;
@@ -112,7 +102,7 @@ __global__ void __launch_bounds__(kThreads<D>) reuse_kernel(const ReuseParams p)
   char* const tiles = reinterpret_cast<char*>(shared);
   constexpr int columns = D / 8, steps = BITS, products = BITS == 8 ? 1 : 2, rows = kRows<D> / 8;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
-  const auto [head, first] = share_of_block<kQueries>();
+  const int64_t head = blockIdx.x, first = int64_t{blockIdx.y} * kQueries;  // of B H: other axes end at 65,535
   const int64_t blocks = cdiv(p.N, kKeys), row = first + kRows<D> * warp + g;
   float out[rows / 2][columns][4] = {};
 
